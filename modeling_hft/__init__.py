@@ -1,0 +1,29 @@
+"""Hierarchical Fine-Tuning: many tasks on one frozen backbone, learnt bottom-up, none forgotten."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig
+from .gates_hft import HFTGates
+from .hierarchy_hft import Hierarchy
+from .modeling_hft import HFTForCausalLM, HFTModel, HFTPreTrainedModel
+from .nodes_hft import HFTNodes
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "HFTConfig",
+    "HFTForCausalLM",
+    "HFTGates",
+    "HFTGatingConfig",
+    "HFTMemoryConfig",
+    "HFTModel",
+    "HFTNodes",
+    "HFTPreTrainedModel",
+    "Hierarchy",
+]
+
+HFTConfig._auto_class = "AutoConfig"
+AutoConfig.register("hft", HFTConfig)
+AutoModel.register(HFTConfig, HFTModel)
+AutoModelForCausalLM.register(HFTConfig, HFTForCausalLM)

@@ -1,0 +1,103 @@
+"""The slim form on disk: one safetensors file a task, one for what tasks share, and never a half-written folder."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
+
+
+SHARED_FILE = "model.safetensors"  # what tasks share: their gates
+
+
+def task_file(task: str) -> str:
+    """Where a task's node is: `tasks/<task>.safetensors`."""
+    return f"tasks/{task}.safetensors"
+
+
+@contextmanager
+def replacing(directory: str | os.PathLike, last: str = "config.json") -> Iterator[Path]:
+    """A new empty folder to write into, whose files replace those in `directory` when the block ends without an error.
+
+    Each file appears under its name whole or not at all; `last` comes last, so that a reader that goes by it never meets
+    a file that is not there yet. Files that the block did not write stay.
+
+    Args:
+        directory: the folder to write to; made if missing.
+        last: the file that says what the others are.
+
+    Raises:
+        OSError: if the folder cannot be made or written to; nothing in it has changed then.
+    """
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
+    except OSError as error:
+        raise OSError(
+            f"Cannot write to the folder '{directory}' ({error.strerror}); choose another one or change its permissions."
+        ) from error
+    try:
+        yield staging
+        written = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
+        for name in sorted(written, key=lambda path: path == Path(last)):
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / name, directory / name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes a safetensors file.
+
+    Args:
+        tensors: by name, any device; views are copied.
+        path: in a folder that `replacing` gave.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # safetensors reads a parameter's `.data` here, so values are those of this moment.
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+
+
+def read_tensors(
+    repo: str | os.PathLike, filename: str, expected: Iterable[str], **download: Any
+) -> dict[str, torch.Tensor]:
+    """Reads one safetensors file of a model and checks that it holds what it must.
+
+    Args:
+        repo: a folder or a Hub id.
+        filename: the file in it.
+        expected: the names that it must hold, no more and no fewer.
+        download: `revision`, `token`, `cache_dir`, ... as for `transformers.utils.cached_file`.
+
+    Raises:
+        OSError: if the file is missing or cut short.
+        ValueError: if it holds other tensors than expected.
+    """
+    path = cached_file(repo, filename, _raise_exceptions_for_missing_entries=False, **download)
+    if path is None:
+        raise OSError(
+            f"'{repo}' lists {filename} in its config.json, but the file is missing. Copy or download the model again."
+        )
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"'{path}' is no whole safetensors file ({error}); it was cut short or damaged. Copy or download it again."
+        ) from error
+    expected = set(expected)
+    if tensors.keys() != expected:
+        odd = sorted(expected - tensors.keys()) or sorted(tensors.keys() - expected)
+        what = "lacks" if expected - tensors.keys() else "holds the unexpected"
+        raise ValueError(
+            f"'{path}' does not fit its config.json: it {what} {odd[0]!r} ({len(odd)} such). "
+            "Is it a file of another model, or of another backbone?"
+        )
+    return tensors

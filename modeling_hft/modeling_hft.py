@@ -1,0 +1,349 @@
+"""HFT: a frozen decoder, and beside it nodes and gates that a hierarchy of tasks owns.
+
+    y = W x + sum over the nodes n on task t's path of g[t, n, layer] * B_n A_n x
+
+The backbone is any decoder of transformers whose layers are made of `nn.Linear`; it stays whole under `backbone`, so its
+parameters keep the names that they have in their own repository. What HFT owns lives beside it (`hft_nodes`,
+`hft_gates`). The two meet in one place, `_attach`: a forward hook on each adapted linear.
+
+B batch, T tokens, L layers, N nodes on a path, R rank, O out features.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_hft import HFTConfig
+from .gates_hft import HFTGates
+from .hierarchy_hft import BACKBONE, Hierarchy, nearest
+from .nodes_hft import HFTNodes, adapted_linears, flat
+from .path_hft import HFTPath, keep_path, on_path
+from .storage_hft import HFTStorage
+
+
+# A task, one task a row, or a row's place in `config.tasks` (-1: the backbone) as a tensor [B].
+Task = str | Sequence[str | None] | torch.Tensor
+
+
+class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
+    """What `HFTModel` and `HFTForCausalLM` share: the backbone, the tasks, saving and loading."""
+
+    config_class = HFTConfig
+    config: HFTConfig
+    base_model_prefix = "backbone"  # a plain repository's keys load as `backbone.<key>`
+    supports_gradient_checkpointing = True
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: HFTConfig):
+        super().__init__(config)
+        self.backbone = AutoModelForCausalLM.from_config(config.text_config)
+        self._layer_of = adapted_linears(self.base_model, config.target_modules)
+        self._hooks = []
+        self.hierarchy: Hierarchy = config.hierarchy()
+        self.hft_nodes = nn.ModuleDict()
+        for name, layer in self._layer_of.items():
+            linear = self.base_model.get_submodule(name)
+            self.hft_nodes[flat(name)] = HFTNodes(linear.in_features, linear.out_features, layer)
+        self.hft_gates = HFTGates(1 + max(self._layer_of.values()), config.gating_config.init)
+        for task in config.tasks:
+            self._make_room(task)
+        self.post_init()
+        self._finish()
+
+    # ---- The one place where backbone and HFT meet ----
+
+    def _attach(self) -> None:
+        """Puts a hook on each adapted linear. Again after a quantiser has replaced the linears."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [
+            self.base_model.get_submodule(name).register_forward_hook(self.hft_nodes[flat(name)].on_linear)
+            for name in self._layer_of
+        ]
+
+    def activate(self, task: Task | None, num_rows: int | None = None) -> AbstractContextManager[None]:
+        """Within the block, passes that name no task of their own take this one.
+
+        `forward` and `generate` take `task=` themselves; this is for code that calls parts of the model.
+
+        Args:
+            task: a name, a name a row, or ids [B]; `"backbone"` for the plain backbone, None to change nothing.
+            num_rows: B, to check a list against.
+
+        Raises:
+            ValueError: an unknown name, or as many names as there are not rows.
+        """
+        return nullcontext() if task is None else on_path(self._path(task, num_rows))
+
+    def _path(self, task: Task, num_rows: int | None) -> HFTPath | None:
+        rows = self._rows(task, num_rows)
+        if len(set(rows)) == 1:
+            if rows[0] is None:
+                return None
+            nodes, gates = self.hierarchy.path(rows[0]), self.hft_gates.of(rows[0])
+        else:
+            nodes, gates = self.hft_gates.of_rows(rows, {row: self.hierarchy.path(row) for row in rows if row})
+        ranks = [self.config.task(node)["rank"] for node in nodes]
+        node_of_column_R = [node for node, rank in enumerate(ranks) for _ in range(rank)]
+        return HFTPath(nodes, gates, torch.tensor(node_of_column_R, device=gates.device))
+
+    def _rows(self, task: Task, num_rows: int | None) -> list[str | None]:
+        """The names in `task`, checked; one if it is one for all rows. None for the backbone."""
+        if isinstance(task, str):
+            names: list[str | None] = [task]
+        else:
+            known: list[str | None] = [*self.config.task_names(), None]  # so -1 is the backbone
+            names = [known[i] for i in task.tolist()] if isinstance(task, torch.Tensor) else list(task)
+            if not names or num_rows not in (None, len(names)):
+                raise ValueError(f"`task` names {len(names)} tasks for {num_rows} rows; give one name, or one a row.")
+        names = [None if name in (None, BACKBONE) else name for name in names]
+        for name in names:
+            if name is not None and name not in self.hierarchy:
+                raise ValueError(f"Unknown task {name!r}. {nearest(name, [*self.hierarchy.names, BACKBONE])}")
+        return names
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
+    ) -> None:
+        super()._set_gradient_checkpointing(enable, keep_path(gradient_checkpointing_func), **kwargs)
+
+    def _finish(self) -> None:
+        """What must be done again whenever transformers has filled or replaced modules."""
+        self._attach()
+        self.set_trainable(task["name"] for task in self.config.tasks if not task["sealed"])
+        for module in self.backbone.modules():
+            # bitsandbytes would repack the weights of a CPU with AVX512-BF16 in place at the first evaluation pass,
+            # after which gradients are wrong (see its `Linear4bit`).
+            if "support_avx512bf16_for_cpu" in vars(module):
+                module.support_avx512bf16_for_cpu = False
+
+    # ---- Tasks ----
+
+    def add_task(self, name: str, parents: Sequence[str] = (), rank: int | None = None) -> None:
+        """Adds a task that begins as its parents (the mean of them) and is ready to train.
+
+        Args:
+            name: 1 to 64 letters, digits, '_' or '-'.
+            parents: the tasks that it builds on; none for a root.
+            rank: R of its node; the config's by default.
+
+        Raises:
+            ValueError: a name that is taken or cannot be a file's, an unknown parent, or a rank below 1.
+        """
+        if name in self.hierarchy:
+            raise ValueError(f"The task {name!r} is a duplicate: this model has one; choose another name.")
+        rank = self.config.rank if rank is None else rank
+        if rank < 1:
+            raise ValueError(f"`rank` of task {name!r} is {rank}; a node needs a rank of 1 or more.")
+        self.hierarchy = Hierarchy(
+            {**{task: self.hierarchy.parents(task) for task in self.hierarchy.names}, name: parents}
+        )
+        entry = {"name": name, "parents": list(parents), "rank": rank, "sealed": False}
+        self.config.tasks.append(entry)
+        self._make_room(entry)
+        with torch.no_grad():
+            for nodes in self.hft_nodes.values():
+                nodes.reset_parameters(name)
+            self.hft_gates.reset_parameters(name, self.hierarchy)
+        self.hft_gates.of(name).requires_grad_(self.config.gating_config.trainable)
+
+    def _make_room(self, task: Mapping[str, Any]) -> None:
+        """Empty parameters for a task: float32 while it can still learn, the model's dtype once it is sealed."""
+        dtype = torch.get_default_dtype() if task["sealed"] else torch.float32
+        device = self.backbone.get_input_embeddings().weight.device
+        for name in self._layer_of:
+            weight_device = self.base_model.get_submodule(name).weight.device
+            if weight_device.type == "meta":  # offloaded, or not loaded yet
+                weight_device = device
+            self.hft_nodes[flat(name)].add(task["name"], task["rank"], dtype, weight_device)
+        self.hft_gates.add(task["name"], len(self.hierarchy.path(task["name"])), device)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HFTNodes):
+            for task in module.tasks():
+                module.reset_parameters(task)
+        elif isinstance(module, HFTGates):
+            for task in self.hierarchy.names:
+                module.reset_parameters(task, self.hierarchy)
+        else:
+            super()._init_weights(module)
+
+    def task_parameters(self, task: str) -> dict[str, nn.Parameter]:
+        """All that a task owns, its gates and its nodes, by the names of `named_parameters`."""
+        self.hierarchy.check(task)
+        own = {f"hft_gates.g_{task}": self.hft_gates.of(task)}
+        for key, nodes in self.hft_nodes.items():
+            own[f"hft_nodes.{key}.A_{task}"], own[f"hft_nodes.{key}.B_{task}"] = nodes.node(task)
+        return own
+
+    def set_trainable(self, tasks: Iterable[str]) -> None:
+        """Makes what these tasks own trainable, and nothing else.
+
+        Raises:
+            ValueError: if one of them is unknown or sealed.
+        """
+        tasks = list(tasks)
+        for task in tasks:
+            if self.config.task(task)["sealed"]:
+                raise ValueError(f"Task {task!r} is sealed and cannot train again; add a task with it as its parent.")
+        self.requires_grad_(False)
+        for task in tasks:
+            for parameter in self.task_parameters(task).values():
+                parameter.requires_grad_(True)
+            self.hft_gates.of(task).requires_grad_(self.config.gating_config.trainable)
+
+    @torch.no_grad()
+    def seal(self, tasks: Iterable[str]) -> None:
+        """Ends the learning of these tasks for good: from here on, what they compute does not change any more.
+
+        Their nodes are rounded to the backbone's dtype, in which they compute; gates stay float32.
+
+        Raises:
+            ValueError: if one of them is unknown, or stands on a task that is not sealed.
+        """
+        tasks = sorted(tasks, key=self.hierarchy.level)
+        for task in tasks:
+            for parent in self.hierarchy.parents(task):
+                if not self.config.task(parent)["sealed"] and parent not in tasks:
+                    raise ValueError(
+                        f"Task {task!r} stands on {parent!r}, which is not sealed; seal {parent!r} first."
+                    )
+        for task in tasks:
+            self.config.task(task)["sealed"] = True
+            for parameter in self.task_parameters(task).values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                if parameter is not self.hft_gates.of(task):
+                    parameter.data = parameter.data.to(self.backbone.dtype)
+
+    # ---- What transformers asks of a wrapper ----
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The decoder without its head: what trainers call when they compute the loss themselves."""
+        return self.backbone.base_model
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.backbone.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.backbone.set_output_embeddings(new_embeddings)
+
+    def dequantize(self, *args: Any, **kwargs: Any):
+        model = super().dequantize(*args, **kwargs)
+        self._finish()
+        return model
+
+
+class HFTModel(HFTPreTrainedModel):
+    """The decoder on a task's path, without the head: last hidden states [B, T, D]."""
+
+    _auto_class = "AutoModel"
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        task: Task | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the decoder.
+
+        Args:
+            input_ids: [B, T]; or `inputs_embeds` [B, T, D].
+            attention_mask: [B, T].
+            task: a name, a name a row, or ids [B]; None for the plain backbone.
+            kwargs: as for the backbone's decoder.
+        """
+        with self.activate(task, _num_rows(input_ids, inputs_embeds)):
+            return self.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
+
+
+class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
+    """The whole language model on a task's path."""
+
+    _auto_class = "AutoModelForCausalLM"
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        task: Task | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Runs the backbone with the nodes on the task's path.
+
+        Args:
+            input_ids, attention_mask, position_ids: [B, T]; `inputs_embeds` [B, T, D] may replace the first.
+            labels: [B, T], -100 where there is no loss.
+            task: a name, a name a row, or ids [B] (places in `config.tasks`, -1 for the backbone); None for the plain
+                backbone.
+            kwargs: as for the backbone.
+
+        Returns:
+            What the backbone returns: logits [B, T, V], the loss if there are labels, the cache.
+        """
+        with self.activate(task, _num_rows(input_ids, inputs_embeds)):
+            return self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, task: Task | None = None, **kwargs: Any):
+        """As `GenerationMixin.generate`, on a task's path.
+
+        Args:
+            inputs: prompts [B, T], padded on the left if they differ in length.
+            task: a name, or one name a prompt; None for the plain backbone.
+
+        Raises:
+            ValueError: an unknown name, or as many names as there are not prompts.
+        """
+        if task is not None:
+            prompts = inputs if inputs is not None else kwargs.get("input_ids")
+            rows = self._rows(task, _num_rows(prompts, kwargs.get("inputs_embeds")))
+            if len(set(rows)) == 1:  # a name needs no copying for each beam
+                kwargs["task"] = rows[0] or BACKBONE
+            else:  # ids [B], which generate repeats for each beam
+                known = self.config.task_names()
+                ids_B = [-1 if row is None else known.index(row) for row in rows]
+                kwargs["task"] = torch.tensor(ids_B, device=self.get_input_embeddings().weight.device)
+        return super().generate(inputs, *args, **kwargs)
+
+
+def _num_rows(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> int | None:
+    batch = input_ids if input_ids is not None else inputs_embeds
+    return None if batch is None else batch.shape[0]

@@ -1,0 +1,305 @@
+"""Loading and saving an HFT model: on a backbone, slim, or full."""
+
+import contextlib
+import copy
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils.hub import resolve_revision
+
+from .configuration_hft import HFTConfig
+from .files_hft import SHARED_FILE, read_tensors, replacing, task_file, write_tensors
+from .hierarchy_hft import Hierarchy
+from .nodes_hft import adapted_linears, flat
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_hft.HFTConfig",
+    "AutoModel": "modeling_hft.HFTModel",
+    "AutoModelForCausalLM": "modeling_hft.HFTForCausalLM",
+}
+
+# What tells where a repository's files come from; everything else says how to load the model.
+_DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+def best_attention() -> str:
+    """FlashAttention-2 where the GPU and the installed packages allow it, else PyTorch's own kernel."""
+    on_ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+    return "flash_attention_2" if on_ampere and is_flash_attn_2_available() else "sdpa"
+
+
+class HFTStorage:
+    """The part of `HFTPreTrainedModel` that reads and writes. `super()` is `PreTrainedModel`."""
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | os.PathLike,
+        hierarchy: Mapping[str, Sequence[str]] | None = None,
+        *,
+        rank: int = 16,
+        target_modules: str | list[str] = "all-linear",
+        gating_config: dict[str, Any] | PreTrainedConfig | None = None,
+        memory_config: dict[str, Any] | PreTrainedConfig | None = None,
+        attn_implementation: str = "auto",
+        **kwargs: Any,
+    ):
+        """A new HFT model on a pretrained decoder.
+
+        Args:
+            backbone: Hub id or folder of a decoder.
+            hierarchy: task -> parents; tasks may also be added later with `add_task`.
+            rank: R of a node.
+            target_modules: `"all-linear"` or the last names of linears.
+            gating_config, memory_config: see `HFTGatingConfig`, `HFTMemoryConfig`.
+            attn_implementation: `"auto"` takes the fastest that is installed; a name is taken at its word.
+            kwargs: as for `from_pretrained`: `quantization_config`, `dtype`, `device_map`, `revision`, `token`, ...
+
+        Raises:
+            ValueError: a hierarchy that is none, or a decoder without `nn.Linear`.
+            OSError: if the backbone cannot be found.
+            ImportError: if bitsandbytes or flash-attention is asked for and not installed.
+        """
+        backbone = os.fspath(backbone)
+        parents = dict(hierarchy or {})
+        tree = Hierarchy(parents)
+        download = {name: value for name, value in kwargs.items() if name in _DOWNLOAD}
+        text_config = AutoConfig.from_pretrained(backbone, **download)
+        # Naming the family here gives a clear error before anything heavy is loaded.
+        with torch.device("meta"):
+            decoder = AutoModelForCausalLM.from_config(copy.deepcopy(text_config)).base_model
+        adapted_linears(decoder, target_modules)
+        config = HFTConfig(
+            text_config=text_config,
+            gating_config=gating_config,
+            memory_config=memory_config,
+            rank=rank,
+            target_modules=target_modules,
+            backbone=backbone,
+            backbone_revision=_commit(backbone, download),
+            dtype=text_config.dtype,
+        )
+        model = cls._load_backbone(config, attn_implementation=attn_implementation, **kwargs)
+        for task in tree.names:
+            model.add_task(task, parents[task])
+        return model
+
+    @classmethod
+    def _load_backbone(cls, config: HFTConfig, **kwargs: Any):
+        """A model without tasks, its backbone loaded from the backbone's own repository."""
+        if kwargs.get("attn_implementation") == "auto":
+            kwargs["attn_implementation"] = best_attention()
+        download = {name: value for name, value in kwargs.items() if name in _DOWNLOAD}
+        files, _ = PreTrainedConfig.get_config_dict(config.backbone, **download)
+        vars(config.text_config).pop("quantization_config", None)
+        if "quantization_config" in files:  # the repository itself is quantised
+            config.quantization_config = files["quantization_config"]
+        model = super().from_pretrained(config.backbone, config=config, **kwargs)
+        model._finish()
+        return model
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        config: HFTConfig | None = None,
+        backbone: str | os.PathLike | None = None,
+        **kwargs: Any,
+    ):
+        """Loads a saved HFT model, slim or full, as `PreTrainedModel.from_pretrained` does.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder of the HFT model (not of a backbone: see `from_backbone`).
+            config: read from the same place by default.
+            backbone: where to take the backbone of a slim model from instead of where its config says.
+            kwargs: as for transformers: `quantization_config`, `dtype`, `device_map`, `attn_implementation`, ...
+
+        Raises:
+            OSError: if a file is missing or cut short, or the backbone cannot be found.
+            ValueError: if files do not fit the config, or the repository is not an HFT model.
+        """
+        repo = os.fspath(pretrained_model_name_or_path)
+        kwargs.pop("adapter_kwargs", None)  # carries this repository's commit, which is not the backbone's
+        download = {name: kwargs[name] for name in _DOWNLOAD if name in kwargs}
+        if config is None:
+            files, _ = PreTrainedConfig.get_config_dict(repo, **download)
+            if files.get("model_type") != HFTConfig.model_type:
+                raise ValueError(
+                    f"'{repo}' is no HFT model but a plain {files.get('model_type')!r}; "
+                    f"build on it with {cls.__name__}.from_backbone('{repo}', hierarchy=...)."
+                )
+            config = cls.config_class.from_dict(files)
+        if not config.slim:
+            return cls._load_full(repo, *model_args, config=config, **kwargs)
+
+        info = kwargs.pop("output_loading_info", False)
+        config = copy.deepcopy(config)
+        tasks, config.tasks = config.tasks, []
+        if backbone is not None:
+            config.backbone, config.backbone_revision = os.fspath(backbone), None
+        source = {**{name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}}
+        if config.backbone_revision is not None:
+            source["revision"] = config.backbone_revision
+        try:
+            model = cls._load_backbone(config, **source)
+        except OSError as error:
+            raise OSError(
+                f"The backbone '{config.backbone}' of the slim model '{repo}' could not be loaded: {error} "
+                "If it is elsewhere, say where: from_pretrained(..., backbone=...)."
+            ) from error
+        model.config.tasks = tasks
+        model.hierarchy = model.config.hierarchy()
+        for task in tasks:
+            model._make_room(task)
+        model._read_tasks(repo, **download)
+        model._finish()
+        model.config.name_or_path = repo
+        if model.can_generate():
+            with contextlib.suppress(OSError):  # then the backbone's holds
+                model.generation_config = GenerationConfig.from_pretrained(repo, **download)
+        return (model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if info else model
+
+    @classmethod
+    def _load_full(cls, repo: str, *model_args: Any, **kwargs: Any):
+        wants_info = kwargs.pop("output_loading_info", False)
+        if kwargs.get("attn_implementation") == "auto":
+            kwargs["attn_implementation"] = best_attention()
+        try:
+            model, info = super().from_pretrained(repo, *model_args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"A weight file in '{repo}' is no whole safetensors file ({error}); it was cut short or damaged. "
+                "Copy or download it again."
+            ) from error
+        missing = sorted(key for key in info["missing_keys"] if key.startswith("hft_"))
+        if missing:
+            raise ValueError(
+                f"'{repo}' does not fit its config.json: its weights lack {missing[0]!r} ({len(missing)} such). "
+                "Copy or download the model again."
+            )
+        model._finish()
+        return (model, info) if wants_info else model
+
+    def _read_tasks(self, repo: str | os.PathLike, **download: Any) -> None:
+        """Fills nodes and gates from the slim files of a folder or repository."""
+        gates = read_tensors(repo, SHARED_FILE, {f"gates.{task}" for task in self.hierarchy.names}, **download)
+        for task in self.hierarchy.names:
+            node = read_tensors(repo, task_file(task), self._node_tensors(task), **download)
+            for parameters, tensors in ((self._node_tensors(task), node), (self._gate_tensors([task]), gates)):
+                for name, parameter in parameters.items():
+                    if tensors[name].shape != parameter.shape:
+                        raise ValueError(
+                            f"'{repo}' holds {name!r} of task {task!r} with shape {list(tensors[name].shape)}, and this "
+                            f"backbone needs {list(parameter.shape)}. Is it another backbone?"
+                        )
+                    parameter.data = tensors[name].to(parameter.device)
+
+    def _node_tensors(self, task: str) -> dict[str, nn.Parameter]:
+        """A task's node by the names that it has in its file, `layers.0.self_attn.q_proj.A`: a contract."""
+        tensors = {}
+        for name in self._layer_of:
+            tensors[f"{name}.A"], tensors[f"{name}.B"] = self.hft_nodes[flat(name)].node(task)
+        return tensors
+
+    def _gate_tensors(self, tasks: Iterable[str]) -> dict[str, nn.Parameter]:
+        """Gates by the names that they have in the shared file, `gates.<task>`: a contract."""
+        return {f"gates.{task}": self.hft_gates.of(task) for task in tasks}
+
+    def restore(self, folder: str | os.PathLike) -> None:
+        """Takes over what the tasks of a slim folder have learnt and which are sealed, into this model of the same tasks.
+
+        Raises:
+            ValueError: if the folder's tasks are others.
+            OSError: if a file is missing or cut short.
+        """
+        saved = HFTConfig.from_pretrained(folder)
+
+        def shape(config: HFTConfig) -> list[tuple[Any, ...]]:
+            return [(task["name"], task["parents"], task["rank"]) for task in config.tasks]
+
+        if shape(saved) != shape(self.config):
+            raise ValueError(f"'{folder}' holds other tasks ({shape(saved)}) than this model ({shape(self.config)}).")
+        self._read_tasks(folder)
+        self.config.tasks = [dict(task) for task in saved.tasks]
+
+    # ---- Saving ----
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        push_to_hub: bool = False,
+        slim: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Saves the model with its code, so that it loads where this package is not installed.
+
+        Every file is written under a temporary name first: what is on disk stays whole whatever happens.
+
+        Args:
+            save_directory: a folder; made if missing.
+            is_main_process: only the main process writes.
+            state_dict: the tensors of a full model if they are not the model's own.
+            push_to_hub: also upload, to `repo_id` or the folder's name.
+            slim: tasks only, one file each, and the name of the backbone (`True`), or everything.
+            kwargs: as for `PreTrainedModel.save_pretrained`.
+
+        Raises:
+            OSError: if the folder cannot be written.
+        """
+        repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
+        hub = {name: kwargs.pop(name) for name in ("commit_message", "private", "token", "revision") if name in kwargs}
+        if is_main_process:
+            with replacing(save_directory) as folder:
+                if slim and self.config.backbone is None:
+                    raise ValueError(
+                        "This model was not built on a saved backbone, so a slim form could not name one; save it whole: "
+                        "save_pretrained(..., slim=False)."
+                    )
+                if slim:
+                    write_tensors(self._gate_tensors(self.hierarchy.names), folder / SHARED_FILE)
+                    for task in self.hierarchy.names:
+                        write_tensors(self._node_tensors(task), folder / task_file(task))
+                else:
+                    super().save_pretrained(folder, state_dict=state_dict, **kwargs)
+                self._write_config_and_code(folder, slim)
+        if push_to_hub:
+            self.push_to_hub(repo_id, **hub)
+
+    def _write_config_and_code(self, folder: os.PathLike, slim: bool) -> None:
+        config = copy.deepcopy(self.config)
+        config.slim = slim
+        config.architectures = [type(self).__name__]
+        config.auto_map = dict(AUTO_MAP)
+        config.dtype = str(self.backbone.dtype).removeprefix("torch.")
+        config.text_config._name_or_path = ""  # it would be a folder of this machine
+        if slim:
+            vars(config).pop("quantization_config", None)  # the reader chooses how to hold the backbone
+        custom_object_save(self, folder)
+        config.save_pretrained(folder)
+        if self.can_generate():
+            self.generation_config.save_pretrained(folder)
+
+
+def _commit(repo: str, download: Mapping[str, Any]) -> str | None:
+    """The commit of a Hub repository's revision, so that the backbone never changes under its tasks; None for a folder."""
+    if os.path.isdir(repo):
+        return None
+    revision = resolve_revision(
+        repo,
+        download.get("revision"),
+        token=download.get("token"),
+        local_files_only=download.get("local_files_only", False),
+        cache_dir=download.get("cache_dir"),
+    )
+    return getattr(revision, "resolved", None)
