@@ -1,0 +1,1 @@
+"""Recipes and templates: data, no code."""

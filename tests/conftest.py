@@ -1,0 +1,78 @@
+"""Tiny real backbones built in code, a byte tokenizer with a chat template, and hostile memory."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import hft
+from tests.tiny import BACKBONES, fill, tiny_config
+
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+SPECIAL = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    """The same numbers each time, and NaN in every `torch.empty`, so that what nobody initialises shows."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, and a chat template."""
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + ALPHABET)}
+    raw = Tokenizer(models.BPE(vocabulary, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    raw.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+@pytest.fixture(scope="session")
+def backbones(tmp_path_factory, tokenizer) -> dict[str, Path]:
+    """A folder with a tiny random decoder of each family, and the tokenizer beside it."""
+    folders = {}
+    for family in BACKBONES:
+        torch.manual_seed(1)
+        folders[family] = tmp_path_factory.mktemp(family)
+        model = AutoModelForCausalLM.from_config(tiny_config(family))
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:  # large enough for logits to differ visibly
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(folders[family])
+        tokenizer.save_pretrained(folders[family])
+    return folders
+
+
+@pytest.fixture
+def model(backbones) -> hft.HFTForCausalLM:
+    """Tiny llama; a diamond a -> (b, c) -> d, ranks that differ, and a lone root e; every node speaks."""
+    made = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": []}, rank=3
+    )
+    made.add_task("f", ["e"], rank=5)
+    fill(made)
+    return made

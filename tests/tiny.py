@@ -1,0 +1,50 @@
+"""What tests share that is no fixture."""
+
+import torch
+from transformers import AutoConfig
+
+
+VOCABULARY = 261  # the tokenizer's in conftest.py
+_COMMON = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+BACKBONES = {
+    "llama": dict(tie_word_embeddings=False),
+    "qwen3": dict(head_dim=8),
+    "gemma3_text": dict(head_dim=8, sliding_window=16, layer_types=["sliding_attention", "full_attention"]),
+    "mistral": dict(sliding_window=None),
+    "phi3": dict(),  # its q, k, v are one linear
+}
+
+
+def tiny_config(family: str):
+    return AutoConfig.for_model(family, **{**_COMMON, **BACKBONES[family]})
+
+
+def fill(model, std: float = 0.2, seed: int = 3) -> None:
+    """Gives every node a voice and every gate a value of its own, so that no test passes on zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith("hft_nodes"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+            elif name.startswith("hft_gates"):
+                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """For comparisons that allow no difference at all, signed zeros included."""
+    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def snapshot(model) -> dict[str, bytes]:
+    return {name: bits(parameter) for name, parameter in model.named_parameters()}

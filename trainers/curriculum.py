@@ -1,0 +1,98 @@
+"""The order of learning: which tasks train together, and which rows make a micro-batch. No torch."""
+
+import math
+import random
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from hft.hierarchy_hft import Hierarchy
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Tasks of one level that train together and are then sealed.
+
+    Args:
+        level: of the tasks; 1 for roots.
+        tasks: their names.
+        last_level: the level of the last stage.
+    """
+
+    level: int
+    tasks: tuple[str, ...]
+    last_level: int
+
+    @property
+    def folder(self) -> str:
+        """Where the stage's checkpoints are, within the run's folder."""
+        return f"stage-{self.level}"
+
+    def __str__(self) -> str:
+        return f"stage {self.level}/{self.last_level}: {', '.join(self.tasks)}"
+
+
+def open_stages(hierarchy: Hierarchy, sealed: Collection[str]) -> list[Stage]:
+    """The stages that are still to be trained, bottom-up: one a level that has tasks that are not sealed."""
+    levels = hierarchy.levels()
+    stages = []
+    for level, names in enumerate(levels, start=1):
+        tasks = tuple(name for name in names if name not in sealed)
+        if tasks:
+            stages.append(Stage(level, tasks, len(levels)))
+    return stages
+
+
+class BlockSampler:
+    """Row indices in blocks of one task each.
+
+    A block is what one optimizer step takes (micro-batch x accumulation x processes). So a step belongs to one task:
+    neither its loss, nor its gradient's norm, nor its order of rows depends on the task's siblings. A task's rows come
+    in a new random order each time they have all been seen; a block may reach over from one order into the next.
+
+    Args:
+        num_rows: task -> how many rows it has in the dataset, where tasks follow one another in this order.
+        block_size: rows of a block.
+        seed: the same seed gives the same order, also after an interruption.
+    """
+
+    def __init__(self, num_rows: Mapping[str, int], block_size: int, seed: int):
+        self.num_rows = dict(num_rows)
+        self.block_size = block_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch that the next iteration gives."""
+        self.epoch = epoch
+
+    def num_blocks(self, task: str) -> int:
+        """Optimizer steps that a task takes in an epoch: its rows over the block's, rounded up."""
+        return math.ceil(self.num_rows[task] / self.block_size)
+
+    def __len__(self) -> int:
+        return self.block_size * sum(self.num_blocks(task) for task in self.num_rows)
+
+    def __iter__(self) -> Iterator[int]:
+        turns = [task for task in self.num_rows for _ in range(self.num_blocks(task))]
+        random.Random(f"{self.seed}/turns/{self.epoch}").shuffle(turns)
+        rows = {task: self._rows(task) for task in self.num_rows}
+        for task in turns:
+            for _ in range(self.block_size):
+                yield next(rows[task])
+
+    def _rows(self, task: str) -> Iterator[int]:
+        """A task's endless stream of rows, from where the epoch begins in it."""
+        size = self.num_rows[task]
+        first = sum(rows for other, rows in self._before(task))
+        begin = self.epoch * self.num_blocks(task) * self.block_size
+        shuffle, place = divmod(begin, size)
+        while True:
+            order = list(range(size))
+            random.Random(f"{self.seed}/{task}/{shuffle}").shuffle(order)
+            for row in order[place:]:
+                yield first + row
+            shuffle, place = shuffle + 1, 0
+
+    def _before(self, task: str) -> list[tuple[str, int]]:
+        names = list(self.num_rows)
+        return [(name, self.num_rows[name]) for name in names[: names.index(task)]]

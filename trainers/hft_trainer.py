@@ -1,0 +1,403 @@
+"""`HFTTrainer`: TRL's SFTTrainer, once a stage, bottom-up."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from huggingface_hub import HfApi
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from hft.files_hft import replacing
+from hft.modeling_hft import HFTForCausalLM
+
+from .curriculum import BlockSampler, Stage, open_stages
+from .hft_config import HFTTrainingConfig
+from .report import write_model_card
+from .task_data import OneTaskCollator, TaskDatasets, split_by_task, tag_rows
+
+
+logger = logging.get_logger(__name__)
+
+
+class HFTTrainer(SFTTrainer):
+    """Trains the open tasks of an HFT model level by level and seals each level.
+
+    Unlike `SFTTrainer`, it takes a dataset a task; `train` runs one training a stage, with a fresh optimizer and schedule,
+    in which only the stage's tasks are trainable and each optimizer step holds one task; and `args.output_dir` is at all
+    times a model with the stages learnt so far, with the checkpoints of stage n in `stage-n/`.
+
+    Args:
+        model: an HFT model, or the id or folder of a saved one.
+        args: see `HFTTrainingConfig`.
+        train_dataset: `{task: Dataset}`, or a Dataset with a column `task`; every open task needs data. Any format that
+            SFTTrainer takes, and another one for each task if need be.
+        eval_dataset: the same for evaluation; optional, and not every task needs one. Its losses are logged as
+            `eval_<task>_loss`.
+        kwargs: as for `SFTTrainer`.
+
+    Raises:
+        ValueError: a task without data, data for an unknown task, an empty dataset, or rows without anything to learn.
+        OSError: if `args.output_dir` cannot be written.
+    """
+
+    _tag_names = ["trl", "sft", "hft"]  # noqa: RUF012 (a list in the parent, too)
+    _name = "HFT"
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: HFTTrainingConfig | None = None,
+        train_dataset: TaskDatasets | Dataset | None = None,
+        eval_dataset: TaskDatasets | Dataset | None = None,
+        **kwargs: Any,
+    ):
+        args = HFTTrainingConfig() if args is None else args
+        if isinstance(model, str):
+            model = HFTForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+        if model.config.model_type != "hft":
+            raise ValueError(
+                f"HFTTrainer got a plain {type(model).__name__}; build on it with HFTForCausalLM.from_backbone(...)."
+            )
+        if train_dataset is None:
+            raise ValueError("`train_dataset` is missing; give a Dataset a task: {name: Dataset}.")
+        self._task_names: list[str] = model.config.task_names()
+        self._train_sets = self._open_sets(model, split_by_task(train_dataset, self._task_names, "train_dataset"))
+        self._eval_sets = split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset else {}
+        with replacing(args.output_dir):  # raises now, not after hours, if the folder cannot be written
+            pass
+
+        self.stage: Stage | None = None
+        self.log_history: list[dict[str, float]] = []  # of all stages; `state.log_history` holds the last one's
+        self._root = Path(args.output_dir)
+        self._checked: set[str] = set()  # tasks whose gradients were seen to reach every parameter
+        model.set_trainable(
+            []
+        )  # TRL casts whatever is trainable on a 4-bit model to bfloat16; each stage sets its own
+        first = next(iter(self._train_sets.values()))
+        with _passing_as_unquantized(model):
+            super().__init__(
+                model,
+                args,
+                train_dataset=self._tagged(self._train_sets) if _skips_preparation(args) else first,
+                eval_dataset=self._eval_sets or None,
+                **kwargs,
+            )
+        self.data_collator = OneTaskCollator(self.data_collator)
+        progress = _StagePrinter if args.disable_tqdm else _StageProgress
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(progress(self))
+
+    # ---- Data ----
+
+    def _open_sets(self, model: PreTrainedModel, sets: dict[str, Dataset]) -> dict[str, Dataset]:
+        """The data of the tasks that are still to learn, in the model's order."""
+        open_tasks = [task["name"] for task in model.config.tasks if not task["sealed"]]
+        missing = [task for task in open_tasks if task not in sets]
+        if missing:
+            raise ValueError(
+                f"`train_dataset` has no data for the task {missing[0]!r}; every task that is not sealed needs some."
+            )
+        if sealed := [task for task in sets if task not in open_tasks]:
+            logger.warning(f"The data of {', '.join(sealed)} is not used: sealed tasks do not train again.")
+        if not open_tasks:
+            raise ValueError("All tasks of this model are sealed; add one with model.add_task(name, parents=[...]).")
+        return {task: sets[task] for task in open_tasks}
+
+    def _tagged(self, sets: dict[str, Dataset]) -> Dataset:
+        """Prepared datasets as one, each row with its task's id."""
+        self._prepared = {task: tag_rows(dataset, self._task_names.index(task)) for task, dataset in sets.items()}
+        return concatenate_datasets(list(self._prepared.values()))
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset,
+        processing_class: Any,
+        args: Any,
+        packing: bool,
+        formatting_func: Callable[[dict], str] | None,
+        dataset_name: str,
+    ) -> Dataset:
+        """Prepares each task on its own, so that formats may differ and packing never mixes tasks."""
+
+        def prepare(task: str, rows: Dataset, split: str) -> Dataset:
+            if args.completion_only_loss is None:
+                self.completion_only_loss = {"prompt", "completion"} <= set(rows.column_names)
+            ready = super(HFTTrainer, self)._prepare_dataset(
+                rows, processing_class, args, packing, formatting_func, f"{task} ({split})"
+            )
+            _check_labels(task, rows, ready, args.max_length, packing)
+            return ready
+
+        if dataset_name == "train":
+            return self._tagged({task: prepare(task, rows, "train") for task, rows in self._train_sets.items()})
+        if "task" in dataset.column_names and "input_ids" in dataset.column_names:
+            return dataset  # prepared before
+        return tag_rows(prepare(dataset_name, dataset, "eval"), self._task_names.index(dataset_name))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "task" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "task"]
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> BlockSampler:
+        block = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        rows = {task: len(self._prepared[task]) for task in self.stage.tasks}
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return BlockSampler(rows, block, seed)
+
+    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
+        """As SFTTrainer's; `eval_dataset` takes the forms that the trainer takes."""
+        if isinstance(eval_dataset, Dataset) and "input_ids" not in eval_dataset.column_names:
+            eval_dataset = split_by_task(eval_dataset, self._task_names, "eval_dataset")
+        return super().evaluate(eval_dataset=eval_dataset, **kwargs)
+
+    # ---- One stage after the other ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trains every open stage, bottom-up, and seals it.
+
+        Args:
+            resume_from_checkpoint: True goes on from what `args.output_dir` holds, at whatever point the run was cut off
+                (from the start if nothing was saved); a string names another run's folder or one checkpoint in it.
+
+        Returns:
+            Steps and mean loss over all stages; `metrics` with the seconds.
+        """
+        checkpoint = self._restore(resume_from_checkpoint) if resume_from_checkpoint else None
+        sealed = [task["name"] for task in self.model.config.tasks if task["sealed"]]
+        outputs = []
+        for stage in open_stages(self.model.hierarchy, sealed):
+            outputs.append(self._train_stage(stage, checkpoint, **kwargs))
+            checkpoint = None
+        steps = sum(output.global_step for output in outputs)
+        loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
+        seconds = sum(output.metrics["train_runtime"] for output in outputs)
+        return TrainOutput(steps, loss, {"train_runtime": seconds, "train_loss": loss, "stages": len(outputs)})
+
+    def _train_stage(self, stage: Stage, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
+        self.stage = stage
+        self._checked = set()
+        self.model.set_trainable(stage.tasks)
+        self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])
+        all_eval_sets = self.eval_dataset
+        if isinstance(all_eval_sets, dict):
+            self.eval_dataset = {task: rows for task, rows in all_eval_sets.items() if task in stage.tasks}
+        self.optimizer, self.lr_scheduler = None, None
+        self.model_wrapped = self.model
+        forward = self.model.forward  # accelerate wraps it for mixed precision at each start
+        pushes = self.args.push_to_hub
+        self.args.output_dir, self.args.push_to_hub = str(self._root / stage.folder), False
+        try:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        finally:
+            self.args.output_dir, self.args.push_to_hub = str(self._root), pushes
+            self.eval_dataset = all_eval_sets
+            self.model.forward = forward
+            vars(self.model).pop("_original_forward", None)
+        self.model.set_trainable([])
+        self.model.seal(stage.tasks)
+        self.save_model()
+        return output
+
+    def _restore(self, source: str | bool) -> str | None:
+        """Takes over the sealed stages of a run; returns the checkpoint in the open stage to go on from, if there is one."""
+        folder = Path(self.args.output_dir if source is True else source)
+        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
+            if not _is_whole(folder):
+                raise ValueError(
+                    f"'{folder}' is no whole checkpoint (no {TRAINER_STATE_NAME}); give the run's folder instead."
+                )
+            self.model.restore(folder)
+            return str(folder)
+        if (folder / "config.json").exists():
+            self.model.restore(folder)
+        sealed = [task["name"] for task in self.model.config.tasks if task["sealed"]]
+        stages = open_stages(self.model.hierarchy, sealed)
+        found = last_checkpoint(folder / stages[0].folder) if stages else None
+        logger.info(f"Resuming {folder}: sealed: {', '.join(sealed) or 'nothing'}; checkpoint: {found or 'none'}.")
+        return found
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it owns."""
+        task = self._task_names[int(inputs["task"][0])]
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if task not in self._checked:
+            self._checked.add(task)
+            own = self.model.task_parameters(task)
+            without = [name for name, parameter in own.items() if parameter.requires_grad and parameter.grad is None]
+            if without:
+                raise RuntimeError(
+                    f"{self.stage}: no gradient reached {len(without)} of the {len(own)} parameters of task {task!r}, "
+                    f"first {without[0]!r}. This backbone does not use that linear in its forward pass, or detaches it; "
+                    "leave it out with `target_modules`."
+                )
+        return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As SFTTrainer's, on the batch's path; also logs `<task>_loss`, the mean over the task's tokens."""
+        inputs = dict(inputs)
+        task = self._task_names[int(inputs.pop("task")[0])]
+        # TRL's fused loss calls `base_model` directly, past any `forward` of ours, so the path is set around it.
+        with self.accelerator.unwrap_model(model).activate(task):
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss = (result[0] if return_outputs else result).detach()
+        if num_items_in_batch is not None:
+            num_labels = (inputs["labels"][..., 1:] != -100).sum()
+            loss = loss * num_items_in_batch / num_labels.clamp(min=1)
+        if self.model.training:  # in evaluation the Trainer itself logs a loss a task
+            self._metrics["train"][f"{task}_loss"].append(loss.item())
+        return result
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As the Trainer's, with the gates in a group of their own: another learning rate, no decay."""
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        gates = [gate for gate in self.model.hft_gates.parameters() if gate.requires_grad]
+        if fresh and gates:
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if all(p is not gate for gate in gates)]
+            optimizer.add_param_group({"params": gates, "lr": self.args.gate_learning_rate, "weight_decay": 0.0})
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As SFTTrainer's, with the stage."""
+        if self.stage is not None:
+            logs["stage"] = self.stage.level
+        super().log(logs, start_time)
+        self.log_history.append(dict(self.state.log_history[-1]))
+
+    # ---- Saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = self.args.output_dir if output_dir is None else output_dir
+        if not self.args.should_save:
+            return
+        self.model.save_pretrained(folder)
+        self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        stage = self.stage
+        self.model.restore(resume_from_checkpoint)
+        self.model.set_trainable(stage.tasks)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md into the run's folder; TRL's own card knows nothing of tasks."""
+        if self.is_world_process_zero():
+            write_model_card(self.model, self._root)
+
+    def push_to_hub(self, commit_message: str = "End of training", token: str | None = None, **kwargs: Any) -> str:
+        """Uploads the model, its tokenizer and its card in one commit; no checkpoints.
+
+        Args:
+            commit_message: of the commit.
+            token: to use instead of `args.hub_token`.
+            kwargs: `revision`.
+
+        Returns:
+            The commit's address.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        if not self.is_world_process_zero():
+            return ""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(folder)
+            write_model_card(self.model, Path(folder))
+            commit = HfApi(token=token or self.args.hub_token).upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=folder,
+                commit_message=commit_message,
+                revision=kwargs.get("revision"),
+            )
+        return str(commit)
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint of a stage; one that a kill cut off while it was written does not count."""
+    if not folder.is_dir():
+        return None
+    found = [
+        path for path in folder.iterdir() if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and _is_whole(path)
+    ]
+    return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """The Trainer writes its state last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _skips_preparation(args: HFTTrainingConfig) -> bool:
+    return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+
+
+def _check_labels(task: str, rows: Dataset, ready: Dataset, max_length: int | None, packing: bool) -> None:
+    if not any(any(label != -100 for label in labels) for labels in ready["labels"]):
+        raise ValueError(
+            f"Nothing is left to learn in the {len(rows)} rows of task {task!r}: all labels are masked. With `max_length`="
+            f"{max_length}, truncation may have cut off the answers: raise it, or set truncation_mode='keep_end'."
+        )
+    if not packing and len(ready) < len(rows):
+        logger.warning(
+            f"{len(rows) - len(ready)} of the {len(rows)} rows of task {task!r} were dropped: with `max_length`="
+            f"{max_length}, truncation cut off their whole answer. Raise it, or set truncation_mode='keep_end'."
+        )
+
+
+@contextlib.contextmanager
+def _passing_as_unquantized(model: PreTrainedModel) -> Iterator[None]:
+    """The Trainer refuses quantised models without PEFT adapters; ours train beside the quantised weights, too."""
+    quantized = getattr(model, "is_quantized", False)
+    model.is_quantized = False
+    try:
+        yield
+    finally:
+        model.is_quantized = quantized
+
+
+class _StageProgress(ProgressCallback):
+    """A progress bar that names the stage."""
+
+    def __init__(self, trainer: HFTTrainer):
+        super().__init__()
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(str(self.trainer.stage))
+
+
+class _StagePrinter(PrinterCallback):
+    """Without a bar: a line that names the stage."""
+
+    def __init__(self, trainer: HFTTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            print(f"{self.trainer.stage} ({state.max_steps} steps)")

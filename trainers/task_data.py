@@ -1,0 +1,84 @@
+"""Datasets by task: taken apart, checked, and collated so that a micro-batch holds one task."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset, Features, IterableDataset, List, Value
+
+from hft.hierarchy_hft import nearest
+
+
+TaskDatasets = Mapping[str, Dataset]
+
+
+def split_by_task(data: TaskDatasets | Dataset, known: Iterable[str], what: str) -> dict[str, Dataset]:
+    """One dataset a task.
+
+    Args:
+        data: a dict of them, or one Dataset with a column `task` of names.
+        known: the names of the model's tasks.
+        what: how to call the data in errors, `"train_dataset"`.
+
+    Raises:
+        ValueError: data for an unknown task, an empty dataset, or none at all.
+        TypeError: neither form, or a streaming dataset.
+    """
+    known = list(known)
+    if isinstance(data, Dataset):
+        if "task" not in data.column_names:
+            raise ValueError(
+                f"`{what}` is one Dataset without a column 'task' (it has {', '.join(data.column_names)}); "
+                "add one with each row's task, or give a dict: {name: Dataset}."
+            )
+        rows_of: dict[str, list[int]] = {}
+        for row, task in enumerate(data["task"]):
+            rows_of.setdefault(task, []).append(row)
+        data = {task: data.select(rows).remove_columns("task") for task, rows in rows_of.items()}
+        if not data:
+            raise ValueError(f"`{what}` is empty; each task needs at least one row.")
+    if not isinstance(data, Mapping):
+        raise TypeError(
+            f"`{what}` is a {type(data).__name__}; give {{name: Dataset}}, or a Dataset with a column 'task'."
+        )
+    for task, dataset in data.items():
+        if task not in known:
+            raise ValueError(f"`{what}` has data for the unknown task {task!r}. {nearest(task, known)}")
+        if isinstance(dataset, IterableDataset) or not isinstance(dataset, Dataset):
+            raise TypeError(
+                f"`{what}[{task!r}]` is a {type(dataset).__name__}; HFT needs a datasets.Dataset, whose length is known. "
+                "For a stream: Dataset.from_list(list(stream.take(n)))."
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"`{what}[{task!r}]` is empty; each task needs at least one row.")
+    return dict(data)
+
+
+def tag_rows(dataset: Dataset, task_id: int) -> Dataset:
+    """Tokenised rows with their task's id in a column `task`, in one layout for all tasks, so that they concatenate."""
+    columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
+    if "labels" not in columns:
+        dataset = dataset.map(lambda row: {"labels": row["input_ids"]})
+        columns.append("labels")
+    dataset = dataset.select_columns(columns).add_column("task", [task_id] * len(dataset))
+    layout = {name: List(Value("int64")) for name in columns}
+    return dataset.cast(Features({**layout, "task": Value("int64")}))
+
+
+@dataclass
+class OneTaskCollator:
+    """Collates as `collator` does and adds `task` [B], the id of the one task that all rows have.
+
+    Args:
+        collator: TRL's. If it flattens rows into one (padding-free), B is 1.
+    """
+
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        tasks = {example["task"] for example in examples}
+        assert len(tasks) == 1, f"a micro-batch holds one task, not {sorted(tasks)}"
+        batch = self.collator([{name: value for name, value in row.items() if name != "task"} for row in examples])
+        batch["task"] = torch.full((batch["input_ids"].shape[0],), tasks.pop())
+        return batch
