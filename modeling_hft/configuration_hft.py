@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
-from .hierarchy_hft import Hierarchy
+from .hierarchy_hft import Hierarchy, nearest
 
 
 # The layout of config.json and of the weight files. Raised when an older reader would misread a newer model.
@@ -110,5 +110,7 @@ class HFTConfig(PreTrainedConfig):
 
     def task(self, name: str) -> dict[str, Any]:
         """The entry of one task; ValueError, naming the nearest, if there is none."""
-        self.hierarchy().check(name)
-        return next(task for task in self.tasks if task["name"] == name)
+        for task in self.tasks:
+            if task["name"] == name:
+                return task
+        raise ValueError(f"Unknown task {name!r}. {nearest(name, self.task_names())}")

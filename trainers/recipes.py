@@ -1,0 +1,218 @@
+"""A YAML recipe -> a model, its data and the trainer's arguments. A key that nobody knows is refused."""
+
+import dataclasses
+import functools
+import inspect
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from datasets import Dataset, load_dataset
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from hft.hierarchy_hft import Hierarchy, nearest
+
+from .hft_config import HFTTrainingConfig
+
+
+# What a recipe says besides the keys of HFTConfig, BitsAndBytesConfig and HFTTrainingConfig (SFTConfig).
+MODEL_KEYS = ("rank", "target_modules", "gating_config", "memory_config", "attn_implementation", "dtype", "device_map")
+
+
+@dataclasses.dataclass
+class Recipe:
+    """A run: which backbone learns which tasks from which data, and how.
+
+    Args:
+        backbone: Hub id or folder.
+        hierarchy: task -> parents.
+        datasets: task -> where it comes from and how a row is read, see `load_task`; not needed with `data`.
+        data: a folder with `<task>/<split>.jsonl.gz` of rows {instruction, options, input, output}; takes the place of
+            `datasets`.
+        train_samples: rows of each task to train on, a random choice that is always the same; None for all.
+        eval_samples: the same for evaluation.
+        max_input_tokens: a longer passage is cut at its end, so that neither question nor options are lost.
+        max_new_tokens: where a generated answer is cut off.
+        model: keys of HFTConfig, and how to load.
+        quantization: keys of BitsAndBytesConfig.
+        training: keys of HFTTrainingConfig.
+    """
+
+    backbone: str
+    hierarchy: dict[str, list[str]]
+    datasets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    data: str | None = None
+    train_samples: int | None = None
+    eval_samples: int | None = None
+    max_input_tokens: int | None = None
+    max_new_tokens: int = 16
+    model: dict[str, Any] = dataclasses.field(default_factory=dict)
+    quantization: dict[str, Any] = dataclasses.field(default_factory=dict)
+    training: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def quantization_config(self) -> BitsAndBytesConfig | None:
+        """How to quantise the backbone; None: not at all."""
+        return BitsAndBytesConfig(**self.quantization) if self.quantization else None
+
+
+_SECTIONS = ("model", "quantization", "training")
+RECIPE_KEYS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in _SECTIONS)
+
+
+@functools.cache
+def _keys() -> dict[str, dict[str, Any]]:
+    """Section -> its keys -> their defaults."""
+    parameters = inspect.signature(BitsAndBytesConfig.__init__).parameters.values()
+    quantization = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
+    training = {field.name: field.default for field in dataclasses.fields(HFTTrainingConfig) if field.init}
+    return {
+        "recipe": dict.fromkeys(RECIPE_KEYS),
+        "model": dict.fromkeys(MODEL_KEYS),
+        "quantization": quantization,
+        "training": training,
+    }
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML itself lets a second key silently replace the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise ValueError(f"The key {key!r} is a duplicate (line {key_node.start_mark.line + 1}); keep one.")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """Reads a YAML file, whose keys are all on one level.
+
+    Args:
+        path: a file, or the name of a recipe that ships with the package (`cl14-small`).
+        overrides: values that take the place of the file's, from the command line.
+
+    Raises:
+        ValueError: an unknown or doubled key, a missing one, a hierarchy that is none, or data for an unknown task.
+        OSError: no such file.
+    """
+    text = _find(path).read_text(encoding="utf-8")
+    try:
+        values = yaml.load(text, _UniqueKeys)  # a subclass of SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"'{path}' is no YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"'{path}' must hold `key: value` lines, not a {type(values).__name__}.")
+    values.update(overrides or {})
+    sections: dict[str, dict[str, Any]] = {name: {} for name in _keys()}
+    for key, value in values.items():
+        section = next((name for name, keys in _keys().items() if key in keys), None)
+        if section is None:
+            raise ValueError(
+                f"Unknown key {key!r}. {nearest(key, [key for keys in _keys().values() for key in keys])}"
+            )
+        sections[section][key] = _as_number(key, value, _keys()[section][key])
+    for needed in ("backbone", "hierarchy"):
+        if needed not in sections["recipe"]:
+            raise ValueError(f"'{path}' lacks the key {needed!r}.")
+    recipe = Recipe(
+        **sections["recipe"],
+        model=sections["model"],
+        quantization=sections["quantization"],
+        training=sections["training"],
+    )
+    recipe.hierarchy = {str(task): list(parents or []) for task, parents in recipe.hierarchy.items()}
+    tree = Hierarchy(recipe.hierarchy)
+    for task in recipe.datasets:
+        if task not in tree:
+            raise ValueError(f"`datasets` describes the unknown task {task!r}. {nearest(task, tree.names)}")
+    return recipe
+
+
+def _find(path: str | os.PathLike) -> Path:
+    if Path(path).exists():
+        return Path(path)
+    shipped = Path(str(resources.files("hft.hub_configs"))) / "recipes"
+    names = {file.stem: file for file in sorted(shipped.glob("*.yaml"))}
+    if str(path) in names:
+        return names[str(path)]
+    raise FileNotFoundError(f"There is no recipe '{path}'. {nearest(str(path), names)}")
+
+
+def _as_number(key: str, value: Any, default: Any) -> Any:
+    """YAML 1.1 reads 1e-3 (without a dot) as a string."""
+    if isinstance(default, float) and isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"`{key}` is {value!r}; it must be a number.") from None
+    return value
+
+
+def load_task(recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """One split of a task as prompt-completion rows in chat form.
+
+    A description in `datasets` reads any dataset of the Hub: `path`, `name` and `splits` ({split: its name there}) say
+    where it is; `instruction` and `options` (in the order of the labels) are the task's words; `input` is a template over
+    the row's columns; `label` names the column with the label's index.
+
+    Args:
+        recipe: where the data is and how much of it.
+        task: one of the hierarchy's.
+        split: `"train"`, `"validation"` or `"test"`.
+        tokenizer: to cut passages at `max_input_tokens`.
+
+    Raises:
+        ValueError: no data is described for the task.
+        OSError: the data is not where it should be.
+    """
+    samples = recipe.train_samples if split == "train" else recipe.eval_samples
+    if recipe.data is not None:
+        file = Path(recipe.data) / task / f"{split}.jsonl.gz"
+        if not file.exists():
+            raise FileNotFoundError(f"There is no '{file}' for task {task!r}; is `data` the right folder?")
+        rows = load_dataset("json", data_files=str(file), split="train")
+    else:
+        if task not in recipe.datasets:
+            raise ValueError(f"Task {task!r} has no data: describe it under `datasets`, or give `data`, a folder.")
+        rows = _from_description(recipe.datasets[task], task, split)
+    if samples is not None:
+        rows = rows.shuffle(seed=0).select(range(min(samples, len(rows))))
+    convert = functools.partial(to_chat, tokenizer=tokenizer, max_input_tokens=recipe.max_input_tokens)
+    return rows.map(convert, remove_columns=rows.column_names, desc=f"Reading {task} ({split})")
+
+
+def _from_description(spec: Mapping[str, Any], task: str, split: str) -> Dataset:
+    for key in ("path", "instruction", "input", "label", "options"):
+        if key not in spec:
+            raise ValueError(f"`datasets[{task!r}]` lacks the key {key!r}.")
+    splits = spec.get("splits", {})
+    rows = load_dataset(spec["path"], spec.get("name"), split=splits.get(split, split))
+
+    def read(row: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "instruction": spec["instruction"],
+            "options": spec["options"],
+            "input": spec["input"].format(**row),
+            "output": spec["options"][row[spec["label"]]],
+        }
+
+    return rows.map(read, remove_columns=rows.column_names)
+
+
+def to_chat(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_input_tokens: int | None) -> dict[str, Any]:
+    """{instruction, options, input, output} -> a user's message and an assistant's."""
+    passage = row["input"].strip()
+    if max_input_tokens is not None:
+        tokens = tokenizer(passage, add_special_tokens=False)["input_ids"]
+        if len(tokens) > max_input_tokens:
+            passage = tokenizer.decode(tokens[:max_input_tokens]).strip()
+    options = f"\nOptions: {', '.join(row['options'])}" if row["options"] else ""
+    return {
+        "prompt": [{"role": "user", "content": f"{row['instruction']}{options}\n{passage}"}],
+        "completion": [{"role": "assistant", "content": row["output"]}],
+    }
