@@ -131,7 +131,11 @@ def test_9_a_row_does_not_depend_on_its_neighbours(backbones, family):
             expected = model(prompt, task=rows[i] or "backbone").logits[0]
             torch.testing.assert_close(together[i, 9 - prompt.shape[1] :], expected, rtol=1e-4, atol=1e-4)
 
-        for options in ({"do_sample": False}, {"num_beams": 3, "do_sample": False}, {"do_sample": False, "use_cache": False}):
+        for options in (
+            {"do_sample": False},
+            {"num_beams": 3, "do_sample": False},
+            {"do_sample": False, "use_cache": False},
+        ):
             options = {**options, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0}
             answers = model.generate(batch, attention_mask=mask, task=rows, **options)
             for i, prompt in enumerate(alone):
@@ -264,7 +268,9 @@ def test_target_modules_choose_the_linears(backbones):
 def test_a_model_built_from_a_config_is_initialised():
     """`torch.empty` is NaN in these tests."""
     config = hft.HFTConfig(
-        text_config=LlamaConfig(vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2),
+        text_config=LlamaConfig(
+            vocab_size=11, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+        ),
         tasks=[{"name": "a", "parents": [], "rank": 2, "sealed": False}],
     )
     model = hft.HFTForCausalLM(config)
@@ -310,7 +316,9 @@ def test_wrong_new_tasks(model):
 
 
 def test_a_task_may_have_any_name_that_a_file_may_have(backbones):
-    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"forward": [], "training": ["forward"], "of-rows_1": []})
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"forward": [], "training": ["forward"], "of-rows_1": []}
+    )
     assert model(prompts(1, 3), task="training").logits.isfinite().all()
 
 
@@ -319,15 +327,19 @@ def test_backbones_without_linears_are_refused(tmp_path):
 
     config = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"GPT2Model has no nn.Linear in its layers \(only Conv1D, .*Choose a backbone such as"):
+    with pytest.raises(
+        ValueError, match=r"GPT2Model has no nn.Linear in its layers \(only Conv1D, .*Choose a backbone such as"
+    ):
         hft.HFTForCausalLM.from_backbone(tmp_path, {"a": []})
 
 
 def test_unknown_target_modules_are_refused(backbones):
-    with pytest.raises(ValueError, match=re.escape("names 'q_prj', which this backbone lacks. Did you mean 'q_proj'?")):
+    with pytest.raises(
+        ValueError, match=re.escape("names 'q_prj', which this backbone lacks. Did you mean 'q_proj'?")
+    ):
         hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, target_modules=["q_prj"])
 
 
 def test_flash_attention_that_is_absent_is_an_error(backbones):
-    with pytest.raises(ImportError, match="(?i)flash"):
+    with pytest.raises(ImportError, match=r"(?i)flash"):
         hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, attn_implementation="flash_attention_2")

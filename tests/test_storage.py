@@ -1,0 +1,328 @@
+"""Saving and loading: invariant 7, and what is on disk stays whole."""
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import hft
+from hft.files_hft import replacing
+
+from .test_model import prompts
+from .tiny import bits, fill, snapshot
+
+
+@pytest.fixture
+def saved(model, tmp_path, tokenizer):
+    """A slim folder; some tasks sealed, some not."""
+    model.seal(["a", "b", "c", "e"])
+    folder = tmp_path / "slim"
+    model.generation_config.max_new_tokens = 7
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_slim_files_are_a_contract(saved, model):
+    files = sorted(str(path.relative_to(saved)) for path in saved.rglob("*.safetensors"))
+    assert files == ["model.safetensors", *(f"tasks/{task}.safetensors" for task in "abcdef")]
+    assert load_file(saved / "model.safetensors").keys() == {f"gates.{task}" for task in "abcdef"}
+    node = load_file(saved / "tasks/f.safetensors")
+    assert len(node) == 2 * 7 * 2  # two layers, seven linears, two factors
+    assert list(node["layers.1.mlp.down_proj.A"].shape) == [5, 40]
+    assert list(node["layers.1.mlp.down_proj.B"].shape) == [32, 5]
+    config = json.loads((saved / "config.json").read_text())
+    assert config["tasks"][4] == {"name": "d", "parents": ["b", "c"], "rank": 3, "sealed": False}
+    assert config["slim"] is True and config["format_version"] == 1 and "quantization_config" not in config
+    assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+
+
+@pytest.mark.parametrize("slim", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_loaded_computes_the_same_bits(backbones, tmp_path, slim, dtype):
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": [], "b": ["a"], "c": ["a"]}, rank=3, dtype=dtype
+    )
+    fill(model)
+    model.seal(["a", "b"])
+    model.save_pretrained(tmp_path, slim=slim)
+    x = prompts(2, 6)
+    for auto in (AutoModelForCausalLM, AutoModel):
+        loaded = auto.from_pretrained(tmp_path)
+        assert loaded.dtype == dtype
+        assert not loaded.training
+        with torch.no_grad():
+            for task in (None, "a", "b", "c", ["c", None]):
+                ours = model(x, task=task, output_hidden_states=True)
+                theirs = loaded(x, task=task)
+                if auto is AutoModel:
+                    assert bits(theirs.last_hidden_state) == bits(ours.hidden_states[-1])
+                else:
+                    assert bits(theirs.logits) == bits(ours.logits)
+        dtypes = {name: p.dtype for name, p in loaded.named_parameters()}
+        assert dtypes["hft_gates.g_a"] == torch.float32
+        assert dtypes["hft_nodes.layers_0_mlp_up_proj.A_a"] == dtype  # sealed: what it computes in
+        assert dtypes["hft_nodes.layers_0_mlp_up_proj.A_c"] == torch.float32  # open: what it learns in
+        trainable = {name for name, p in loaded.named_parameters() if p.requires_grad}
+        assert trainable == set(loaded.task_parameters("c"))
+
+
+def test_generation_config_and_chat_template_come_along(saved, tokenizer):
+    loaded = AutoModelForCausalLM.from_pretrained(saved)
+    assert loaded.generation_config.max_new_tokens == 7
+    assert AutoTokenizer.from_pretrained(saved).chat_template == tokenizer.chat_template
+
+
+def test_a_saved_model_saves_again(saved, tmp_path):
+    first = AutoModelForCausalLM.from_pretrained(saved)
+    first.save_pretrained(tmp_path / "again")
+    for path in saved.rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(saved)).read_bytes()
+    first.save_pretrained(tmp_path / "full", slim=False)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "full").save_pretrained(tmp_path / "slim again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "slim again")
+    x = prompts(1, 5)
+    assert bits(again(x, task="d").logits) == bits(first(x, task="d").logits)
+
+
+REMOTE = """
+    import sys
+    sys.modules["hft"] = None  # this process cannot import the package
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+    folder, out = sys.argv[1:]
+    x = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    decoder = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    model.add_task("later", ["d"])
+    model.save_pretrained(out)  # remote code saves itself again
+    with torch.no_grad():
+        save_file({
+            "backbone": model(x).logits,
+            "d": model(x, task="d").logits,
+            "mixed": model(x, task=["a", None]).logits,
+            "answer": model.generate(x, task="d", max_new_tokens=5, do_sample=False),
+            "hidden": decoder(x, task="d").last_hidden_state,
+        }, out + "/logits.safetensors")
+"""
+
+
+@pytest.mark.parametrize("slim", [True, False])
+def test_7_loads_as_remote_code_where_the_package_cannot_be_imported(model, tmp_path, tokenizer, slim):
+    model.seal("abc")
+    folder, out = tmp_path / "model", tmp_path / "out"
+    model.save_pretrained(folder, slim=slim)
+    tokenizer.save_pretrained(folder)
+    run_clean(REMOTE, tmp_path, str(folder), str(out))
+    x = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    remote = load_file(out / "logits.safetensors")
+    with torch.no_grad():
+        assert bits(remote["backbone"]) == bits(model(x).logits)
+        assert bits(remote["d"]) == bits(model(x, task="d").logits)
+        assert bits(remote["mixed"]) == bits(model(x, task=["a", None]).logits)
+        assert bits(remote["hidden"]) == bits(model(x, task="d", output_hidden_states=True).hidden_states[-1])
+        assert remote["answer"].tolist() == model.generate(x, task="d", max_new_tokens=5, do_sample=False).tolist()
+    assert hft.HFTForCausalLM.from_pretrained(out).hierarchy.path("later") == ("a", "b", "c", "d", "later")
+
+
+def run_clean(code: str, tmp_path, *arguments: str) -> str:
+    """Runs code in a fresh process, in an empty folder, with a module cache of its own."""
+    empty = tmp_path / "empty"
+    empty.mkdir(exist_ok=True)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *arguments],
+        cwd=empty, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_slim_model_takes_its_backbone_from_elsewhere(saved, model, backbones, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(backbones["llama"], moved)
+    edit(saved / "config.json", backbone="/nowhere/at/all")
+    with pytest.raises(OSError, match=re.escape("The backbone '/nowhere/at/all' of the slim model")) as error:
+        AutoModelForCausalLM.from_pretrained(saved)
+    assert "say where: from_pretrained(..., backbone=...)" in str(error.value)
+    loaded = AutoModelForCausalLM.from_pretrained(saved, backbone=str(moved))
+    x = prompts(1, 5)
+    assert bits(loaded(x, task="d").logits) == bits(model(x, task="d").logits)
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_missing_file_is_named(saved):
+    (saved / "tasks/b.safetensors").unlink()
+    with pytest.raises(
+        OSError, match=re.escape("lists tasks/b.safetensors in its config.json, but the file is missing.")
+    ):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("file", ["tasks/b.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("keep", [0, 5, 0.7])
+def test_a_truncated_file_is_named(saved, file, keep):
+    whole = (saved / file).read_bytes()
+    (saved / file).write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
+    with pytest.raises(OSError, match=re.escape(f"{file}' is no whole safetensors file")):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_a_truncated_full_model_is_named(model, tmp_path):
+    model.save_pretrained(tmp_path, slim=False)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match="is no whole safetensors file"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_full_model_that_lacks_a_task_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path, slim=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    edit(tmp_path / "config.json", tasks=[*config["tasks"], {"name": "x", "parents": [], "rank": 3, "sealed": True}])
+    with pytest.raises(ValueError, match=re.escape("its weights lack 'hft_gates.g_x'")):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_files_of_another_model_are_refused(saved, backbones, tmp_path):
+    other = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"b": []}, rank=2, target_modules=["q_proj"])
+    other.save_pretrained(tmp_path / "other")
+    (saved / "tasks/b.safetensors").write_bytes((tmp_path / "other/tasks/b.safetensors").read_bytes())
+    with pytest.raises(
+        ValueError, match=re.escape("does not fit its config.json: it lacks 'layers.0.mlp.down_proj.A'")
+    ):
+        AutoModelForCausalLM.from_pretrained(saved)
+    (saved / "tasks/b.safetensors").write_bytes((saved / "tasks/f.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=re.escape("with shape [5, 32], and this backbone needs [3, 32]")):
+        AutoModelForCausalLM.from_pretrained(saved)
+    (saved / "tasks/b.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=r"does not fit its config\.json"):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_a_config_from_a_newer_version_is_refused(saved):
+    edit(saved / "config.json", format_version=99)
+    with pytest.raises(
+        ValueError, match=re.escape("saved in HFT format 99, and this version reads formats up to 1. Upgrade")
+    ):
+        AutoModelForCausalLM.from_pretrained(saved)
+
+
+def test_a_plain_model_is_no_hft_model(backbones):
+    with pytest.raises(
+        ValueError, match=r"is no HFT model but a plain 'llama'; build on it with HFTForCausalLM.from_backbone"
+    ):
+        hft.HFTForCausalLM.from_pretrained(backbones["llama"])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rank": 0}, "`rank` is 0"),
+        ({"tasks": [{"name": "a", "parents": []}] * 2}, "The task 'a' is a duplicate"),
+        ({"tasks": [{"name": "a", "parents": ["b"]}]}, "unknown parent 'b'"),
+    ],
+)
+def test_wrong_configs(values, message):
+    with pytest.raises(ValueError, match=message):
+        hft.HFTConfig(**values)
+
+
+def test_a_write_that_fails_leaves_what_was_there(saved, model, monkeypatch):
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    fill(model, seed=9)
+    written = []
+
+    def disk_full(tensors, path):
+        if len(written) == 3:
+            raise OSError(28, "No space left on device")
+        written.append(path)
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"new")
+
+    monkeypatch.setattr("hft.storage_hft.write_tensors", disk_full)
+    with pytest.raises(OSError, match="No space left on device"):
+        model.save_pretrained(saved)
+    assert len(written) == 3
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
+
+
+def test_the_config_is_replaced_last(tmp_path, monkeypatch):
+    """So a reader never finds a config that lists a file which is not there yet."""
+    order = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(os.path.basename(b)), replace(a, b)))
+    with replacing(tmp_path) as folder:
+        for name in ("config.json", "a.safetensors", "z.json"):
+            (folder / name).write_text("x")
+    assert order == ["a.safetensors", "z.json", "config.json"]
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "config.json", "z.json"]
+
+
+def test_an_unwritable_folder_is_named(model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(
+        OSError, match=r"Cannot write to the folder '.*file/model' \(Not a directory\); choose another one"
+    ):
+        model.save_pretrained(tmp_path / "file" / "model")
+    if os.geteuid() == 0:
+        pytest.skip("root may write everywhere")
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(OSError, match="Permission denied"):
+        model.save_pretrained(locked)
+
+
+def test_without_a_named_backbone_there_is_no_slim_form(model, tmp_path):
+    model.config.backbone = None
+    with pytest.raises(ValueError, match=re.escape("save it whole: save_pretrained(..., slim=False)")):
+        model.save_pretrained(tmp_path)
+
+
+def test_restore_takes_over_tasks_and_seals(saved, model, backbones):
+    other = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": []}, rank=3
+    )
+    with pytest.raises(ValueError, match="holds other tasks"):
+        other.restore(saved)
+    other.add_task("f", ["e"], rank=5)
+    other.restore(saved)
+    assert snapshot(other) == snapshot(model)
+    assert other.config.tasks == model.config.tasks
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_device_maps(saved, model, device_map):
+    loaded = AutoModelForCausalLM.from_pretrained(saved, device_map=device_map)
+    x = prompts(2, 5)
+    with torch.no_grad():
+        assert bits(loaded(x, task=["d", "a"]).logits) == bits(model(x, task=["d", "a"]).logits)
+
+
+def test_layers_on_disk(saved, model, tmp_path):
+    """A part of the backbone is offloaded; its nodes are not."""
+    device_map = {"backbone.model.embed_tokens": "cpu", "backbone.model.layers.0": "cpu", "backbone.model.layers.1": "disk",
+                  "backbone.model.norm": "cpu", "backbone.model.rotary_emb": "cpu", "backbone.lm_head": "cpu",
+                  "hft_nodes": "cpu", "hft_gates": "cpu"}  # fmt: skip
+    loaded = AutoModelForCausalLM.from_pretrained(saved, device_map=device_map, offload_folder=tmp_path / "offload")
+    assert loaded.backbone.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    x = prompts(2, 5)
+    with torch.no_grad():
+        assert bits(loaded(x, task=["d", "a"]).logits) == bits(model(x, task=["d", "a"]).logits)
