@@ -1,0 +1,437 @@
+"""The trainer: invariants 5 and 8, siblings that do not disturb one another, and data that is wrong."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+
+import hft
+from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers.hft_trainer import last_checkpoint
+
+from .test_model import prompts
+from .tiny import bits, snapshot
+
+
+HIERARCHY = {"a": [], "e": [], "b": ["a"], "d": ["a", "e"], "x": ["b", "d"]}
+
+
+def rows(seed: int, count: int = 7) -> Dataset:
+    """Lengths differ, so that micro-batches are padded."""
+    return Dataset.from_list(
+        [{"prompt": f"t{seed}t plus {i} is" + " so" * (i % 3), "completion": f" {seed + i}"} for i in range(count)]
+    )
+
+
+def data(hierarchy=HIERARCHY) -> dict[str, Dataset]:
+    return {task: rows(10 * i, 5 + i) for i, task in enumerate(hierarchy)}
+
+
+def make(
+    backbones,
+    tokenizer,
+    folder,
+    hierarchy=HIERARCHY,
+    train=None,
+    eval_dataset=None,
+    cls=HFTTrainer,
+    dtype=torch.float32,
+    **options,
+):
+    torch.manual_seed(0)
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], hierarchy, rank=3, dtype=dtype)
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False, "save_steps": 2,
+               "gradient_checkpointing": False, "num_train_epochs": 2, "logging_steps": 1, "learning_rate": 1e-2,
+               "disable_tqdm": True, **options}  # fmt: skip
+    args = HFTTrainingConfig(output_dir=str(folder), **options)
+    return cls(
+        model, args, train_dataset=train or data(hierarchy), eval_dataset=eval_dataset, processing_class=tokenizer
+    )
+
+
+class Recording(HFTTrainer):
+    """Notes every parameter before and after each stage."""
+
+    def _train_stage(self, stage, checkpoint, **kwargs):
+        before = snapshot(self.model)
+        output = super()._train_stage(stage, checkpoint, **kwargs)
+        vars(self).setdefault("seen", []).append((stage, before, snapshot(self.model)))
+        return output
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"packing": True, "max_length": 64}])
+def test_5_in_a_stage_all_that_is_its_own_moves_and_nothing_else(backbones, tokenizer, tmp_path, options):
+    trainer = make(backbones, tokenizer, tmp_path, cls=Recording, num_train_epochs=4, **options)
+    trainer.train()
+    assert [stage.tasks for stage, _, _ in trainer.seen] == [("a", "e"), ("b", "d"), ("x",)]
+    for stage, before, after in trainer.seen:
+        own = {name for task in stage.tasks for name in trainer.model.task_parameters(task)}
+        assert {name for name in before if before[name] != after[name]} == own
+    assert all(task["sealed"] for task in trainer.model.config.tasks)
+    assert not any(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
+def test_siblings_do_not_disturb_one_another(backbones, tokenizer, tmp_path):
+    """A task learns the same, to the bit, with siblings and without: also its gradients' norm is its own."""
+    options = {"lr_scheduler_type": "constant", "max_grad_norm": 0.1}
+    together = make(backbones, tokenizer, tmp_path / "1", {"a": [], "e": [], "g": []}, **options)
+    start = {name: p.detach().clone() for name, p in together.model.named_parameters()}
+    together.train()
+    alone = make(backbones, tokenizer, tmp_path / "2", {"e": []}, train={"e": data()["e"]}, **options)
+    with torch.no_grad():
+        for name, parameter in alone.model.named_parameters():
+            parameter.copy_(start[name])
+    alone.train()
+    for name, parameter in alone.model.task_parameters("e").items():
+        assert bits(parameter) == bits(together.model.task_parameters("e")[name]), name
+
+
+def test_every_optimizer_step_holds_one_task_packed_or_not(backbones, tokenizer, tmp_path):
+    for options in ({}, {"packing": True, "max_length": 40}, {"padding_free": True, "max_length": None}):
+        trainer = make(backbones, tokenizer, tmp_path, **options)
+        trainer.stage = next(iter(hft_stages(trainer)))
+        trainer.train_dataset = concat(trainer, trainer.stage.tasks)
+        batches = list(trainer.get_train_dataloader())
+        tasks = [batch["task"].unique().tolist() for batch in batches]
+        assert all(len(task) == 1 for task in tasks)
+        steps = [tasks[i : i + 2] for i in range(0, len(tasks), 2)]
+        assert all(len(step) == 2 and step[0] == step[1] for step in steps)
+        assert {step[0][0] for step in steps} == {0, 1}
+        # and a row holds what its task's data says: task i's prompts begin with 10 * i
+        for batch, (task,) in zip(batches, tasks, strict=True):
+            text = tokenizer.decode(batch["input_ids"].flatten().tolist(), skip_special_tokens=True)
+            assert set(re.findall(r"t(\d+)t plus", text)) == {
+                str(10 * list(HIERARCHY).index(trainer._task_names[task]))
+            }
+
+
+def hft_stages(trainer):
+    from hft.trainers.curriculum import open_stages
+
+    return open_stages(trainer.model.hierarchy, [])
+
+
+def concat(trainer, tasks):
+    from datasets import concatenate_datasets
+
+    return concatenate_datasets([trainer._prepared[task] for task in tasks])
+
+
+class Kill(TrainerCallback):
+    """As if the process died after a step, or while a checkpoint was being written."""
+
+    def __init__(self, step: int, when: str):
+        self.step, self.when, self.steps = step, when, 0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.steps += 1
+        if self.when == "step" and self.steps == self.step:
+            raise KeyboardInterrupt
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.when == "save" and self.steps >= self.step:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / "trainer_state.json").write_text(
+                '{"epoch": 1'
+            )
+            raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(backbones, tokenizer, tmp_path_factory):
+    torch.manual_seed(0)
+    trainer = make(backbones, tokenizer, tmp_path_factory.mktemp("whole"))
+    trainer.train()
+    return snapshot(trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("step", "when"), [(1, "step"), (3, "step"), (4, "save"), (9, "step"), (13, "save"), (15, "step"), (21, "step")]
+)
+def test_8_interrupted_and_resumed_is_uninterrupted(backbones, tokenizer, tmp_path, uninterrupted, step, when):
+    killed = make(backbones, tokenizer, tmp_path)
+    killed.add_callback(Kill(step, when))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = make(backbones, tokenizer, tmp_path)
+    with torch.no_grad():  # what a resumed run starts from must not matter where a checkpoint exists
+        if step > 2:
+            for task in resumed.model.hierarchy.names:
+                for parameter in resumed.model.task_parameters(task).values():
+                    parameter.add_(1)
+    if last_checkpoint(tmp_path / "stage-1") is None:
+        resumed = make(backbones, tokenizer, tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert snapshot(resumed.model) == uninterrupted
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert snapshot(loaded) == uninterrupted
+
+
+def test_8_resumes_from_a_named_checkpoint(backbones, tokenizer, tmp_path, uninterrupted):
+    killed = make(backbones, tokenizer, tmp_path / "run")
+    killed.add_callback(Kill(15, "step"))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    checkpoint = last_checkpoint(tmp_path / "moved/stage-2")
+    resumed = make(backbones, tokenizer, tmp_path / "other")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert snapshot(resumed.model) == uninterrupted
+    with pytest.raises(ValueError, match=r"is no whole checkpoint \(no trainer_state.json\); give the run's folder"):
+        make(backbones, tokenizer, tmp_path / "third").train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+def test_a_finished_run_resumes_to_itself(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path, {"a": []})
+    trainer.train()
+    again = make(backbones, tokenizer, tmp_path, {"a": []})
+    assert again.train(resume_from_checkpoint=True).global_step == 0
+    assert snapshot(again.model) == snapshot(trainer.model)
+
+
+def test_a_task_added_later_leaves_the_others_alone(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path / "1", {"a": [], "b": ["a"]})
+    trainer.train()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "1")
+    x = prompts(2, 6)
+    before = {task: bits(model(x, task=task).logits) for task in ("a", "b")}
+    model.add_task("c", ["b"])
+    args = HFTTrainingConfig(
+        output_dir=str(tmp_path / "2"), max_steps=2, bf16=False, disable_tqdm=True, learning_rate=0.1
+    )
+    HFTTrainer(model, args, train_dataset={"c": rows(1)}, processing_class=tokenizer).train()
+    assert {task: bits(model(x, task=task).logits) for task in ("a", "b")} == before
+    for task in "ab":
+        path = f"tasks/{task}.safetensors"
+        assert (tmp_path / "1" / path).read_bytes() == (tmp_path / "2" / path).read_bytes()
+    assert (model(x, task="c").logits - model(x, task="b").logits).abs().max() > 1e-3
+
+
+FORMATS = {
+    "text": [{"text": "one two"}, {"text": "three"}],
+    "messages": [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 2,
+    "prompt-completion": [{"prompt": "one", "completion": " two"}] * 2,
+    "conversational": [
+        {"prompt": [{"role": "user", "content": "hi"}], "completion": [{"role": "assistant", "content": "ho"}]}
+    ]
+    * 2,
+    "tokenized": [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}],
+}
+
+
+def test_all_formats_that_trl_takes_also_side_by_side(backbones, tokenizer, tmp_path):
+    train = {name: Dataset.from_list(made) for name, made in FORMATS.items()}
+    trainer = make(backbones, tokenizer, tmp_path, {name: [] for name in FORMATS}, train, max_steps=5)
+    masked = {
+        name: sum(label == -100 for labels in trainer._prepared[name]["labels"] for label in labels)
+        for name in FORMATS
+    }
+    assert {name for name, count in masked.items() if count} == {"prompt-completion", "conversational"}
+    assert trainer.train().global_step == 5
+
+
+def test_one_dataset_with_a_column_is_the_same_as_a_dict(backbones, tokenizer, tmp_path):
+    train = {"a": rows(1, 4), "e": rows(2, 3)}
+    column = Dataset.from_list([{**row, "task": task} for task, made in train.items() for row in made])
+    first = make(backbones, tokenizer, tmp_path / "1", {"a": [], "e": []}, train)
+    second = make(backbones, tokenizer, tmp_path / "2", {"a": [], "e": []}, column)
+    first.train(), second.train()
+    assert snapshot(first.model) == snapshot(second.model)
+
+
+def test_prepared_data_is_taken_as_it_is(backbones, tokenizer, tmp_path):
+    train = {
+        task: Dataset.from_list([{"input_ids": [5, 6, i], "labels": [-100, 6, i]} for i in (7, 8)]) for task in "ae"
+    }
+    trainer = make(
+        backbones, tokenizer, tmp_path, {"a": [], "e": []}, train, dataset_kwargs={"skip_prepare_dataset": True}
+    )
+    assert trainer.train().global_step > 0
+
+
+def test_logs_name_task_and_stage_and_every_stage_starts_afresh(backbones, tokenizer, tmp_path, capsys):
+    evals = {"a": rows(3, 3), "b": rows(4, 3)}
+    trainer = make(
+        backbones, tokenizer, tmp_path, {"a": [], "e": [], "b": ["a"]}, eval_dataset=evals, eval_strategy="epoch"
+    )
+    trainer.train()
+    steps = [log for log in trainer.log_history if "loss" in log]
+    assert [log["stage"] for log in steps] == sorted(log["stage"] for log in steps)
+    for log in steps:  # logged each step, and a step holds one task
+        losses = [key for key in log if key.endswith("_loss")]
+        assert len(losses) == 1 and log[losses[0]] == pytest.approx(log["loss"], rel=1e-3)
+    for level, tasks in ((1, {"a_loss", "e_loss"}), (2, {"b_loss"})):
+        of_stage = [log for log in steps if log["stage"] == level]
+        assert {key for log in of_stage for key in log if key.endswith("_loss")} == tasks
+        rates = [log["learning_rate"] for log in of_stage]
+        assert rates[0] == 1e-2 and rates == sorted(rates, reverse=True) and rates[-1] < 5e-3
+    assert [log["stage"] for log in trainer.log_history if "eval_a_loss" in log] == [1, 1]
+    assert [log["stage"] for log in trainer.log_history if "eval_b_loss" in log] == [2, 2]
+    assert "stage 1/2: a, e (" in capsys.readouterr().out
+
+
+def test_the_progress_bar_names_the_stage(backbones, tokenizer, tmp_path, capsys):
+    make(backbones, tokenizer, tmp_path, {"a": [], "b": ["a"]}, disable_tqdm=False, max_steps=1).train()
+    assert "stage 1/2: a: " in (shown := capsys.readouterr().err) and "stage 2/2: b: " in shown
+
+
+def test_gates_have_a_learning_rate_of_their_own(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path, gate_learning_rate=0.5, weight_decay=0.1)
+    trainer.model.set_trainable(["d"])
+    groups = trainer.create_optimizer().param_groups
+    gates = [group for group in groups if group["lr"] == 0.5]
+    assert len(gates) == 1 and [id(p) for p in gates[0]["params"]] == [id(trainer.model.hft_gates.of("d"))]
+    assert gates[0]["weight_decay"] == 0
+    assert sum(len(group["params"]) for group in groups) == len(trainer.model.task_parameters("d"))
+
+
+def test_a_parameter_that_gets_no_gradient_is_named(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path)
+    deaf = trainer.model.hft_nodes["layers_1_mlp_up_proj"]
+    deaf.on_linear = lambda linear, args, y: None
+    trainer.model._attach()
+    message = r"no gradient reached 2 of the 29 parameters of task '[ae]', first 'hft_nodes\.layers_1_mlp_up_proj\.A_"
+    with pytest.raises(RuntimeError, match="stage 1/3: a, e: " + message):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("train", "options", "error", "message"),
+    [
+        ({"a": rows(1)}, {}, ValueError, "`train_dataset` has no data for the task 'e'"),
+        ({**data(), "yelp": rows(1)}, {}, ValueError, "has data for the unknown task 'yelp'"),
+        ({**data(), "a": rows(1).select([])}, {}, ValueError, "`train_dataset['a']` is empty"),
+        (rows(1), {}, ValueError, "is one Dataset without a column 'task' (it has prompt, completion)"),
+        ({**data(), "a": [1]}, {}, TypeError, "`train_dataset['a']` is a list; HFT needs a datasets.Dataset"),
+        ({**data(), "a": rows(1).to_iterable_dataset()}, {}, TypeError, "is a IterableDataset; HFT needs"),
+        ([1], {}, TypeError, "`train_dataset` is a list; give {name: Dataset}"),
+        (None, {"max_length": 3}, ValueError,
+            "Nothing is left to learn in the 5 rows of task 'a': all labels are masked. With `max_length`=3"),
+        (None, {"train_sampling_strategy": "group_by_length"}, ValueError, "a micro-batch must hold one task"),
+    ],
+)  # fmt: skip
+def test_wrong_data(backbones, tokenizer, tmp_path, train, options, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        make(backbones, tokenizer, tmp_path, train=train, **options)
+
+
+def test_rows_that_lose_their_answer_are_counted(backbones, tokenizer, tmp_path, caplog):
+    from transformers.utils import logging
+
+    logging.enable_propagation()
+    make(backbones, tokenizer, tmp_path, {"a": []}, train={"a": rows(1)}, max_length=16)
+    logging.disable_propagation()
+    assert re.search(r"[1-6] of the 7 rows of task 'a' were dropped: with `max_length`=16", caplog.text)
+
+
+def test_wrong_models(backbones, tokenizer, tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(backbones["llama"])
+    args = HFTTrainingConfig(output_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=re.escape("HFTTrainer got a plain LlamaForCausalLM; build on it with")):
+        HFTTrainer(plain, args, train_dataset=data(), processing_class=tokenizer)
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
+    with pytest.raises(ValueError, match="`train_dataset` is missing"):
+        HFTTrainer(model, args, processing_class=tokenizer)
+    model.seal(["a"])
+    with pytest.raises(ValueError, match="All tasks of this model are sealed; add one"):
+        HFTTrainer(model, args, train_dataset={"a": rows(1)}, processing_class=tokenizer)
+
+
+def test_an_unwritable_folder_is_found_before_training(backbones, tokenizer, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="Cannot write to the folder"):
+        make(backbones, tokenizer, tmp_path / "file")
+
+
+def test_the_run_folder_is_a_model_with_a_card_and_no_path_of_this_machine(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path, {"a": [], "b": ["a"]}, max_steps=1)
+    trainer.train()
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "└─ a\n   └─ b" in card and str(backbones["llama"]) not in card
+    config = (tmp_path / "config.json").read_text()
+    assert json.loads(config)["backbone"] == str(backbones["llama"])  # a slim model must say where its backbone is
+    assert config.count(str(backbones["llama"])) == 1 and str(tmp_path) not in config
+
+
+# ---- NF4 ----
+
+
+def nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_use_double_quant=True,
+    )
+
+
+@pytest.fixture
+def quantized(backbones, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(False)
+    return hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": [], "b": ["a"]}, rank=3, quantization_config=nf4(), dtype=torch.bfloat16
+    )
+
+
+def test_nf4_trains_saves_and_loads(quantized, tokenizer, tmp_path, backbones):
+    import bitsandbytes as bnb
+
+    linears = [m for m in quantized.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    assert len(linears) == 14
+    trainer = Recording(
+        quantized,
+        HFTTrainingConfig(
+            output_dir=str(tmp_path / "run"), max_steps=6, disable_tqdm=True, per_device_train_batch_size=2
+        ),
+        train_dataset={"a": rows(1), "b": rows(2)},
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    for stage, before, after in trainer.seen:
+        own = {name for task in stage.tasks for name in quantized.task_parameters(task)}
+        assert {name for name in before if before[name] != after[name]} == own
+    assert quantized.hft_gates.of("b").dtype == torch.float32
+    x = prompts(2, 6)
+    with torch.no_grad():
+        expected = {task: bits(quantized(x, task=task).logits) for task in ("a", "b", "backbone")}
+        quantized.save_pretrained(tmp_path / "full", slim=False)
+        slim = AutoModelForCausalLM.from_pretrained(tmp_path / "run", quantization_config=nf4())
+        full = AutoModelForCausalLM.from_pretrained(tmp_path / "full")
+        for loaded in (slim, full):
+            assert sum(isinstance(m, bnb.nn.Linear4bit) for m in loaded.modules()) == 14
+            assert {task: bits(loaded(x, task=task).logits) for task in expected} == expected
+
+
+def test_nf4_gradients_are_right_also_after_an_evaluation(quantized):
+    """On CPUs with AVX512-BF16, bitsandbytes repacks weights in place at the first evaluation: gradients were wrong."""
+    x = prompts(2, 6)
+
+    def gradient():
+        quantized.zero_grad()
+        quantized(x, labels=x, task="a").loss.backward()
+        return torch.cat([p.grad.flatten() for p in quantized.task_parameters("a").values() if p.grad is not None])
+
+    quantized.train()
+    before = gradient()
+    quantized.eval()
+    with torch.inference_mode():
+        quantized(x, task="a")
+    quantized.train()
+    torch.testing.assert_close(gradient(), before)
+    exact = quantized.dequantize()
+    exact.set_trainable(["a"])
+    torch.testing.assert_close(gradient(), before, rtol=0.1, atol=float(before.abs().max()) * 0.05)
+
+
+def test_bitsandbytes_that_is_missing_is_named(backbones, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda *_, **__: False, raising=False
+    )
+    with pytest.raises(ImportError, match=r"(?i)bitsandbytes"):
+        hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, quantization_config=nf4())

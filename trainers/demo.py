@@ -1,0 +1,272 @@
+"""`hft demo`: six verifiable tasks in three levels, on a real 4-bit model, in minutes and without a network."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from datasets.utils.logging import disable_progress_bar
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
+
+import hft
+
+from .demo_backbone import find_backbone
+from .evaluation import EvalSet, forgetting, format_matrix, mean_and_error, score_task
+from .hft_config import HFTTrainingConfig
+from .hft_trainer import HFTTrainer
+
+
+@dataclass(frozen=True)
+class DemoTask:
+    """A family of reasoning-gym at one difficulty.
+
+    Args:
+        family: its name in reasoning-gym.
+        parents: what it builds on.
+        train: rows to learn from.
+        max_new_tokens: where an answer is cut off.
+        settings: the family's difficulty.
+    """
+
+    family: str
+    parents: tuple[str, ...]
+    train: int
+    max_new_tokens: int
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+_SMALL = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
+_PLAIN = {"operators": ("+", "-"), "allow_negation": False, "allow_parentheses": False}
+TASKS = {
+    "find": DemoTask("needle_haystack", (), 192, 8, {"min_num_statements": 3, "max_num_statements": 3}),
+    "reverse": DemoTask("word_sequence_reversal", (), 208, 16, {"min_words": 3, "max_words": 3}),
+    "add": DemoTask("chain_sum", (), 120, 5, _SMALL),
+    "reverse-more": DemoTask("word_sequence_reversal", ("reverse",), 128, 20, {"min_words": 4, "max_words": 4}),
+    "calculate": DemoTask("basic_arithmetic", ("add",), 96, 5, {**_SMALL, **_PLAIN}),
+    "add-larger": DemoTask("chain_sum", ("calculate",), 192, 6, {**_SMALL, "max_digits": 2}),
+}
+NUM_TEST = 32  # questions a task, none of which stands in its training rows
+TRAIN_SEED, TEST_SEED = 1, 999
+# One word instead of the model's own system prompt: half as many tokens.
+SYSTEM = {"role": "system", "content": "Answer"}
+
+
+def make_rows(task: DemoTask, count: int, seed: int, seen: set[str]) -> list[dict[str, Any]]:
+    """Distinct questions of a task as chat rows, with reasoning-gym's own entry for the scorer.
+
+    Args:
+        task: the family and its difficulty.
+        count: how many; fewer if the family does not have as many.
+        seed: reasoning-gym's.
+        seen: questions to leave out; the new ones are added.
+    """
+    import reasoning_gym
+
+    rows = []
+    for entry in reasoning_gym.create_dataset(task.family, size=20 * count, seed=seed, **task.settings):
+        if entry["question"] in seen or len(rows) == count:
+            continue
+        seen.add(entry["question"])
+        prompt = [SYSTEM, {"role": "user", "content": entry["question"]}]
+        rows.append(
+            {"prompt": prompt, "completion": [{"role": "assistant", "content": entry["answer"]}], "entry": entry}
+        )
+    return rows
+
+
+def scorer(task: DemoTask):
+    """1.0 where reasoning-gym's own scorer gives full marks; it also gives some for an answer inside a sentence."""
+    import reasoning_gym
+
+    family = reasoning_gym.create_dataset(task.family, size=1, seed=0, **task.settings)
+
+    def score(answer: str, row: Mapping[str, Any]) -> float:
+        return float(family.score_answer(answer.strip(), row["entry"]) >= 0.99)
+
+    return score
+
+
+def run_demo(out: Path) -> dict[str, Any]:
+    """Trains, evaluates, saves and loads again; prints what it does.
+
+    Args:
+        out: folder for `report.json` and the model.
+
+    Returns:
+        What is in `report.json`: `forgetting` and `mean_gain_points` in accuracy points, `seconds`,
+        `reload_max_abs_diff` of logits, accuracies, the matrix.
+
+    Raises:
+        ImportError: if a package of the extra `demo` is missing, or there is neither a hub nor the model's package.
+    """
+    start = time.monotonic()
+    try:
+        import reasoning_gym  # noqa: F401
+    except ImportError as error:
+        raise ImportError("`hft demo` needs reasoning-gym: pip install 'modeling-hft[demo]'.") from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bar()
+    set_seed(0)
+    backbone, source = find_backbone()
+    print(f"Backbone: {source}, held in NF4")
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    train, test = {}, {}
+    for name, task in TASKS.items():
+        seen: set[str] = set()
+        rows = make_rows(task, task.train, TRAIN_SEED, seen)
+        train[name] = Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
+        test[name] = EvalSet(make_rows(task, NUM_TEST, TEST_SEED, seen), scorer(task), task.max_new_tokens)
+
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype="bfloat16",
+        bnb_4bit_use_double_quant=True,
+    )
+    model = hft.HFTForCausalLM.from_backbone(
+        backbone,
+        {name: task.parents for name, task in TASKS.items()},
+        quantization_config=nf4,
+        dtype=torch.bfloat16,
+    )
+    print("The hierarchy, each task with the rows that it learns from:\n")
+    print(model.hierarchy.draw({name: f"({len(train[name])} x {task.family})" for name, task in TASKS.items()}))
+    print("\nBefore: the backbone on questions of each task")
+    before = _score_all(model, tokenizer, test, list(TASKS), on_path=False)
+
+    matrix: list[dict[str, float]] = []
+
+    class DemoTrainer(HFTTrainer):
+        """Answers the questions of all tasks learnt so far after each stage."""
+
+        def _train_stage(self, stage, checkpoint, **kwargs):
+            output = super()._train_stage(stage, checkpoint, **kwargs)
+            learnt = [task["name"] for task in model.config.tasks if task["sealed"]]
+            print(f"After {stage}")
+            matrix.append(_score_all(model, tokenizer, test, learnt, on_path=True))
+            return output
+
+    args = HFTTrainingConfig(
+        output_dir=str(out / "model"),
+        per_device_train_batch_size=8,
+        num_train_epochs=1,
+        learning_rate=3e-3,
+        warmup_steps=3,
+        logging_steps=1000,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        max_length=256,
+    )
+    trainer = DemoTrainer(model, args, train_dataset=train, processing_class=tokenizer)
+    trainer.train()
+    trainer.create_model_card()
+
+    after = matrix[-1]
+    print("\nAccuracy (%) on held-out questions\n")
+    print(f"{'task':<16}{'before':>8}{'after':>8}")
+    for name in TASKS:
+        print(f"{name:<16}{before[name]:>8.1f}{after[name]:>8.1f}")
+    print("\nAccuracy (%) of each task after each stage\n")
+    print(format_matrix(matrix, list(TASKS)))
+    difference = _reload_difference(model, tokenizer, backbone, out / "model", test)
+    report = {
+        "forgetting": forgetting(matrix),
+        "mean_gain_points": sum(after.values()) / len(after) - sum(before.values()) / len(before),
+        "seconds": time.monotonic() - start,
+        "reload_max_abs_diff": difference,
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "matrix": matrix,
+        "test_questions": {name: len(data.rows) for name, data in test.items()},
+        "train_questions": {name: len(rows) for name, rows in train.items()},
+        "hierarchy": {name: list(task.parents) for name, task in TASKS.items()},
+        "backbone": source,
+    }
+    partial = out / "report.json.partial"
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(partial, out / "report.json")
+    print(f"\nMean gain over the backbone: {report['mean_gain_points']:.1f} points")
+    print(f"Forgetting: {report['forgetting']:.3f} points (from the answers generated after each stage)")
+    print(f"Loaded again as remote code in a fresh process: logits differ by {difference}")
+    print(f"{report['seconds']:.0f} s; the model is in {out / 'model'}, the numbers in {out / 'report.json'}")
+    return report
+
+
+def _score_all(
+    model: hft.HFTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    test: Mapping[str, EvalSet],
+    tasks: list[str],
+    on_path: bool,
+) -> dict[str, float]:
+    """Task -> its accuracy in percent."""
+    results = {}
+    for task in tasks:
+        scores = score_task(model, tokenizer, test[task], task if on_path else None, 32, f"answering {task}")
+        results[task] = mean_and_error(scores)[0]
+        print(f"  {task:<16}{results[task]:>6.1f} %", flush=True)
+    return results
+
+
+_RELOAD = """
+import sys
+sys.modules["hft"] = None  # as where the package is not installed
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+folder, inputs, outputs = sys.argv[1:]
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16",
+                         bnb_4bit_use_double_quant=True)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, quantization_config=nf4)
+with torch.inference_mode():
+    save_file({task: model(ids, task=task).logits for task, ids in load_file(inputs).items()}, outputs)
+"""
+
+
+def _reload_difference(
+    model: hft.HFTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    backbone: str,
+    folder: Path,
+    test: Mapping[str, EvalSet],
+) -> float:
+    """The largest difference of any logit between the model in memory and the saved one in a process without HFT."""
+    from safetensors.torch import save_file
+
+    prompts = {}
+    for task in [*test, "backbone"]:
+        row = test.get(task, next(iter(test.values()))).rows[0]
+        text = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
+        prompts[task] = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    with tempfile.TemporaryDirectory() as temporary:
+        inputs, outputs = Path(temporary) / "inputs.safetensors", Path(temporary) / "outputs.safetensors"
+        save_file(prompts, inputs)
+        environment = {**os.environ, "HF_MODULES_CACHE": str(Path(temporary) / "modules")}
+        done = subprocess.run(
+            [sys.executable, "-c", _RELOAD, str(folder.absolute()), str(inputs), str(outputs)],
+            cwd=temporary,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            raise RuntimeError(f"The saved model did not load in a fresh process: {done.stderr[-2000:]}")
+        reloaded = load_file(outputs)
+    model.eval()
+    with torch.inference_mode():
+        return max(
+            float((model(ids.to(model.device), task=task).logits.cpu().float() - reloaded[task].float()).abs().max())
+            for task, ids in prompts.items()
+        )
