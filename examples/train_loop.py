@@ -7,6 +7,7 @@ arrives at the same weights, to the bit; a test compares them.
 """
 
 import argparse
+from operator import add, mul, sub
 
 import torch
 from transformers import AutoTokenizer, get_linear_schedule_with_warmup
@@ -17,9 +18,9 @@ from hft.trainers.curriculum import BlockSampler, open_stages
 
 def toy_rows(task: str, count: int = 64) -> list[dict[str, str]]:
     """Prompts and answers of a task: {"prompt", "completion"}."""
-    sign = {"sums": "+", "differences": "-", "products": "*"}[task]
+    sign, compute = {"sums": ("+", add), "differences": ("-", sub), "products": ("*", mul)}[task]
     pairs = [(i % 10, i * 7 % 10) for i in range(count)]
-    return [{"prompt": f"{a} {sign} {b} =", "completion": f" {eval(f'{a}{sign}{b}')}"} for a, b in pairs]
+    return [{"prompt": f"{a} {sign} {b} =", "completion": f" {compute(a, b)}"} for a, b in pairs]
 
 
 def tokenize(row: dict[str, str], tokenizer) -> dict[str, list[int]]:
@@ -96,7 +97,7 @@ def train(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            print(f"{stage}  step {step + 1}/{steps}  {task} loss {float(loss) / num_labels:.3f}")
+            print(f"{stage}  step {step + 1}/{steps}  {task} loss {loss.item() / num_labels:.3f}")
         model.seal(stage.tasks)  # never touched again
 
 

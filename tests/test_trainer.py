@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
-from hft.trainers.hft_trainer import last_checkpoint
+from hft.trainers.checkpoints import last_checkpoint
 
 from .test_model import prompts
 from .tiny import bits, snapshot

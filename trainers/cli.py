@@ -1,6 +1,7 @@
 """The command `hft`."""
 
 import argparse
+import ctypes
 import json
 import logging
 import os
@@ -24,8 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import it misses an optional kernel
     try:
         overrides = _overrides(rest)
+        _keep_freed_memory()
         if overrides and args.command != "train":
             raise ValueError(f"`hft {args.command}` does not know {', '.join(f'--{key}' for key in overrides)}.")
         {"demo": _demo, "train": _train, "eval": _eval, "generate": _generate}[args.command](args, overrides)
@@ -94,6 +97,22 @@ def _overrides(rest: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def _keep_freed_memory() -> None:
+    """Lets glibc reuse large blocks instead of giving each back to the kernel, which would zero its pages again.
+
+    On two cores, training steps with TRL's loss took 14 s instead of 28 s for ten (SmolLM2-135M, NF4).
+    """
+    from torch import accelerator
+
+    if accelerator.is_available() or not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        for setting in (m_trim_threshold, m_mmap_threshold):
+            mallopt(setting, 2**31 - 1)
+
+
 def _demo(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from .demo import run_demo  # imports take seconds that `hft --help` should not
 
@@ -111,7 +130,10 @@ def _train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     recipe = read_recipe(args.recipe, overrides)
     config = HFTTrainingConfig(**recipe.training)
     set_seed(config.seed)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)
+    except OSError as error:
+        raise OSError(f"The backbone '{recipe.backbone}' could not be loaded: {error}") from error
     data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
     model = hft.HFTForCausalLM.from_backbone(
         recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model

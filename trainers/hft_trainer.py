@@ -1,7 +1,6 @@
 """`HFTTrainer`: TRL's SFTTrainer, once a stage, bottom-up."""
 
 import contextlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ from datasets import Dataset, concatenate_datasets
 from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
@@ -21,10 +19,12 @@ from trl import SFTTrainer
 from hft.files_hft import replacing
 from hft.modeling_hft import HFTForCausalLM
 
+from .checkpoints import is_whole, last_checkpoint
 from .curriculum import BlockSampler, Stage, open_stages
 from .hft_config import HFTTrainingConfig
+from .progress import StagePrinter, StageProgress
 from .report import write_model_card
-from .task_data import OneTaskCollator, TaskDatasets, split_by_task, tag_rows
+from .task_data import OneTaskCollator, TaskDatasets, check_labels, split_by_task, tag_rows
 
 
 logger = logging.get_logger(__name__)
@@ -94,9 +94,9 @@ class HFTTrainer(SFTTrainer):
                 **kwargs,
             )
         self.data_collator = OneTaskCollator(self.data_collator)
-        progress = _StagePrinter if args.disable_tqdm else _StageProgress
+        progress = StagePrinter if args.disable_tqdm else StageProgress
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
-        self.add_callback(progress(self))
+        self.add_callback(progress(lambda: self.stage))
 
     # ---- Data ----
 
@@ -136,7 +136,7 @@ class HFTTrainer(SFTTrainer):
             ready = super(HFTTrainer, self)._prepare_dataset(
                 rows, processing_class, args, packing, formatting_func, f"{task} ({split})"
             )
-            _check_labels(task, rows, ready, args.max_length, packing)
+            check_labels(task, rows, ready, args.max_length, packing)
             return ready
 
         if dataset_name == "train":
@@ -214,9 +214,9 @@ class HFTTrainer(SFTTrainer):
         """Takes over the sealed stages of a run; returns the checkpoint in the open stage to go on from, if there is one."""
         folder = Path(self.args.output_dir if source is True else source)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            if not _is_whole(folder):
+            if not is_whole(folder):
                 raise ValueError(
-                    f"'{folder}' is no whole checkpoint (no {TRAINER_STATE_NAME}); give the run's folder instead."
+                    f"'{folder}' is no whole checkpoint (no trainer_state.json); give the run's folder instead."
                 )
             self.model.restore(folder)
             return str(folder)
@@ -332,40 +332,8 @@ class HFTTrainer(SFTTrainer):
         return str(commit)
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint of a stage; one that a kill cut off while it was written does not count."""
-    if not folder.is_dir():
-        return None
-    found = [
-        path for path in folder.iterdir() if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and _is_whole(path)
-    ]
-    return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if found else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """The Trainer writes its state last."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def _skips_preparation(args: HFTTrainingConfig) -> bool:
     return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
-
-
-def _check_labels(task: str, rows: Dataset, ready: Dataset, max_length: int | None, packing: bool) -> None:
-    if not any(any(label != -100 for label in labels) for labels in ready["labels"]):
-        raise ValueError(
-            f"Nothing is left to learn in the {len(rows)} rows of task {task!r}: all labels are masked. With `max_length`="
-            f"{max_length}, truncation may have cut off the answers: raise it, or set truncation_mode='keep_end'."
-        )
-    if not packing and len(ready) < len(rows):
-        logger.warning(
-            f"{len(rows) - len(ready)} of the {len(rows)} rows of task {task!r} were dropped: with `max_length`="
-            f"{max_length}, truncation cut off their whole answer. Raise it, or set truncation_mode='keep_end'."
-        )
 
 
 @contextlib.contextmanager
@@ -377,27 +345,3 @@ def _passing_as_unquantized(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.is_quantized = quantized
-
-
-class _StageProgress(ProgressCallback):
-    """A progress bar that names the stage."""
-
-    def __init__(self, trainer: HFTTrainer):
-        super().__init__()
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(str(self.trainer.stage))
-
-
-class _StagePrinter(PrinterCallback):
-    """Without a bar: a line that names the stage."""
-
-    def __init__(self, trainer: HFTTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            print(f"{self.trainer.stage} ({state.max_steps} steps)")

@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers.utils import logging
 
 from hft.hierarchy_hft import nearest
 
+
+logger = logging.get_logger(__name__)
 
 TaskDatasets = Mapping[str, Dataset]
 
@@ -64,6 +67,31 @@ def tag_rows(dataset: Dataset, task_id: int) -> Dataset:
     dataset = dataset.select_columns(columns).add_column("task", [task_id] * len(dataset))
     layout = {name: List(Value("int64")) for name in columns}
     return dataset.cast(Features({**layout, "task": Value("int64")}))
+
+
+def check_labels(task: str, rows: Dataset, ready: Dataset, max_length: int | None, packing: bool) -> None:
+    """Sees to it that there is something to learn.
+
+    Args:
+        task: its name.
+        rows: as given.
+        ready: tokenised and cut to `max_length`.
+        max_length: in tokens.
+        packing: whether rows were packed, so that their number says nothing.
+
+    Raises:
+        ValueError: if every label is masked.
+    """
+    if not any(any(label != -100 for label in labels) for labels in ready["labels"]):
+        raise ValueError(
+            f"Nothing is left to learn in the {len(rows)} rows of task {task!r}: all labels are masked. With `max_length`="
+            f"{max_length}, truncation may have cut off the answers: raise it, or set truncation_mode='keep_end'."
+        )
+    if not packing and len(ready) < len(rows):
+        logger.warning(
+            f"{len(rows) - len(ready)} of the {len(rows)} rows of task {task!r} were dropped: with `max_length`="
+            f"{max_length}, truncation cut off their whole answer. Raise it, or set truncation_mode='keep_end'."
+        )
 
 
 @dataclass

@@ -1,0 +1,109 @@
+import pytest
+from datasets import Dataset
+
+import hft
+from hft.trainers.curriculum import BlockSampler, Stage, open_stages
+from hft.trainers.evaluation import (
+    EvalSet,
+    exact_match,
+    forgetting,
+    format_matrix,
+    generate_answers,
+    mean_and_error,
+    score_task,
+)
+from hft.trainers.task_data import OneTaskCollator, split_by_task
+
+
+def test_forgetting_by_hand():
+    matrix = [{"a": 90.0, "b": 50.0}, {"a": 70.0, "b": 60.0, "c": 80.0}, {"a": 80.0, "b": 40.0, "c": 80.0, "d": 10.0}]
+    assert forgetting(matrix) == pytest.approx(
+        ((90 - 80) + (60 - 40) + 0) / 3
+    )  # d was learnt last and cannot be forgotten
+    assert forgetting(matrix[:1]) == 0.0
+    assert forgetting([{"a": 1.0}, {"a": 1.0, "b": 0.0}]) == 0.0
+
+
+def test_the_matrix_as_text():
+    text = format_matrix([{"a": 90.0}, {"a": 90.0, "long-name": 5.25}], ["a", "long-name"])
+    assert text.splitlines() == [
+        "                      a  long-name",
+        "after stage 1      90.0          -",
+        "after stage 2      90.0        5.2",
+    ]
+
+
+def test_mean_and_error():
+    mean, error = mean_and_error([0, 1, 1, 1])
+    assert mean == 75 and error == pytest.approx(100 * (0.1875 * 4 / 3 / 4) ** 0.5)
+
+
+def test_exact_match_reads_both_row_forms():
+    assert exact_match(" Good\n", {"completion": "good"}) == 1.0
+    assert exact_match("goods", {"completion": [{"role": "assistant", "content": "good"}]}) == 0.0
+
+
+def test_answers_do_not_depend_on_batch_or_order(model, tokenizer):
+    prompts = ["one", "twenty-two plus", "3", "four hundred and", "fi"]
+    together = generate_answers(model, tokenizer, prompts, "d", max_new_tokens=5, batch_size=3)
+    assert together == [generate_answers(model, tokenizer, [prompt], "d", max_new_tokens=5)[0] for prompt in prompts]
+    assert together != generate_answers(model, tokenizer, prompts, None, max_new_tokens=5)
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    scores = score_task(
+        model, tokenizer,
+        EvalSet([{"prompt": chat, "completion": "x"} for chat in chats], score=lambda answer, row: float(len(answer) > 0)),
+        "d",
+    )  # fmt: skip
+    assert len(scores) == 5
+
+
+class TestBlockSampler:
+    def test_every_block_holds_one_task_and_every_row_comes(self):
+        sizes = {"a": 5, "b": 12, "c": 1}
+        sampler = BlockSampler(sizes, block_size=4, seed=0)
+        task_of_row = [task for task, size in sizes.items() for _ in range(size)]
+        counts = dict.fromkeys(range(18), 0)
+        for epoch in range(12):
+            sampler.set_epoch(epoch)
+            order = list(sampler)
+            assert len(order) == len(sampler) == 4 * (2 + 3 + 1)
+            for i in range(0, len(order), 4):
+                assert len({task_of_row[row] for row in order[i : i + 4]}) == 1
+            for row in order:
+                counts[row] += 1
+        # rows of a task come equally often, to one: a's 12 epochs of 8 over 5 rows, and so on
+        for task, size in sizes.items():
+            of_task = [counts[row] for row in counts if task_of_row[row] == task]
+            assert max(of_task) - min(of_task) <= 1, (task, size)
+
+    def test_order_depends_on_seed_and_epoch_only(self):
+        def order(seed, epoch):
+            sampler = BlockSampler({"a": 9, "b": 9}, 2, seed)
+            sampler.set_epoch(epoch)
+            return list(sampler)
+
+        assert order(1, 3) == order(1, 3)
+        assert order(1, 3) != order(1, 4) and order(1, 3) != order(2, 3)
+
+    def test_a_tasks_own_order_does_not_depend_on_its_siblings(self):
+        alone = [row for row in BlockSampler({"b": 9}, 2, 0)]
+        together = [row - 4 for row in BlockSampler({"a": 4, "b": 9, "c": 3}, 2, 0) if 4 <= row < 13]
+        assert alone == together
+
+
+def test_stages_are_the_levels_that_are_open():
+    tree = hft.Hierarchy({"a": [], "b": ["a"], "c": [], "d": ["b"]})
+    assert open_stages(tree, []) == [Stage(1, ("a", "c"), 3), Stage(2, ("b",), 3), Stage(3, ("d",), 3)]
+    assert open_stages(tree, ["a", "b"]) == [Stage(1, ("c",), 3), Stage(3, ("d",), 3)]
+    assert open_stages(tree, "abcd") == []
+    assert str(Stage(2, ("b", "x"), 3)) == "stage 2/3: b, x"
+
+
+def test_a_batch_of_two_tasks_is_our_own_mistake():
+    with pytest.raises(AssertionError, match=r"a micro-batch holds one task, not \[0, 1\]"):
+        OneTaskCollator(lambda rows: {})([{"task": 0}, {"task": 1}])
+
+
+def test_an_empty_dataset_with_a_task_column():
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        split_by_task(Dataset.from_dict({"task": [], "text": []}), ["a"], "train_dataset")

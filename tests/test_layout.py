@@ -1,0 +1,65 @@
+"""The house: who imports whom, what ships, and that nobody else's words slip in."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "modeling_hft").glob("*_hft.py"))
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add("." * node.level + (node.module or ""))
+    return found
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_what_ships_needs_only_the_core_and_is_flat(path):
+    for name in imports(path):
+        if name.startswith("."):
+            assert (ROOT / "modeling_hft" / f"{name[1:]}.py").exists(), (
+                f"remote code copies `from .x import y` only: {name}"
+            )
+        else:
+            top = name.split(".")[0]
+            assert top in {"torch", "transformers", "safetensors", *sys.stdlib_module_names}, name
+
+
+def test_imports_point_one_way():
+    for folder, forbidden in (
+        ("modeling_hft", ("hft.", "trainers", "hub_configs")),
+        ("trainers", ("examples", "tests")),
+    ):
+        for path in (ROOT / folder).glob("*.py"):
+            assert not [name for name in imports(path) if name.startswith(forbidden)], path
+    assert not list((ROOT / "hub_configs").glob("[!_]*.py"))
+
+
+def test_the_curriculum_and_the_hierarchy_need_no_torch():
+    for module in ("trainers/curriculum.py", "modeling_hft/hierarchy_hft.py"):
+        assert "torch" not in {name.split(".")[0] for name in imports(ROOT / module)}
+
+
+def test_the_core_imports_without_the_trainers_packages():
+    code = (
+        "import sys\nfor name in ('trl', 'datasets', 'peft', 'bitsandbytes', 'accelerate'): sys.modules[name] = None\n"
+        "import hft\nprint(hft.__version__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd="/")
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_files_are_short():
+    for folder in ("modeling_hft", "trainers"):
+        for path in (ROOT / folder).glob("*.py"):
+            lines = len(path.read_text().splitlines())
+            assert lines <= 350, f"{path} has {lines} lines; a file has one subject"

@@ -1,0 +1,186 @@
+"""Recipes and the command `hft`, on real files."""
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from datasets import Dataset
+
+from hft.trainers.cli import main
+from hft.trainers.recipes import load_task, read_recipe, to_chat
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "hub_configs/recipes").glob("*.yaml"))
+CL14 = Path(__file__).parent.parent.parent / "shared/data/cl14"
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Rows as in cl14, for the tasks of the shipped recipe."""
+    for task in ("sst2", "yelp", "mnli", "cb", "rte"):
+        (tmp_path / "data" / task).mkdir(parents=True)
+        for split, count in (("train", 6), ("validation", 3)):
+            rows = [
+                {
+                    "instruction": f"{task}?",
+                    "options": ["yes", "no"],
+                    "input": f"Text: {i}\n",
+                    "output": ["yes", "no"][i % 2],
+                }
+                for i in range(count)
+            ]
+            with gzip.open(tmp_path / "data" / task / f"{split}.jsonl.gz", "wt") as file:
+                file.write("\n".join(json.dumps(row) for row in rows))
+    return tmp_path / "data"
+
+
+def tiny_run(backbones, data, tmp_path, *more: str) -> list[str]:
+    """The shipped recipe for two steps a stage on a tiny backbone, not quantised."""
+    return ["train", "cl14-small", "--backbone", str(backbones["llama"]), "--data", str(data), "--max_steps", "2",
+            "--load_in_4bit", "false", "--output_dir", str(tmp_path / "run"), "--rank", "2", *more]  # fmt: skip
+
+
+def test_train_eval_generate(backbones, data, tmp_path, capsys):
+    assert main(tiny_run(backbones, data, tmp_path, "--save_steps=1", "--learning_rate", "1e-2")) == 0
+    shown = capsys.readouterr().out
+    assert "└─ mnli  6 rows\n   ├─ cb  6 rows" in shown
+    assert f"Next: hft eval {tmp_path / 'run'} --recipe cl14-small --data {data}" in shown
+    assert (tmp_path / "run/README.md").exists()
+
+    scores = tmp_path / "scores.json"
+    command = ["eval", str(tmp_path / "run"), "--recipe", "cl14-small", "--data", str(data), "--out", str(scores)]
+    assert main([*command, "--task", "cb", "--task", "sst2"]) == 0
+    report = json.loads(scores.read_text())
+    assert list(report["tasks"]) == ["cb", "sst2"] and report["split"] == "validation"
+    assert report["tasks"]["cb"]["rows"] == 3 and 0 <= report["tasks"]["cb"]["hft"] <= 100
+
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "hello", "you", "--task", "rte", "--max_new_tokens", "3"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+    assert main(["generate", str(tmp_path / "run"), "hello", "--task", "rts"]) == 2
+    assert "hft: error: Unknown task 'rts'. Did you mean 'rte'?" in capsys.readouterr().err
+
+    assert main(tiny_run(backbones, data, tmp_path, "--resume")) == 0  # all sealed: nothing to do
+    assert "0 steps in 0 s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--learning_rat", "1"], "Unknown key 'learning_rat'. Did you mean 'learning_rate'?"),
+        (["--bnb_4bit_quant_typ", "nf4"], "Unknown key 'bnb_4bit_quant_typ'. Did you mean 'bnb_4bit_quant_type'?"),
+        (["--rnk", "3"], "Unknown key 'rnk'. Did you mean 'rank'?"),
+        (
+            ["--hierarchy", "{sst2: [], yelp: [sst]}"],
+            "Task 'yelp' names the unknown parent 'sst'. Did you mean 'sst2'?",
+        ),
+        (["--hierarchy", "{sst2: [], mnl: []}"], "`datasets` describes the unknown task 'yelp'."),
+        (["--learning_rate", "fast"], "`learning_rate` is 'fast'; it must be a number."),
+        (
+            ["--data", "/nowhere"],
+            "There is no '/nowhere/sst2/train.jsonl.gz' for task 'sst2'; is `data` the right folder?",
+        ),
+        (["--seed"], "--seed needs a value."),
+        (["stray"], "'stray' stands where a --key should."),
+    ],
+)
+def test_what_is_wrong_gives_exit_code_2(backbones, data, tmp_path, capsys, more, message):
+    assert main(tiny_run(backbones, data, tmp_path, *more)) == 2
+    assert f"hft: error: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_wrong_commands(tmp_path, backbones, capsys):
+    assert main([]) == 2
+    assert main(["train", "cl14-smal"]) == 2
+    assert main(["eval", str(backbones["llama"]), "--recipe", "cl14-small", "--samples", "3", "--lr", "3"]) == 2
+    assert main(["generate", str(backbones["llama"]), "hi"]) == 2
+    error = capsys.readouterr().err
+    assert "There is no recipe 'cl14-smal'. Did you mean 'cl14-small'?" in error
+    assert "`hft eval` does not know --lr." in error
+    assert "is no HFT model but a plain 'llama'" in error
+    with pytest.raises(SystemExit) as stop:
+        main(["trane"])
+    assert stop.value.code == 2
+
+
+def test_a_missing_backbone_gives_exit_code_1(data, tmp_path, capsys):
+    assert main(["train", "cl14-small", "--backbone", "no/such-model", "--data", str(data)]) == 1
+    assert "no/such-model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("backbone: x\nbackbone: y\n", "The key 'backbone' is a duplicate (line 2); keep one."),
+        ("backbone: x\nhierarchy: {a: [], a: []}\n", "The key 'a' is a duplicate (line 2); keep one."),
+        ("backbone: x\n", "lacks the key 'hierarchy'."),
+        ("- 1\n", "must hold `key: value` lines, not a list."),
+        ("a: [\n", "is no YAML"),
+        ("backbone: x\nhierarchy: {a: [b], b: [a]}\n", "The hierarchy has a cycle"),
+    ],
+)
+def test_wrong_recipes(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_read(path):
+    recipe = read_recipe(path)
+    assert recipe.datasets.keys() == recipe.hierarchy.keys()
+    assert recipe.quantization_config().load_in_4bit
+    assert read_recipe(path.stem) == recipe  # by name, from wherever the package is
+
+
+def test_a_description_reads_any_dataset(tmp_path, tokenizer):
+    """As on the Hub: labels are numbers, columns have names of their own."""
+    rows = [{"premise": f"p{i}", "hypothesis": f"h{i}", "label": i % 3} for i in range(6)]
+    Dataset.from_list(rows).to_parquet(tmp_path / "sets" / "validation_matched.parquet")
+    spec = yaml.safe_load(RECIPES[0].read_text())["datasets"]["mnli"]
+    recipe = read_recipe(
+        RECIPES[0],
+        {
+            "datasets": {"mnli": {**spec, "path": str(tmp_path / "sets"), "splits": {"validation": "validation"}}},
+            "eval_samples": None,
+        },
+    )
+    read = load_task(recipe, "mnli", "validation", tokenizer)
+    assert read[2]["prompt"][0]["content"].endswith(
+        "\nOptions: entailment, neutral, contradiction\nsentence 1: p2\nsentence 2: h2"
+    )
+    assert [row["completion"][0]["content"] for row in read] == ["entailment", "neutral", "contradiction"] * 2
+    with pytest.raises(ValueError, match="Task 'cb' has no data: describe it under `datasets`"):
+        load_task(recipe, "cb", "validation", tokenizer)
+    with pytest.raises(ValueError, match=re.escape("`datasets['mnli']` lacks the key 'label'.")):
+        bad = {key: value for key, value in spec.items() if key != "label"}
+        load_task(read_recipe(RECIPES[0], {"datasets": {"mnli": bad}}), "mnli", "train", tokenizer)
+
+
+def test_a_long_passage_is_cut_and_nothing_else(tokenizer):
+    row = {"instruction": "Which?", "options": ["a", "b"], "input": "x" * 500, "output": "a"}
+    content = to_chat(row, tokenizer, 20)["prompt"][0]["content"]
+    assert content == "Which?\nOptions: a, b\n" + "x" * 20
+
+
+@pytest.mark.skipif(not CL14.exists(), reason="the data of the benchmark is not here")
+def test_the_real_rows_are_read(tokenizer):
+    recipe = read_recipe("cl14-small", {"data": str(CL14), "train_samples": 5})
+    for task in recipe.hierarchy:
+        rows = load_task(recipe, task, "train", tokenizer)
+        assert len(rows) == 5
+        assert all(row["completion"][0]["content"] in row["prompt"][0]["content"] for row in rows)
+
+
+def test_help_is_quick_and_names_the_commands():
+    done = subprocess.run(
+        [sys.executable, "-m", "hft.trainers.cli", "--help"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("demo", "train", "eval", "generate"))
