@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 from transformers.utils import logging
 
 import hft
+from hft.files_hft import replacing
 
 from .demo_backbone import find_backbone
 from .evaluation import EvalSet, forgetting, format_matrix, mean_and_error, score_task
@@ -116,6 +117,8 @@ def run_demo(out: Path) -> dict[str, Any]:
         import reasoning_gym  # noqa: F401
     except ImportError as error:
         raise ImportError("`hft demo` needs reasoning-gym: pip install 'modeling-hft[demo]'.") from error
+    with replacing(out):  # raises now if the folder cannot be written
+        pass
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bar()

