@@ -2,6 +2,7 @@
 
 from typing import Any, ClassVar, Literal
 
+from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 
@@ -12,6 +13,7 @@ from .hierarchy_hft import Hierarchy, nearest
 FORMAT_VERSION = 1
 
 
+@strict
 class HFTGatingConfig(PreTrainedConfig):
     """How a task decides, layer by layer, how much of each node on its path flows in.
 
@@ -28,6 +30,7 @@ class HFTGatingConfig(PreTrainedConfig):
     trainable: bool = True
 
 
+@strict
 class HFTMemoryConfig(PreTrainedConfig):
     """The task-agnostic memory.
 
@@ -41,6 +44,7 @@ class HFTMemoryConfig(PreTrainedConfig):
     read: Literal["off"] = "off"
 
 
+@strict
 class HFTConfig(PreTrainedConfig):
     """A frozen decoder and the tasks that stand on it.
 
@@ -51,7 +55,8 @@ class HFTConfig(PreTrainedConfig):
         text_config: the backbone's own config.
         gating_config: see `HFTGatingConfig`.
         memory_config: see `HFTMemoryConfig`.
-        tasks: one entry a task, in the order of creation: `{"name", "parents", "rank", "sealed"}`.
+        tasks: one entry a task, in the order of creation: `{"name", "parents", "rank", "sealed"}`; without the last three
+            it is an open root of rank `rank`.
         rank: the rank R of the nodes of new tasks; 1 or more.
         target_modules: the linears that carry nodes: `"all-linear"` (every `nn.Linear` in a decoder layer), or a list of
             last names such as `["q_proj", "v_proj"]`.
@@ -91,7 +96,7 @@ class HFTConfig(PreTrainedConfig):
         if self.rank < 1:
             raise ValueError(f"`rank` is {self.rank}; a node needs a rank of 1 or more.")
         # A copy: entries change as tasks are sealed, and a config may be shared.
-        self.tasks = [dict(task) for task in self.tasks or []]
+        self.tasks = [{"parents": [], "rank": self.rank, "sealed": False, **task} for task in self.tasks or []]
         names = [task["name"] for task in self.tasks]
         for name in names:
             if names.count(name) > 1:
@@ -107,6 +112,14 @@ class HFTConfig(PreTrainedConfig):
     def task_names(self) -> list[str]:
         """The names in the order of creation; a task's id is its place here."""
         return [task["name"] for task in self.tasks]
+
+    def open_tasks(self) -> list[str]:
+        """The tasks that can still learn."""
+        return [task["name"] for task in self.tasks if not task["sealed"]]
+
+    def sealed_tasks(self) -> list[str]:
+        """The tasks that never change again."""
+        return [task["name"] for task in self.tasks if task["sealed"]]
 
     def task(self, name: str) -> dict[str, Any]:
         """The entry of one task; ValueError, naming the nearest, if there is none."""

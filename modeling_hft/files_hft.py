@@ -23,7 +23,7 @@ def task_file(task: str) -> str:
 
 
 @contextmanager
-def replacing(directory: str | os.PathLike, last: str = "config.json") -> Iterator[Path]:
+def replacing(directory: str | os.PathLike, last: str = "config.json", stale: Iterable[str] = ()) -> Iterator[Path]:
     """A new empty folder to write into, whose files replace those in `directory` when the block ends without an error.
 
     Each file appears under its name whole or not at all; `last` comes last, so that a reader that goes by it never meets
@@ -32,6 +32,7 @@ def replacing(directory: str | os.PathLike, last: str = "config.json") -> Iterat
     Args:
         directory: the folder to write to; made if missing.
         last: the file that says what the others are.
+        stale: patterns of files to remove at the end, except those that the block wrote.
 
     Raises:
         OSError: if the folder cannot be made or written to; nothing in it has changed then.
@@ -50,6 +51,10 @@ def replacing(directory: str | os.PathLike, last: str = "config.json") -> Iterat
         for name in sorted(written, key=lambda path: path == Path(last)):
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / name, directory / name)
+        for pattern in stale:
+            for path in directory.glob(pattern):
+                if path.relative_to(directory) not in written:
+                    path.unlink()
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -67,14 +72,15 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def read_tensors(
-    repo: str | os.PathLike, filename: str, expected: Iterable[str], **download: Any
+    repo: str | os.PathLike, filename: str, expected: Iterable[str], may_hold_more: bool = False, **download: Any
 ) -> dict[str, torch.Tensor]:
     """Reads one safetensors file of a model and checks that it holds what it must.
 
     Args:
         repo: a folder or a Hub id.
         filename: the file in it.
-        expected: the names that it must hold, no more and no fewer.
+        expected: the names that it must hold.
+        may_hold_more: whether others beside them are no error.
         download: `revision`, `token`, `cache_dir`, ... as for `transformers.utils.cached_file`.
 
     Raises:
@@ -93,7 +99,7 @@ def read_tensors(
             f"'{path}' is no whole safetensors file ({error}); it was cut short or damaged. Copy or download it again."
         ) from error
     expected = set(expected)
-    if tensors.keys() != expected:
+    if not expected <= tensors.keys() or (tensors.keys() != expected and not may_hold_more):
         odd = sorted(expected - tensors.keys()) or sorted(tensors.keys() - expected)
         what = "lacks" if expected - tensors.keys() else "holds the unexpected"
         raise ValueError(

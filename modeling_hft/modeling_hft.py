@@ -9,6 +9,7 @@ parameters keep the names that they have in their own repository. What HFT owns 
 B batch, T tokens, L layers, N nodes on a path, R rank, O out features.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -46,7 +47,8 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
     _supports_attention_backend = True
 
     def __init__(self, config: HFTConfig):
-        super().__init__(config)
+        super().__init__(copy.deepcopy(config))  # adding a task writes into it; two models must not share one
+        config = self.config
         self.backbone = AutoModelForCausalLM.from_config(config.text_config)
         self._layer_of = adapted_linears(self.base_model, config.target_modules)
         self._hooks = []
@@ -61,10 +63,11 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
         self.post_init()
         self._finish()
 
-    # ---- The one place where backbone and HFT meet ----
-
     def _attach(self) -> None:
-        """Puts a hook on each adapted linear. Again after a quantiser has replaced the linears."""
+        """The one place where backbone and HFT meet: a hook on each adapted linear.
+
+        Done again after a quantiser has replaced the linears.
+        """
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
@@ -103,8 +106,7 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
         if isinstance(task, str):
             names: list[str | None] = [task]
         else:
-            known: list[str | None] = [*self.config.task_names(), None]  # so -1 is the backbone
-            names = [known[i] for i in task.tolist()] if isinstance(task, torch.Tensor) else list(task)
+            names = self._names_of(task) if isinstance(task, torch.Tensor) else list(task)
             if not names or num_rows not in (None, len(names)):
                 raise ValueError(f"`task` names {len(names)} tasks for {num_rows} rows; give one name, or one a row.")
         names = [None if name in (None, BACKBONE) else name for name in names]
@@ -112,6 +114,13 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
             if name is not None and name not in self.hierarchy:
                 raise ValueError(f"Unknown task {name!r}. {nearest(name, [*self.hierarchy.names, BACKBONE])}")
         return names
+
+    def _names_of(self, ids_B: torch.Tensor) -> list[str | None]:
+        known: list[str | None] = [*self.config.task_names(), None]  # so -1 is the backbone
+        for i in ids_B.tolist():
+            if not -1 <= i < len(known) - 1:
+                raise ValueError(f"`task` holds the id {i}; ids go from -1 (the backbone) to {len(known) - 2}.")
+        return [known[i] for i in ids_B.tolist()]
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
@@ -121,14 +130,12 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
     def _finish(self) -> None:
         """What must be done again whenever transformers has filled or replaced modules."""
         self._attach()
-        self.set_trainable(task["name"] for task in self.config.tasks if not task["sealed"])
+        self.set_trainable(self.config.open_tasks())
         for module in self.backbone.modules():
             # bitsandbytes would repack the weights of a CPU with AVX512-BF16 in place at the first evaluation pass,
             # after which gradients are wrong (see its `Linear4bit`).
             if "support_avx512bf16_for_cpu" in vars(module):
                 module.support_avx512bf16_for_cpu = False
-
-    # ---- Tasks ----
 
     def add_task(self, name: str, parents: Sequence[str] = (), rank: int | None = None) -> None:
         """Adds a task that begins as its parents (the mean of them) and is ready to train.
@@ -157,6 +164,17 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
                 nodes.reset_parameters(name)
             self.hft_gates.reset_parameters(name, self.hierarchy)
         self.hft_gates.of(name).requires_grad_(self.config.gating_config.trainable)
+
+    @torch.no_grad()
+    def start_from_parents(self, tasks: Iterable[str]) -> None:
+        """Lets tasks that have learnt nothing yet begin as what their parents are now.
+
+        `add_task` does so with what the parents are at that moment; where a whole hierarchy is made before it trains, the
+        parents' gates move afterwards. A task whose node is no longer silent is left as it is.
+        """
+        for task in sorted(tasks, key=self.hierarchy.level):
+            if not any(nodes.node(task)[1].any() for nodes in self.hft_nodes.values()):
+                self.hft_gates.reset_parameters(task, self.hierarchy)
 
     def _make_room(self, task: Mapping[str, Any]) -> None:
         """Empty parameters for a task: float32 while it can still learn, the model's dtype once it is sealed."""
@@ -226,8 +244,6 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
                 parameter.grad = None
                 if parameter is not self.hft_gates.of(task):
                     parameter.data = parameter.data.to(self.backbone.dtype)
-
-    # ---- What transformers asks of a wrapper ----
 
     @property
     def base_model(self) -> PreTrainedModel:

@@ -100,7 +100,8 @@ def adapted_linears(decoder: nn.Module, target_modules: str | Sequence[str]) -> 
     layer_of = {}
     for name, module in decoder.named_modules():
         indices = [int(part) for part in name.split(".") if part.isdigit()]
-        if isinstance(module, nn.Linear) and indices:
+        # A subclass with a forward of its own, such as a mixture's router, need not return a plain tensor.
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and indices:
             layer_of[name] = indices[0]
     if not layer_of:
         kinds = sorted({type(module).__name__ for module in decoder.modules() if not list(module.children())})

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from huggingface_hub import ResolvedRevision
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
@@ -14,9 +15,9 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.hub import resolve_revision
 
-from .configuration_hft import HFTConfig
+from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig
 from .files_hft import SHARED_FILE, read_tensors, replacing, task_file, write_tensors
-from .hierarchy_hft import Hierarchy
+from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears, flat
 
 
@@ -26,6 +27,11 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_hft.HFTForCausalLM",
 }
 
+# What `PreTrainedModel.save_pretrained` and `push_to_hub` take besides.
+_SAVE_ARGUMENTS = {
+    *("repo_id", "commit_message", "private", "token", "revision"),
+    *("max_shard_size", "variant", "save_original_format", "safe_serialization"),
+}
 # What tells where a repository's files come from; everything else says how to load the model.
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -71,8 +77,16 @@ class HFTStorage:
         backbone = os.fspath(backbone)
         parents = dict(hierarchy or {})
         tree = Hierarchy(parents)
-        download = {name: value for name, value in kwargs.items() if name in _DOWNLOAD}
+        if os.path.isdir(backbone):
+            backbone = os.path.abspath(backbone)  # a relative name would mean another folder elsewhere
+        if "subfolder" in kwargs:
+            raise ValueError("`subfolder` is not supported: a slim model could not say where its backbone is.")
+        _check_keys(HFTGatingConfig, "gating_config", gating_config)
+        _check_keys(HFTMemoryConfig, "memory_config", memory_config)
+        download = _download(kwargs)
         text_config = AutoConfig.from_pretrained(backbone, **download)
+        if text_config.model_type == HFTConfig.model_type:
+            raise ValueError(f"'{backbone}' is an HFT model itself; load it with from_pretrained and use add_task.")
         # Naming the family here gives a clear error before anything heavy is loaded.
         with torch.device("meta"):
             decoder = AutoModelForCausalLM.from_config(copy.deepcopy(text_config)).base_model
@@ -95,16 +109,33 @@ class HFTStorage:
     @classmethod
     def _load_backbone(cls, config: HFTConfig, **kwargs: Any):
         """A model without tasks, its backbone loaded from the backbone's own repository."""
-        if kwargs.get("attn_implementation") == "auto":
-            kwargs["attn_implementation"] = best_attention()
-        download = {name: value for name, value in kwargs.items() if name in _DOWNLOAD}
-        files, _ = PreTrainedConfig.get_config_dict(config.backbone, **download)
+        files, _ = PreTrainedConfig.get_config_dict(config.backbone, **_download(kwargs))
         vars(config.text_config).pop("quantization_config", None)
         if "quantization_config" in files:  # the repository itself is quantised
             config.quantization_config = files["quantization_config"]
-        model = super().from_pretrained(config.backbone, config=config, **kwargs)
-        model._finish()
+        model, _ = cls._load_whole(config.backbone, config=config, **kwargs)
         return model
+
+    @classmethod
+    def _load_whole(cls, repo: str, *model_args: Any, **kwargs: Any):
+        """As `PreTrainedModel.from_pretrained`, but nothing that the model needs may be missing."""
+        if kwargs.get("attn_implementation") == "auto":
+            kwargs["attn_implementation"] = best_attention()
+        try:
+            model, info = super().from_pretrained(repo, *model_args, **{**kwargs, "output_loading_info": True})
+        except SafetensorError as error:
+            raise OSError(
+                f"A weight file in '{repo}' is no whole safetensors file ({error}); it was cut short or damaged. "
+                "Copy or download it again."
+            ) from error
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise ValueError(
+                f"'{repo}' does not fit its config.json: its weights lack {missing[0]!r} ({len(missing)} such). "
+                "Copy or download it again, or is it another model?"
+            )
+        model._finish()
+        return model, info
 
     @classmethod
     def from_pretrained(
@@ -129,7 +160,8 @@ class HFTStorage:
         """
         repo = os.fspath(pretrained_model_name_or_path)
         kwargs.pop("adapter_kwargs", None)  # carries this repository's commit, which is not the backbone's
-        download = {name: kwargs[name] for name in _DOWNLOAD if name in kwargs}
+        download = _download(kwargs)
+        info = kwargs.pop("output_loading_info", False)
         if config is None:
             files, _ = PreTrainedConfig.get_config_dict(repo, **download)
             if files.get("model_type") != HFTConfig.model_type:
@@ -139,9 +171,9 @@ class HFTStorage:
                 )
             config = cls.config_class.from_dict(files)
         if not config.slim:
-            return cls._load_full(repo, *model_args, config=config, **kwargs)
+            model, loading_info = cls._load_whole(repo, *model_args, config=config, **kwargs)
+            return (model, loading_info) if info else model
 
-        info = kwargs.pop("output_loading_info", False)
         config = copy.deepcopy(config)
         tasks, config.tasks = config.tasks, []
         if backbone is not None:
@@ -160,7 +192,7 @@ class HFTStorage:
         model.hierarchy = model.config.hierarchy()
         for task in tasks:
             model._make_room(task)
-        model._read_tasks(repo, **download)
+        model._read_tasks(repo, model.hierarchy.names, **download)
         model._finish()
         model.config.name_or_path = repo
         if model.can_generate():
@@ -168,31 +200,12 @@ class HFTStorage:
                 model.generation_config = GenerationConfig.from_pretrained(repo, **download)
         return (model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if info else model
 
-    @classmethod
-    def _load_full(cls, repo: str, *model_args: Any, **kwargs: Any):
-        wants_info = kwargs.pop("output_loading_info", False)
-        if kwargs.get("attn_implementation") == "auto":
-            kwargs["attn_implementation"] = best_attention()
-        try:
-            model, info = super().from_pretrained(repo, *model_args, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise OSError(
-                f"A weight file in '{repo}' is no whole safetensors file ({error}); it was cut short or damaged. "
-                "Copy or download it again."
-            ) from error
-        missing = sorted(key for key in info["missing_keys"] if key.startswith("hft_"))
-        if missing:
-            raise ValueError(
-                f"'{repo}' does not fit its config.json: its weights lack {missing[0]!r} ({len(missing)} such). "
-                "Copy or download the model again."
-            )
-        model._finish()
-        return (model, info) if wants_info else model
-
-    def _read_tasks(self, repo: str | os.PathLike, **download: Any) -> None:
-        """Fills nodes and gates from the slim files of a folder or repository."""
-        gates = read_tensors(repo, SHARED_FILE, {f"gates.{task}" for task in self.hierarchy.names}, **download)
-        for task in self.hierarchy.names:
+    def _read_tasks(self, repo: str | os.PathLike, tasks: Iterable[str], **download: Any) -> None:
+        """Fills the nodes and gates of tasks from the slim files of a folder or repository."""
+        tasks = list(tasks)
+        # The shared file may know of a task more than the config, if a kill came between the two.
+        gates = read_tensors(repo, SHARED_FILE, self._gate_tensors(tasks), may_hold_more=True, **download)
+        for task in tasks:
             node = read_tensors(repo, task_file(task), self._node_tensors(task), **download)
             for parameters, tensors in ((self._node_tensors(task), node), (self._gate_tensors([task]), gates)):
                 for name, parameter in parameters.items():
@@ -214,8 +227,12 @@ class HFTStorage:
         """Gates by the names that they have in the shared file, `gates.<task>`: a contract."""
         return {f"gates.{task}": self.hft_gates.of(task) for task in tasks}
 
-    def restore(self, folder: str | os.PathLike) -> None:
+    def restore(self, folder: str | os.PathLike, sealed_only: bool = False) -> None:
         """Takes over what the tasks of a slim folder have learnt and which are sealed, into this model of the same tasks.
+
+        Args:
+            folder: written by `save_pretrained` of a model with the same tasks.
+            sealed_only: leave open tasks as they are.
 
         Raises:
             ValueError: if the folder's tasks are others.
@@ -228,10 +245,10 @@ class HFTStorage:
 
         if shape(saved) != shape(self.config):
             raise ValueError(f"'{folder}' holds other tasks ({shape(saved)}) than this model ({shape(self.config)}).")
-        self._read_tasks(folder)
+        tasks = saved.sealed_tasks() if sealed_only else saved.task_names()
+        self._read_tasks(folder, tasks)
         self.config.tasks = [dict(task) for task in saved.tasks]
-
-    # ---- Saving ----
+        self.set_trainable(self.config.open_tasks())
 
     def save_pretrained(
         self,
@@ -256,16 +273,33 @@ class HFTStorage:
 
         Raises:
             OSError: if the folder cannot be written.
+            ValueError: a slim form that could not name its backbone, or would overwrite it.
+            TypeError: an unknown argument.
         """
+        if unknown := kwargs.keys() - _SAVE_ARGUMENTS:
+            odd = min(unknown)
+            raise TypeError(
+                f"save_pretrained got the unknown argument {odd!r}. {nearest(odd, ['slim', *_SAVE_ARGUMENTS])}"
+            )
+        if push_to_hub and not slim:
+            raise ValueError(
+                "push_to_hub uploads the slim form; save the full form and upload its folder with `hf upload`."
+            )
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         hub = {name: kwargs.pop(name) for name in ("commit_message", "private", "token", "revision") if name in kwargs}
+        if slim and self.config.backbone is None:
+            raise ValueError(
+                "This model was not built on a saved backbone, so a slim form could not name one; save it whole: "
+                "save_pretrained(..., slim=False)."
+            )
+        if slim and os.path.realpath(save_directory) == os.path.realpath(self.config.backbone):
+            raise ValueError(
+                f"'{save_directory}' is the backbone's own folder, which would be overwritten; choose another."
+            )
         if is_main_process:
-            with replacing(save_directory) as folder:
-                if slim and self.config.backbone is None:
-                    raise ValueError(
-                        "This model was not built on a saved backbone, so a slim form could not name one; save it whole: "
-                        "save_pretrained(..., slim=False)."
-                    )
+            # Weights of the other form, which a reader would take for this one's.
+            stale = ("model-*-of-*.safetensors", "model.safetensors.index.json") if slim else (SHARED_FILE,)
+            with replacing(save_directory, stale=stale) as folder:
                 if slim:
                     write_tensors(self._gate_tensors(self.hierarchy.names), folder / SHARED_FILE)
                     for task in self.hierarchy.names:
@@ -295,11 +329,23 @@ def _commit(repo: str, download: Mapping[str, Any]) -> str | None:
     """The commit of a Hub repository's revision, so that the backbone never changes under its tasks; None for a folder."""
     if os.path.isdir(repo):
         return None
-    revision = resolve_revision(
+    resolved = resolve_revision(
         repo,
         download.get("revision"),
         token=download.get("token"),
         local_files_only=download.get("local_files_only", False),
         cache_dir=download.get("cache_dir"),
     )
-    return getattr(revision, "resolved", None)
+    return resolved.resolved if isinstance(resolved, ResolvedRevision) else None
+
+
+def _download(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name in _DOWNLOAD}
+
+
+def _check_keys(config_class: type[PreTrainedConfig], name: str, given: Any) -> None:
+    """transformers takes unknown keys of a config without a word."""
+    known = list(config_class.__annotations__)
+    for key in given if isinstance(given, dict) else ():
+        if key not in known:
+            raise ValueError(f"`{name}` has the unknown key {key!r}. {nearest(key, known)}")
