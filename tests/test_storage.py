@@ -11,11 +11,11 @@ import textwrap
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hft
-from hft.files_hft import replacing
 
 from .test_model import prompts
 from .tiny import bits, fill, snapshot
@@ -263,16 +263,107 @@ def test_a_write_that_fails_leaves_what_was_there(saved, model, monkeypatch):
     assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
 
 
-def test_the_config_is_replaced_last(tmp_path, monkeypatch):
-    """So a reader never finds a config that lists a file which is not there yet."""
-    order = []
+def test_a_kill_between_any_two_renames_leaves_a_model(model, backbones, tmp_path, monkeypatch):
+    """What was there when a task was added, or what is there now; never something between that cannot be read."""
+    x = prompts(1, 5)
     replace = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: (order.append(os.path.basename(b)), replace(a, b)))
-    with replacing(tmp_path) as folder:
-        for name in ("config.json", "a.safetensors", "z.json"):
-            (folder / name).write_text("x")
-    assert order == ["a.safetensors", "z.json", "config.json"]
-    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "config.json", "z.json"]
+    for kill in range(20):
+        folder = tmp_path / str(kill)
+        before = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, rank=3)
+        fill(before)
+        before.seal(["a"])
+        before.save_pretrained(folder)
+        expected = bits(before(x, task="a").logits)
+        before.add_task("b", ["a"])
+        done = []
+
+        def killed(source, target, done=done, kill=kill):
+            if len(done) == kill:
+                raise KeyboardInterrupt
+            done.append(target)
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", killed)
+        try:
+            before.save_pretrained(folder)
+            finished = True
+        except KeyboardInterrupt:
+            finished = False
+        monkeypatch.setattr(os, "replace", replace)
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        assert bits(loaded(x, task="a").logits) == expected
+        assert not list(folder.glob(".writing-*"))
+        if finished:
+            assert kill > 10 and loaded.hierarchy.names == ("a", "b")
+            return
+    raise AssertionError("the save never came to its end")
+
+
+@pytest.mark.parametrize("first_slim", [True, False])
+def test_one_form_may_follow_the_other_in_a_folder(model, tmp_path, first_slim):
+    x = prompts(1, 5)
+    for slim in (first_slim, not first_slim, first_slim):
+        model.save_pretrained(tmp_path, slim=slim, max_shard_size="30KB")
+        assert bits(AutoModelForCausalLM.from_pretrained(tmp_path)(x, task="d").logits) == bits(
+            model(x, task="d").logits
+        )
+
+
+def test_a_backbone_that_lacks_weights_or_is_another_is_refused(saved, backbones, tmp_path):
+    from safetensors.torch import save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(backbones["llama"], broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    for load in (
+        lambda b: hft.HFTForCausalLM.from_backbone(b, {"a": []}),
+        lambda b: hft.HFTForCausalLM.from_pretrained(saved, backbone=b),
+    ):
+        with pytest.raises(
+            ValueError, match=re.escape("its weights lack 'backbone.model.layers.1.mlp.up_proj.weight' (1 such)")
+        ):
+            load(str(broken))
+        with pytest.raises(ValueError, match="its weights lack"):
+            hft.HFTForCausalLM.from_pretrained(saved, backbone=str(backbones["phi3"]))
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(OSError, match="is no whole safetensors file"):
+        hft.HFTForCausalLM.from_backbone(broken, {"a": []})
+
+
+def test_what_save_and_from_backbone_refuse(saved, model, backbones):
+    before = (backbones["llama"] / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="is the backbone's own folder, which would be overwritten; choose another"):
+        model.save_pretrained(backbones["llama"])
+    assert (backbones["llama"] / "model.safetensors").read_bytes() == before
+    with pytest.raises(TypeError, match=re.escape("got the unknown argument 'slm'. Did you mean 'slim'?")):
+        model.save_pretrained(saved, slm=False)
+    with pytest.raises(ValueError, match="push_to_hub uploads the slim form"):
+        model.save_pretrained(saved, slim=False, push_to_hub=True)
+    with pytest.raises(ValueError, match=r"is an HFT model itself; load it with from_pretrained and use add_task"):
+        hft.HFTForCausalLM.from_backbone(saved, {"a": []})
+    with pytest.raises(ValueError, match="`subfolder` is not supported"):
+        hft.HFTForCausalLM.from_backbone(backbones["llama"], subfolder="x")
+    with pytest.raises(ValueError, match=re.escape("unknown key 'trainabel'. Did you mean 'trainable'?")):
+        hft.HFTForCausalLM.from_backbone(backbones["llama"], gating_config={"trainabel": False})
+    with pytest.raises(StrictDataclassError, match="expected one of"):
+        hft.HFTMemoryConfig(read="on")
+
+
+def test_a_relative_backbone_is_found_from_elsewhere(backbones, tmp_path, monkeypatch):
+    monkeypatch.chdir(backbones["llama"].parent)
+    hft.HFTForCausalLM.from_backbone(backbones["llama"].name, {"a": []}, rank=2).save_pretrained(tmp_path / "slim")
+    monkeypatch.chdir(tmp_path)
+    AutoModelForCausalLM.from_pretrained("slim")
+
+
+def test_models_of_one_config_do_not_share_it(backbones):
+    config = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}).config
+    first, second = hft.HFTForCausalLM(config), hft.HFTForCausalLM(config)
+    first.add_task("b")
+    assert second.config.task_names() == config.task_names() == ["a"]
 
 
 def test_an_unwritable_folder_is_named(model, tmp_path):
@@ -281,8 +372,10 @@ def test_an_unwritable_folder_is_named(model, tmp_path):
         OSError, match=r"Cannot write to the folder '.*file/model' \(Not a directory\); choose another one"
     ):
         model.save_pretrained(tmp_path / "file" / "model")
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_locked_folder_is_named(model, tmp_path):
     locked = tmp_path / "locked"
     locked.mkdir()
     locked.chmod(stat.S_IRUSR | stat.S_IXUSR)

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.checkpoints import last_checkpoint
+from hft.trainers.curriculum import open_stages
 
 from .test_model import prompts
 from .tiny import bits, snapshot
@@ -94,8 +95,8 @@ def test_siblings_do_not_disturb_one_another(backbones, tokenizer, tmp_path):
 def test_every_optimizer_step_holds_one_task_packed_or_not(backbones, tokenizer, tmp_path):
     for options in ({}, {"packing": True, "max_length": 40}, {"padding_free": True, "max_length": None}):
         trainer = make(backbones, tokenizer, tmp_path, **options)
-        trainer.stage = next(iter(hft_stages(trainer)))
-        trainer.train_dataset = concat(trainer, trainer.stage.tasks)
+        trainer.stage = open_stages(trainer.model.hierarchy, [])[0]
+        trainer.train_dataset = concatenate_datasets([trainer._prepared[task] for task in trainer.stage.tasks])
         batches = list(trainer.get_train_dataloader())
         tasks = [batch["task"].unique().tolist() for batch in batches]
         assert all(len(task) == 1 for task in tasks)
@@ -108,18 +109,6 @@ def test_every_optimizer_step_holds_one_task_packed_or_not(backbones, tokenizer,
             assert set(re.findall(r"t(\d+)t plus", text)) == {
                 str(10 * list(HIERARCHY).index(trainer._task_names[task]))
             }
-
-
-def hft_stages(trainer):
-    from hft.trainers.curriculum import open_stages
-
-    return open_stages(trainer.model.hierarchy, [])
-
-
-def concat(trainer, tasks):
-    from datasets import concatenate_datasets
-
-    return concatenate_datasets([trainer._prepared[task] for task in tasks])
 
 
 class Kill(TrainerCallback):
@@ -158,13 +147,13 @@ def test_8_interrupted_and_resumed_is_uninterrupted(backbones, tokenizer, tmp_pa
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     resumed = make(backbones, tokenizer, tmp_path)
-    with torch.no_grad():  # what a resumed run starts from must not matter where a checkpoint exists
-        if step > 2:
-            for task in resumed.model.hierarchy.names:
-                for parameter in resumed.model.task_parameters(task).values():
-                    parameter.add_(1)
-    if last_checkpoint(tmp_path / "stage-1") is None:
-        resumed = make(backbones, tokenizer, tmp_path)
+    sealed = hft.HFTConfig.from_pretrained(tmp_path).sealed_tasks()
+    (stage, *_) = open_stages(resumed.model.hierarchy, sealed)
+    known = resumed.model.hierarchy.names if last_checkpoint(tmp_path / stage.folder) else sealed
+    with torch.no_grad():  # what is on disk counts, not what a resumed run starts with
+        for task in known:
+            for parameter in resumed.model.task_parameters(task).values():
+                parameter.add_(1)
     resumed.train(resume_from_checkpoint=True)
     assert snapshot(resumed.model) == uninterrupted
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -183,6 +172,62 @@ def test_8_resumes_from_a_named_checkpoint(backbones, tokenizer, tmp_path, unint
     assert snapshot(resumed.model) == uninterrupted
     with pytest.raises(ValueError, match=r"is no whole checkpoint \(no trainer_state.json\); give the run's folder"):
         make(backbones, tokenizer, tmp_path / "third").train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
+
+
+def test_3_a_child_starts_as_its_trained_parent(backbones, tokenizer, tmp_path):
+    """Also when the whole hierarchy was made before the parent's gates had moved."""
+    x = prompts(2, 6)
+    differences = {}
+
+    class AtStart(HFTTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            task = self._task_names[int(inputs["task"][0])]
+            if task not in differences and (parents := self.model.hierarchy.parents(task)):
+                with torch.no_grad():
+                    at_start = self.model(x, task=task).logits - self.model(x, task=parents[0]).logits
+                    learnt = self.model(x, task=parents[0]).logits - self.model(x, task="backbone").logits
+                differences[task] = float(at_start.abs().max())
+                assert learnt.abs().max() > 1e-2
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    make(
+        backbones, tokenizer, tmp_path, {"a": [], "b": ["a"], "c": ["b"]}, cls=AtStart, gate_learning_rate=0.1
+    ).train()
+    assert differences.keys() == {"b", "c"} and max(differences.values()) < 1e-5
+
+
+def test_a_run_never_picks_up_another_ones_checkpoints(backbones, tokenizer, tmp_path):
+    killed = make(backbones, tokenizer, tmp_path)
+    killed.add_callback(Kill(3, "step"))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    with pytest.raises(
+        ValueError, match=r"holds checkpoints of an earlier run \(stage-1/checkpoint-2\); go on with it by"
+    ):
+        make(backbones, tokenizer, tmp_path).train()
+    with pytest.raises(ValueError, match=r"nowhere' holds no run to resume \(no config.json\); give a run's folder"):
+        make(backbones, tokenizer, tmp_path / "new").train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_a_model_grows_in_its_own_folder_and_resumes(backbones, tokenizer, tmp_path):
+    """The folder held a finished model of fewer tasks; a kill before the first checkpoint is no trap."""
+    make(backbones, tokenizer, tmp_path, {"a": []}).train()
+    shutil.rmtree(tmp_path / "stage-1")
+
+    def grown(cls=HFTTrainer):
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path)
+        if "b" not in model.hierarchy:
+            model.add_task("b", ["a"])
+        args = HFTTrainingConfig(output_dir=str(tmp_path), max_steps=3, bf16=False, disable_tqdm=True, save_steps=1)
+        return HFTTrainer(model, args, train_dataset={"b": rows(1)}, processing_class=tokenizer)
+
+    killed = grown()
+    killed.add_callback(Kill(2, "step"))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert grown().train(resume_from_checkpoint=True).global_step == 3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.sealed_tasks() == ["a", "b"]
 
 
 def test_a_finished_run_resumes_to_itself(backbones, tokenizer, tmp_path):
@@ -251,6 +296,12 @@ def test_prepared_data_is_taken_as_it_is(backbones, tokenizer, tmp_path):
         backbones, tokenizer, tmp_path, {"a": [], "e": []}, train, dataset_kwargs={"skip_prepare_dataset": True}
     )
     assert trainer.train().global_step > 0
+    masked = {"a": train["a"], "e": Dataset.from_list([{"input_ids": [5, 6], "labels": [-100, -100]}])}
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    with pytest.raises(ValueError, match="Nothing is left to learn in the 1 rows of task 'e'"):
+        make(backbones, tokenizer, tmp_path / "2", {"a": [], "e": []}, masked, **options)
+    evaluated = make(backbones, tokenizer, tmp_path / "3", {"a": [], "e": []}, train, eval_dataset=train, **options)
+    assert {"eval_a_loss", "eval_e_loss"} <= evaluated.evaluate().keys()
 
 
 def test_logs_name_task_and_stage_and_every_stage_starts_afresh(backbones, tokenizer, tmp_path, capsys):
@@ -334,11 +385,35 @@ def test_wrong_models(backbones, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=re.escape("HFTTrainer got a plain LlamaForCausalLM; build on it with")):
         HFTTrainer(plain, args, train_dataset=data(), processing_class=tokenizer)
     model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
+    from peft import LoraConfig
+
+    for refused in ({"peft_config": LoraConfig()}, {"optimizers": (torch.optim.SGD(model.parameters(), 0.1), None)}):
+        with pytest.raises(ValueError, match=f"HFTTrainer takes no `{next(iter(refused))}`"):
+            HFTTrainer(model, args, train_dataset={"a": rows(1)}, processing_class=tokenizer, **refused)
+    with pytest.raises(
+        ValueError, match="`load_best_model_at_end` is not supported: each stage evaluates other tasks"
+    ):
+        HFTTrainingConfig(output_dir=str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", save_steps=500)
     with pytest.raises(ValueError, match="`train_dataset` is missing"):
         HFTTrainer(model, args, processing_class=tokenizer)
     model.seal(["a"])
     with pytest.raises(ValueError, match="All tasks of this model are sealed; add one"):
         HFTTrainer(model, args, train_dataset={"a": rows(1)}, processing_class=tokenizer)
+
+
+def test_a_task_may_be_called_train_and_its_evaluation_is_its_own(backbones, tokenizer, tmp_path):
+    trainer = make(
+        backbones, tokenizer, tmp_path, {"train": []}, {"train": rows(1, 9)}, eval_dataset={"train": rows(2, 2)}
+    )
+    assert len(trainer.eval_dataset["train"]) == 2 and len(trainer.train_dataset) == 9
+
+
+def test_a_task_added_after_the_trainer_was_made_needs_a_new_one(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path, {"a": []}, save_strategy="no")
+    trainer.train()
+    trainer.model.add_task("b", ["a"])
+    with pytest.raises(ValueError, match="The task 'b' was added after this trainer was made; make a new one"):
+        trainer.train()
 
 
 def test_an_unwritable_folder_is_found_before_training(backbones, tokenizer, tmp_path):

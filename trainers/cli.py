@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,10 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if overrides and args.command != "train":
             raise ValueError(f"`hft {args.command}` does not know {', '.join(f'--{key}' for key in overrides)}.")
         {"demo": _demo, "train": _train, "eval": _eval, "generate": _generate}[args.command](args, overrides)
-    except (ValueError, TypeError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, StrictDataclassError) as error:
         print(f"hft: error: {error}", file=sys.stderr)
         return 2
-    except (OSError, ImportError, RuntimeError) as error:
+    except (OSError, ImportError) as error:
         print(f"hft: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -93,7 +94,10 @@ def _overrides(rest: Sequence[str]) -> dict[str, Any]:
             if not words:
                 raise ValueError(f"--{key} needs a value.")
             value = words.pop(0)
-        values[key.replace("-", "_")] = yaml.safe_load(value)
+        try:
+            values[key.replace("-", "_")] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"--{key} has the value {value!r}, which is no YAML.") from None
     return values
 
 
@@ -140,7 +144,7 @@ def _train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     )
     print(model.hierarchy.draw({task: f"{len(rows)} rows" for task, rows in data.items()}))
     trainer = HFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
-    output = trainer.train(resume_from_checkpoint=args.resume)
+    output = trainer.train(resume_from_checkpoint=args.resume or config.resume_from_checkpoint)
     trainer.create_model_card()
     print(
         f"{output.global_step} steps in {output.metrics['train_runtime']:.0f} s; the model is in {config.output_dir}"
@@ -160,11 +164,13 @@ def _eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
     overrides = {"data": args.data, "eval_samples": args.samples, "train_samples": args.samples}
     recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
     model = hft.HFTForCausalLM.from_pretrained(
-        args.model, quantization_config=recipe.quantization_config(), attn_implementation="auto"
+        args.model, quantization_config=recipe.quantization_config(), device_map="auto"
     )
     tasks = args.task or [task for task in model.hierarchy.names if task in recipe.hierarchy]
     for task in tasks:
         model.hierarchy.check(task)
+    if not tasks:
+        raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     results = {}
     print(f"{'task':<16}{'rows':>6}{'backbone':>16}{'with its path':>18}")
@@ -196,7 +202,7 @@ def _generate(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
     model = hft.HFTForCausalLM.from_pretrained(
-        args.model, quantization_config=nf4 if args.load_in_4bit else None, attn_implementation="auto"
+        args.model, quantization_config=nf4 if args.load_in_4bit else None, device_map="auto"
     )
     if args.task is not None:
         model.hierarchy.check(args.task)

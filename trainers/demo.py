@@ -157,7 +157,7 @@ def run_demo(out: Path) -> dict[str, Any]:
 
         def _train_stage(self, stage, checkpoint, **kwargs):
             output = super()._train_stage(stage, checkpoint, **kwargs)
-            learnt = [task["name"] for task in model.config.tasks if task["sealed"]]
+            learnt = model.config.sealed_tasks()
             print(f"After {stage}")
             matrix.append(_score_all(model, tokenizer, test, learnt, on_path=True))
             return output

@@ -70,6 +70,8 @@ def generate_answers(
         else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
         for prompt in prompts
     ]
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     answers = [""] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     was_training = model.training

@@ -34,4 +34,9 @@ class HFTTrainingConfig(SFTConfig):
             )
         if self.activation_checkpointing is None:  # TRL still sets the field's old name, of which transformers warns
             self.activation_checkpointing = self.gradient_checkpointing
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end` is not supported: each stage evaluates other tasks, so no one metric "
+                "could choose for all of them."
+            )
         super().__post_init__()

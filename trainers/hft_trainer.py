@@ -69,11 +69,19 @@ class HFTTrainer(SFTTrainer):
             raise ValueError(
                 f"HFTTrainer got a plain {type(model).__name__}; build on it with HFTForCausalLM.from_backbone(...)."
             )
+        if kwargs.get("peft_config") is not None:
+            raise ValueError("HFTTrainer takes no `peft_config`: the tasks' nodes are what trains.")
+        if kwargs.get("optimizers", (None, None)) != (None, None):
+            raise ValueError(
+                "HFTTrainer takes no `optimizers`: each stage makes its own; choose it with `args.optim`."
+            )
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing; give a Dataset a task: {name: Dataset}.")
         self._task_names: list[str] = model.config.task_names()
         self._train_sets = self._open_sets(model, split_by_task(train_dataset, self._task_names, "train_dataset"))
-        self._eval_sets = split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset else {}
+        self._eval_sets = (
+            split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset is not None else {}
+        )
         with replacing(args.output_dir):  # raises now, not after hours, if the folder cannot be written
             pass
 
@@ -81,16 +89,21 @@ class HFTTrainer(SFTTrainer):
         self.log_history: list[dict[str, float]] = []  # of all stages; `state.log_history` holds the last one's
         self._root = Path(args.output_dir)
         self._checked: set[str] = set()  # tasks whose gradients were seen to reach every parameter
-        model.set_trainable(
-            []
-        )  # TRL casts whatever is trainable on a 4-bit model to bfloat16; each stage sets its own
-        first = next(iter(self._train_sets.values()))
+        # TRL casts whatever is trainable on a 4-bit model to bfloat16; each stage makes its own trainable.
+        model.set_trainable([])
+        self._prepared: dict[str, Dataset] = {}
+        eval_sets, train_set = self._eval_sets, next(iter(self._train_sets.values()))  # TRL looks at one row of it
+        if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
+            eval_sets = {task: self._ready(task, rows, rows, args) for task, rows in eval_sets.items()}
+            train_set = self._join(
+                {task: self._ready(task, rows, rows, args) for task, rows in self._train_sets.items()}
+            )
         with _passing_as_unquantized(model):
             super().__init__(
                 model,
                 args,
-                train_dataset=self._tagged(self._train_sets) if _skips_preparation(args) else first,
-                eval_dataset=self._eval_sets or None,
+                train_dataset=train_set,
+                eval_dataset=eval_sets or None,
                 **kwargs,
             )
         self.data_collator = OneTaskCollator(self.data_collator)
@@ -98,11 +111,9 @@ class HFTTrainer(SFTTrainer):
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(progress(lambda: self.stage))
 
-    # ---- Data ----
-
     def _open_sets(self, model: PreTrainedModel, sets: dict[str, Dataset]) -> dict[str, Dataset]:
         """The data of the tasks that are still to learn, in the model's order."""
-        open_tasks = [task["name"] for task in model.config.tasks if not task["sealed"]]
+        open_tasks = model.config.open_tasks()
         missing = [task for task in open_tasks if task not in sets]
         if missing:
             raise ValueError(
@@ -114,10 +125,15 @@ class HFTTrainer(SFTTrainer):
             raise ValueError("All tasks of this model are sealed; add one with model.add_task(name, parents=[...]).")
         return {task: sets[task] for task in open_tasks}
 
-    def _tagged(self, sets: dict[str, Dataset]) -> Dataset:
-        """Prepared datasets as one, each row with its task's id."""
-        self._prepared = {task: tag_rows(dataset, self._task_names.index(task)) for task, dataset in sets.items()}
-        return concatenate_datasets(list(self._prepared.values()))
+    def _ready(self, task: str, rows: Dataset, tokenized: Dataset, args: Any, packing: bool = True) -> Dataset:
+        """Tokenised rows of a task, checked, and each with the task's id."""
+        tagged = tag_rows(tokenized, self._task_names.index(task))
+        check_labels(task, rows, tagged, args.max_length, packing)
+        return tagged
+
+    def _join(self, prepared: dict[str, Dataset]) -> Dataset:
+        self._prepared = prepared
+        return concatenate_datasets(list(prepared.values()))
 
     def _prepare_dataset(
         self,
@@ -133,17 +149,16 @@ class HFTTrainer(SFTTrainer):
         def prepare(task: str, rows: Dataset, split: str) -> Dataset:
             if args.completion_only_loss is None:
                 self.completion_only_loss = {"prompt", "completion"} <= set(rows.column_names)
-            ready = super(HFTTrainer, self)._prepare_dataset(
+            tokenized = super(HFTTrainer, self)._prepare_dataset(
                 rows, processing_class, args, packing, formatting_func, f"{task} ({split})"
             )
-            check_labels(task, rows, ready, args.max_length, packing)
-            return ready
+            return self._ready(task, rows, tokenized, args, packing)
 
-        if dataset_name == "train":
-            return self._tagged({task: prepare(task, rows, "train") for task, rows in self._train_sets.items()})
+        if not self._prepared:  # TRL prepares the training data first
+            return self._join({task: prepare(task, rows, "train") for task, rows in self._train_sets.items()})
         if "task" in dataset.column_names and "input_ids" in dataset.column_names:
             return dataset  # prepared before
-        return tag_rows(prepare(dataset_name, dataset, "eval"), self._task_names.index(dataset_name))
+        return prepare(dataset_name, dataset, "eval")
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -162,22 +177,32 @@ class HFTTrainer(SFTTrainer):
             eval_dataset = split_by_task(eval_dataset, self._task_names, "eval_dataset")
         return super().evaluate(eval_dataset=eval_dataset, **kwargs)
 
-    # ---- One stage after the other ----
-
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Trains every open stage, bottom-up, and seals it.
 
         Args:
             resume_from_checkpoint: True goes on from what `args.output_dir` holds, at whatever point the run was cut off
-                (from the start if nothing was saved); a string names another run's folder or one checkpoint in it.
+                (from the start if nothing was saved); a string names another run's folder or one checkpoint in it. Tasks
+                without a checkpoint start as they are in this model: build it with the same seed.
 
         Returns:
             Steps and mean loss over all stages; `metrics` with the seconds.
+
+        Raises:
+            ValueError: a folder to resume from that holds no run, or a folder that holds another run's checkpoints.
         """
-        checkpoint = self._restore(resume_from_checkpoint) if resume_from_checkpoint else None
-        sealed = [task["name"] for task in self.model.config.tasks if task["sealed"]]
+        if resume_from_checkpoint:
+            checkpoint = self._restore(resume_from_checkpoint)
+        else:
+            checkpoint = None
+            self._begin()
+        config = self.model.config
+        if missing := [task for task in config.open_tasks() if task not in self._prepared]:
+            raise ValueError(
+                f"The task {missing[0]!r} was added after this trainer was made; make a new one with its data."
+            )
         outputs = []
-        for stage in open_stages(self.model.hierarchy, sealed):
+        for stage in open_stages(self.model.hierarchy, config.sealed_tasks()):
             outputs.append(self._train_stage(stage, checkpoint, **kwargs))
             checkpoint = None
         steps = sum(output.global_step for output in outputs)
@@ -189,6 +214,8 @@ class HFTTrainer(SFTTrainer):
         self.stage = stage
         self._checked = set()
         self.model.set_trainable(stage.tasks)
+        if checkpoint is None:
+            self.model.start_from_parents(stage.tasks)
         self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])
         all_eval_sets = self.eval_dataset
         if isinstance(all_eval_sets, dict):
@@ -210,6 +237,15 @@ class HFTTrainer(SFTTrainer):
         self.save_model()
         return output
 
+    def _begin(self) -> None:
+        """From here on the folder describes this run; a resume must never pick up another one's checkpoints."""
+        if old := sorted(self._root.glob(f"stage-*/{PREFIX_CHECKPOINT_DIR}-*")):
+            raise ValueError(
+                f"'{self._root}' holds checkpoints of an earlier run ({old[0].relative_to(self._root)}); go on with it by "
+                "resume_from_checkpoint=True, choose another output_dir, or delete its stage-* folders."
+            )
+        self.save_model(_internal_call=True)
+
     def _restore(self, source: str | bool) -> str | None:
         """Takes over the sealed stages of a run; returns the checkpoint in the open stage to go on from, if there is one."""
         folder = Path(self.args.output_dir if source is True else source)
@@ -221,8 +257,10 @@ class HFTTrainer(SFTTrainer):
             self.model.restore(folder)
             return str(folder)
         if (folder / "config.json").exists():
-            self.model.restore(folder)
-        sealed = [task["name"] for task in self.model.config.tasks if task["sealed"]]
+            self.model.restore(folder, sealed_only=True)
+        elif folder != self._root:
+            raise ValueError(f"'{folder}' holds no run to resume (no config.json); give a run's folder, or True.")
+        sealed = self.model.config.sealed_tasks()
         stages = open_stages(self.model.hierarchy, sealed)
         found = last_checkpoint(folder / stages[0].folder) if stages else None
         logger.info(f"Resuming {folder}: sealed: {', '.join(sealed) or 'nothing'}; checkpoint: {found or 'none'}.")
@@ -283,8 +321,6 @@ class HFTTrainer(SFTTrainer):
         super().log(logs, start_time)
         self.log_history.append(dict(self.state.log_history[-1]))
 
-    # ---- Saving ----
-
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir
         if not self.args.should_save:
@@ -296,9 +332,6 @@ class HFTTrainer(SFTTrainer):
         stage = self.stage
         self.model.restore(resume_from_checkpoint)
         self.model.set_trainable(stage.tasks)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md into the run's folder; TRL's own card knows nothing of tasks."""
@@ -330,10 +363,6 @@ class HFTTrainer(SFTTrainer):
                 revision=kwargs.get("revision"),
             )
         return str(commit)
-
-
-def _skips_preparation(args: HFTTrainingConfig) -> bool:
-    return bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
 
 
 @contextlib.contextmanager

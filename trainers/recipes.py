@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import inspect
 import os
+import typing
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -58,6 +59,7 @@ class Recipe:
         return BitsAndBytesConfig(**self.quantization) if self.quantization else None
 
 
+_SPEC_KEYS = ("path", "name", "splits", "instruction", "options", "input", "label")
 _SECTIONS = ("model", "quantization", "training")
 RECIPE_KEYS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in _SECTIONS)
 
@@ -125,11 +127,20 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         quantization=sections["quantization"],
         training=sections["training"],
     )
-    recipe.hierarchy = {str(task): list(parents or []) for task, parents in recipe.hierarchy.items()}
+    if not isinstance(recipe.hierarchy, dict):
+        raise ValueError(f"`hierarchy` is {recipe.hierarchy!r}; give `task: [parents]` lines.")
+    recipe.hierarchy = {str(task): parents or [] for task, parents in recipe.hierarchy.items()}
     tree = Hierarchy(recipe.hierarchy)
+    for name in ("train_samples", "eval_samples", "max_input_tokens", "max_new_tokens"):
+        value = getattr(recipe, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"`{name}` is {value!r}; it must be a whole number of 1 or more.")
     for task in recipe.datasets:
         if task not in tree:
             raise ValueError(f"`datasets` describes the unknown task {task!r}. {nearest(task, tree.names)}")
+        for key in recipe.datasets[task]:
+            if key not in _SPEC_KEYS:
+                raise ValueError(f"`datasets[{task!r}]` has the unknown key {key!r}. {nearest(key, _SPEC_KEYS)}")
     return recipe
 
 
@@ -145,12 +156,19 @@ def _find(path: str | os.PathLike) -> Path:
 
 def _as_number(key: str, value: Any, default: Any) -> Any:
     """YAML 1.1 reads 1e-3 (without a dot) as a string."""
-    if isinstance(default, float) and isinstance(value, str):
+    if isinstance(value, str) and (isinstance(default, float) or key in _float_keys()):
         try:
             return float(value)
         except ValueError:
             raise ValueError(f"`{key}` is {value!r}; it must be a number.") from None
     return value
+
+
+@functools.cache
+def _float_keys() -> frozenset[str]:
+    """Keys of the training section that take a number or nothing."""
+    hints = typing.get_type_hints(HFTTrainingConfig)
+    return frozenset(key for key, hint in hints.items() if set(typing.get_args(hint)) == {float, type(None)})
 
 
 def load_task(recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -193,7 +211,21 @@ def _from_description(spec: Mapping[str, Any], task: str, split: str) -> Dataset
     splits = spec.get("splits", {})
     rows = load_dataset(spec["path"], spec.get("name"), split=splits.get(split, split))
 
+    try:
+        spec["input"].format(**dict.fromkeys(rows.column_names))
+    except (KeyError, IndexError) as error:
+        raise ValueError(
+            f"`input` of task {task!r} names {error}. {nearest(str(error).strip(chr(39)), rows.column_names)}"
+        ) from None
+    if spec["label"] not in rows.column_names:
+        raise ValueError(f"`label` of task {task!r} is {spec['label']!r}. {nearest(spec['label'], rows.column_names)}")
+
     def read(row: dict[str, Any]) -> dict[str, Any]:
+        if not 0 <= row[spec["label"]] < len(spec["options"]):
+            raise ValueError(
+                f"A row of task {task!r} ({split}) has the label {row[spec['label']]}, and there are {len(spec['options'])} "
+                "options; a hidden label (-1) marks a split that cannot be scored: name another under `splits`."
+            )
         return {
             "instruction": spec["instruction"],
             "options": spec["options"],
