@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hft
 
+from .hub import Hub, serving
 from .test_model import prompts
 from .tiny import bits, fill, snapshot
 
@@ -138,11 +139,58 @@ def test_7_loads_as_remote_code_where_the_package_cannot_be_imported(model, tmp_
     assert hft.HFTForCausalLM.from_pretrained(out).hierarchy.path("later") == ("a", "b", "c", "d", "later")
 
 
-def run_clean(code: str, tmp_path, *arguments: str) -> str:
+BUILD = """
+    import sys, torch, hft
+    out = sys.argv[1]
+    torch.manual_seed(0)
+    model = hft.HFTForCausalLM.from_backbone("me/base", {"a": [], "b": ["a"]}, rank=2)
+    for parameter in model.hft_nodes.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.seal("ab")
+    model.save_pretrained(out)
+    print(float(model(torch.tensor([[5, 6, 7]]), task="b").logits.double().sum()))
+"""
+
+LOAD = """
+    import sys
+    sys.modules["hft"] = None
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+    model = AutoModelForCausalLM.from_pretrained("me/hft", trust_remote_code=True)
+    AutoModel.from_pretrained("me/hft", trust_remote_code=True)
+    AutoTokenizer.from_pretrained("me/base")
+    print(float(model(torch.tensor([[5, 6, 7]]), task="b").logits.double().sum()))
+"""
+
+
+def test_from_a_hub_the_backbone_stays_at_its_commit(backbones, tmp_path):
+    """Loaded by id as remote code, also offline; a newer commit of the backbone does not get under the tasks."""
+    hub = Hub()
+    first = hub.publish("me/base", backbones["llama"])
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    with serving(hub) as address:
+        environment["HF_ENDPOINT"] = address
+        built = run_clean(BUILD, tmp_path, str(tmp_path / "slim"), **environment)
+        config = json.loads((tmp_path / "slim/config.json").read_text())
+        assert (config["backbone"], config["backbone_revision"]) == ("me/base", first)
+
+        newer = tmp_path / "newer"
+        shutil.copytree(backbones["llama"], newer)
+        changed = AutoModelForCausalLM.from_pretrained(newer)
+        with torch.no_grad():
+            changed.lm_head.weight.mul_(2)
+        changed.save_pretrained(newer)
+        hub.publish("me/base", newer)
+        hub.publish("me/hft", tmp_path / "slim")
+        assert run_clean(LOAD, tmp_path, **environment) == built
+    assert run_clean(LOAD, tmp_path, **{**environment, "HF_HUB_OFFLINE": "1"}) == built  # the hub is gone
+
+
+def run_clean(code: str, tmp_path, *arguments: str, **environment: str) -> str:
     """Runs code in a fresh process, in an empty folder, with a module cache of its own."""
     empty = tmp_path / "empty"
     empty.mkdir(exist_ok=True)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
         cwd=empty, env=environment, capture_output=True, text=True, timeout=300,
