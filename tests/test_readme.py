@@ -1,0 +1,49 @@
+"""The README's numbers are those of the committed result files, and its names exist."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import hft
+from hft.trainers.evaluation import format_matrix
+
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "examples/benchmarks/results"
+
+
+def test_the_demos_numbers():
+    report = json.loads((RESULTS / "demo.json").read_text())
+    for task, before in report["accuracy_before"].items():
+        assert f"{task:<16}{before:>8.1f}{report['accuracy_after'][task]:>8.1f}" in README
+    assert format_matrix(report["matrix"], list(report["accuracy_after"])) in README
+    assert f"Mean gain over the backbone: {report['mean_gain_points']:.1f} points" in README
+    assert f"Forgetting: {report['forgetting']:.3f} points" in README
+    assert f"logits differ by {report['reload_max_abs_diff']}" in README
+    assert f"{report['seconds']:.0f} s; the model is in" in README
+
+
+def test_the_recipes_numbers():
+    report = json.loads((RESULTS / "cl14-small.json").read_text())
+    for task, row in report["tasks"].items():
+        cells = (f"{row[name]:.1f} ± {row[f'{name}_se']:.1f}" for name in ("backbone", "hft"))
+        assert f"| {task} | {row['rows']} | {' | '.join(cells)} |" in README
+    assert f"{report['train_seconds'] / 60:.0f} minutes" in README
+
+
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)h][^)]*)\)", README))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_its_python_is_python(code):
+    compile(code, "README.md", "exec")
+
+
+def test_the_ten_lines_name_what_exists():
+    for name in re.findall(r"\bhft\.(\w+)", "".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))):
+        assert hasattr(hft, name) or name == "trainers", name
