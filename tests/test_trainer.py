@@ -288,6 +288,18 @@ def test_one_dataset_with_a_column_is_the_same_as_a_dict(backbones, tokenizer, t
     assert snapshot(first.model) == snapshot(second.model)
 
 
+def test_without_a_tokenizer_it_takes_the_backbones_or_the_models_own(backbones, tmp_path):
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
+    first = HFTTrainer(
+        model, HFTTrainingConfig(output_dir=str(tmp_path), max_steps=1, bf16=False), train_dataset={"a": rows(1)}
+    )
+    first.train()
+    grown = AutoModelForCausalLM.from_pretrained(tmp_path)
+    grown.add_task("b", ["a"])
+    second = HFTTrainer(grown, HFTTrainingConfig(output_dir=str(tmp_path / "2")), train_dataset={"b": rows(1)})
+    assert second.processing_class.get_vocab() == first.processing_class.get_vocab()
+
+
 def test_prepared_data_is_taken_as_it_is(backbones, tokenizer, tmp_path):
     train = {
         task: Dataset.from_list([{"input_ids": [5, 6, i], "labels": [-100, 6, i]} for i in (7, 8)]) for task in "ae"
