@@ -65,10 +65,16 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     Args:
         tensors: by name, any device; views are copied.
         path: in a folder that `replacing` gave.
+
+    Raises:
+        OSError: if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # safetensors reads a parameter's `.data` here, so values are those of this moment.
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, path, {"format": "pt"})
+    except SafetensorError as error:  # a full disk is no OSError there
+        raise OSError(f"Cannot write {path.name}: {error}. What was saved before is whole.") from error
 
 
 def read_tensors(

@@ -164,6 +164,8 @@ class HFTStorage:
         info = kwargs.pop("output_loading_info", False)
         if config is None:
             files, _ = PreTrainedConfig.get_config_dict(repo, **download)
+            if not files:
+                raise OSError(f"'{repo}' holds no model (no config.json).")
             if files.get("model_type") != HFTConfig.model_type:
                 raise ValueError(
                     f"'{repo}' is no HFT model but a plain {files.get('model_type')!r}; "

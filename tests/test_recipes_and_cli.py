@@ -61,7 +61,10 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
 
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "run"), "hello", "you", "--task", "rte", "--max_new_tokens", "3"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) >= 2
+    hello = capsys.readouterr().out
+    assert len(hello.splitlines()) >= 2
+    assert main(["generate", str(tmp_path / "run"), "--task", "rte", "--max_new_tokens", "3", "hello", "you"]) == 0
+    assert capsys.readouterr().out == hello
     assert main(["generate", str(tmp_path / "run"), "hello", "--task", "rts"]) == 2
     assert "hft: error: Unknown task 'rts'. Did you mean 'rte'?" in capsys.readouterr().err
 
@@ -112,7 +115,7 @@ def test_other_wrong_commands(tmp_path, backbones, capsys):
     assert main(["generate", str(backbones["llama"]), "hi"]) == 2
     error = capsys.readouterr().err
     assert "There is no recipe 'cl14-smal'. Did you mean 'cl14-small'?" in error
-    assert "`hft eval` does not know --lr." in error
+    assert "`hft eval` does not know '--lr'; see `hft eval --help`." in error
     assert "is no HFT model but a plain 'llama'" in error
     with pytest.raises(SystemExit) as stop:
         main(["trane"])

@@ -272,6 +272,29 @@ def test_a_config_from_a_newer_version_is_refused(saved):
         AutoModelForCausalLM.from_pretrained(saved)
 
 
+def test_an_empty_folder_holds_no_model(tmp_path):
+    with pytest.raises(OSError, match=r"config\.json"):
+        hft.HFTForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="needs to mount a small disk")
+def test_a_disk_that_is_really_full(saved, model, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]).returncode != 0:
+        pytest.skip("may not mount here")
+    try:
+        model.save_pretrained(disk / "model")
+        before = {path: path.read_bytes() for path in (disk / "model").rglob("*") if path.is_file()}
+        for i in range(9):
+            model.add_task(f"more{i}", rank=32)
+        with pytest.raises(OSError, match=r"Cannot write .*No space left on device"):
+            model.save_pretrained(disk / "model")
+        assert {path: path.read_bytes() for path in (disk / "model").rglob("*") if path.is_file()} == before
+    finally:
+        subprocess.run(["umount", str(disk)])
+
+
 def test_a_plain_model_is_no_hft_model(backbones):
     with pytest.raises(
         ValueError, match=r"is no HFT model but a plain 'llama'; build on it with HFTForCausalLM.from_backbone"

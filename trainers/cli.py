@@ -28,10 +28,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import it misses an optional kernel
     try:
+        if args.command == "generate":  # argparse gives prompts that follow an option to nobody
+            while rest and not rest[0].startswith("--"):
+                args.prompt.append(rest.pop(0))
+        if rest and args.command != "train":
+            raise ValueError(f"`hft {args.command}` does not know {rest[0]!r}; see `hft {args.command} --help`.")
         overrides = _overrides(rest)
         _keep_freed_memory()
-        if overrides and args.command != "train":
-            raise ValueError(f"`hft {args.command}` does not know {', '.join(f'--{key}' for key in overrides)}.")
         {"demo": _demo, "train": _train, "eval": _eval, "generate": _generate}[args.command](args, overrides)
     except (ValueError, FileNotFoundError, StrictDataclassError) as error:
         print(f"hft: error: {error}", file=sys.stderr)
@@ -124,6 +127,7 @@ def _demo(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
 
 def _train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    from datasets import disable_progress_bars
     from transformers import AutoTokenizer, set_seed
 
     import hft
@@ -131,6 +135,7 @@ def _train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from . import HFTTrainer, HFTTrainingConfig
     from .recipes import load_task, read_recipe
 
+    disable_progress_bars()  # seven short ones a task would hide the one that matters
     recipe = read_recipe(args.recipe, overrides)
     config = HFTTrainingConfig(**recipe.training)
     set_seed(config.seed)
@@ -154,6 +159,7 @@ def _train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
 
 def _eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from datasets import disable_progress_bars
     from transformers import AutoTokenizer
 
     import hft
@@ -161,6 +167,7 @@ def _eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from .evaluation import EvalSet, mean_and_error, score_task
     from .recipes import load_task, read_recipe
 
+    disable_progress_bars()
     overrides = {"data": args.data, "eval_samples": args.samples, "train_samples": args.samples}
     recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
     model = hft.HFTForCausalLM.from_pretrained(

@@ -1,6 +1,7 @@
 """`HFTTrainer`: TRL's SFTTrainer, once a stage, bottom-up."""
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -242,12 +243,21 @@ class HFTTrainer(SFTTrainer):
         if old := sorted(self._root.glob(f"stage-*/{PREFIX_CHECKPOINT_DIR}-*")):
             raise ValueError(
                 f"'{self._root}' holds checkpoints of an earlier run ({old[0].relative_to(self._root)}); go on with it by "
-                "resume_from_checkpoint=True, choose another output_dir, or delete its stage-* folders."
+                "resume_from_checkpoint=True (`hft train --resume`), choose another output_dir, or delete its stage-* "
+                "folders."
             )
+        self._sweep()
         self.save_model(_internal_call=True)
+
+    def _sweep(self) -> None:
+        """Removes what a kill left of a save that never came to its end."""
+        for pattern in (".writing-*", f"stage-*/{PREFIX_CHECKPOINT_DIR}-*/.writing-*"):
+            for unfinished in self._root.glob(pattern):
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def _restore(self, source: str | bool) -> str | None:
         """Takes over the sealed stages of a run; returns the checkpoint in the open stage to go on from, if there is one."""
+        self._sweep()
         folder = Path(self.args.output_dir if source is True else source)
         if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
             if not is_whole(folder):
