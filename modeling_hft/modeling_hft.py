@@ -117,10 +117,11 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
 
     def _names_of(self, ids_B: torch.Tensor) -> list[str | None]:
         known: list[str | None] = [*self.config.task_names(), None]  # so -1 is the backbone
-        for i in ids_B.tolist():
+        ids = ids_B.tolist()
+        for i in ids:
             if not -1 <= i < len(known) - 1:
                 raise ValueError(f"`task` holds the id {i}; ids go from -1 (the backbone) to {len(known) - 2}.")
-        return [known[i] for i in ids_B.tolist()]
+        return [known[i] for i in ids]
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any

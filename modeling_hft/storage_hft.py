@@ -180,7 +180,7 @@ class HFTStorage:
         tasks, config.tasks = config.tasks, []
         if backbone is not None:
             config.backbone, config.backbone_revision = os.fspath(backbone), None
-        source = {**{name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}}
+        source = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
         if config.backbone_revision is not None:
             source["revision"] = config.backbone_revision
         try:
@@ -208,15 +208,15 @@ class HFTStorage:
         # The shared file may know of a task more than the config, if a kill came between the two.
         gates = read_tensors(repo, SHARED_FILE, self._gate_tensors(tasks), may_hold_more=True, **download)
         for task in tasks:
-            node = read_tensors(repo, task_file(task), self._node_tensors(task), **download)
-            for parameters, tensors in ((self._node_tensors(task), node), (self._gate_tensors([task]), gates)):
-                for name, parameter in parameters.items():
-                    if tensors[name].shape != parameter.shape:
-                        raise ValueError(
-                            f"'{repo}' holds {name!r} of task {task!r} with shape {list(tensors[name].shape)}, and this "
-                            f"backbone needs {list(parameter.shape)}. Is it another backbone?"
-                        )
-                    parameter.data = tensors[name].to(parameter.device)
+            node = self._node_tensors(task)
+            tensors = {**gates, **read_tensors(repo, task_file(task), node, **download)}
+            for name, parameter in {**node, **self._gate_tensors([task])}.items():
+                if tensors[name].shape != parameter.shape:
+                    raise ValueError(
+                        f"'{repo}' holds {name!r} of task {task!r} with shape {list(tensors[name].shape)}, and this "
+                        f"backbone needs {list(parameter.shape)}. Is it another backbone?"
+                    )
+                parameter.data = tensors[name].to(parameter.device)
 
     def _node_tensors(self, task: str) -> dict[str, nn.Parameter]:
         """A task's node by the names that it has in its file, `layers.0.self_attn.q_proj.A`: a contract."""

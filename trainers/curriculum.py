@@ -1,5 +1,6 @@
 """The order of learning: which tasks train together, and which rows make a micro-batch. No torch."""
 
+import itertools
 import math
 import random
 from collections.abc import Collection, Iterator, Mapping
@@ -57,6 +58,7 @@ class BlockSampler:
 
     def __init__(self, num_rows: Mapping[str, int], block_size: int, seed: int):
         self.num_rows = dict(num_rows)
+        self._first_row = dict(zip(num_rows, itertools.accumulate(num_rows.values(), initial=0), strict=False))
         self.block_size = block_size
         self.seed = seed
         self.epoch = 0
@@ -83,16 +85,11 @@ class BlockSampler:
     def _rows(self, task: str) -> Iterator[int]:
         """A task's endless stream of rows, from where the epoch begins in it."""
         size = self.num_rows[task]
-        first = sum(rows for other, rows in self._before(task))
         begin = self.epoch * self.num_blocks(task) * self.block_size
         shuffle, place = divmod(begin, size)
         while True:
             order = list(range(size))
             random.Random(f"{self.seed}/{task}/{shuffle}").shuffle(order)
             for row in order[place:]:
-                yield first + row
+                yield self._first_row[task] + row
             shuffle, place = shuffle + 1, 0
-
-    def _before(self, task: str) -> list[tuple[str, int]]:
-        names = list(self.num_rows)
-        return [(name, self.num_rows[name]) for name in names[: names.index(task)]]

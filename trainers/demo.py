@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from transformers.utils import logging
 
@@ -251,8 +251,6 @@ def _reload_difference(
     test: Mapping[str, EvalSet],
 ) -> float:
     """The largest difference of any logit between the model in memory and the saved one in a process without HFT."""
-    from safetensors.torch import save_file
-
     prompts = {}
     for task in [*test, "backbone"]:
         row = test.get(task, next(iter(test.values()))).rows[0]

@@ -80,9 +80,7 @@ class HFTTrainer(SFTTrainer):
             raise ValueError("`train_dataset` is missing; give a Dataset a task: {name: Dataset}.")
         self._task_names: list[str] = model.config.task_names()
         self._train_sets = self._open_sets(model, split_by_task(train_dataset, self._task_names, "train_dataset"))
-        self._eval_sets = (
-            split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset is not None else {}
-        )
+        eval_sets = split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset is not None else {}
         with replacing(args.output_dir):  # raises now, not after hours, if the folder cannot be written
             pass
 
@@ -93,7 +91,7 @@ class HFTTrainer(SFTTrainer):
         # TRL casts whatever is trainable on a 4-bit model to bfloat16; each stage makes its own trainable.
         model.set_trainable([])
         self._prepared: dict[str, Dataset] = {}
-        eval_sets, train_set = self._eval_sets, next(iter(self._train_sets.values()))  # TRL looks at one row of it
+        train_set = next(iter(self._train_sets.values()))  # TRL looks at one row of it
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             eval_sets = {task: self._ready(task, rows, rows, args) for task, rows in eval_sets.items()}
             train_set = self._join(
@@ -278,8 +276,10 @@ class HFTTrainer(SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it owns."""
-        task = self._task_names[int(inputs["task"][0])]
         loss = super().training_step(model, inputs, *args, **kwargs)
+        if len(self._checked) == len(self.stage.tasks):
+            return loss  # reading the id would make a GPU wait
+        task = self._task_names[int(inputs["task"][0])]
         if task not in self._checked:
             self._checked.add(task)
             own = self.model.task_parameters(task)
@@ -317,11 +317,13 @@ class HFTTrainer(SFTTrainer):
         """As the Trainer's, with the gates in a group of their own: another learning rate, no decay."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        gates = [gate for gate in self.model.hft_gates.parameters() if gate.requires_grad]
+        gates = {id(gate): gate for gate in self.model.hft_gates.parameters() if gate.requires_grad}
         if fresh and gates:
             for group in optimizer.param_groups:
-                group["params"] = [p for p in group["params"] if all(p is not gate for gate in gates)]
-            optimizer.add_param_group({"params": gates, "lr": self.args.gate_learning_rate, "weight_decay": 0.0})
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gates]
+            optimizer.add_param_group(
+                {"params": list(gates.values()), "lr": self.args.gate_learning_rate, "weight_decay": 0.0}
+            )
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -339,9 +341,8 @@ class HFTTrainer(SFTTrainer):
         self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        stage = self.stage
         self.model.restore(resume_from_checkpoint)
-        self.model.set_trainable(stage.tasks)
+        self.model.set_trainable(self.stage.tasks)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes README.md into the run's folder; TRL's own card knows nothing of tasks."""
