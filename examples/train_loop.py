@@ -62,12 +62,11 @@ def train(
         epochs, batch_size, accumulation, learning_rate, gate_learning_rate, max_steps, seed: as in HFTTrainingConfig.
     """
     for stage in open_stages(model.hierarchy, model.config.sealed_tasks()):  # one stage a level
-        model.start_from_parents(stage.tasks)  # as their parents are now, after their own training
-        model.set_trainable(stage.tasks)
+        model.start_stage(stage.tasks)  # they begin as their parents are now, with an empty memory page to share
         gates = [gate for gate in model.hft_gates.parameters() if gate.requires_grad]
-        nodes = [node for node in model.hft_nodes.parameters() if node.requires_grad]
+        factors = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("hft_gates")]
         optimizer = torch.optim.AdamW(
-            [{"params": nodes, "lr": learning_rate}, {"params": gates, "lr": gate_learning_rate}], weight_decay=0.0
+            [{"params": factors, "lr": learning_rate}, {"params": gates, "lr": gate_learning_rate}], weight_decay=0.0
         )
         # A block is one optimizer step, and all its rows belong to one task.
         sampler = BlockSampler({task: len(rows[task]) for task in stage.tasks}, batch_size * accumulation, seed)

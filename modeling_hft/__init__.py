@@ -3,8 +3,9 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig
-from .gates_hft import HFTGates
+from .gates_hft import HFTGates, HFTGateTable
 from .hierarchy_hft import Hierarchy
+from .memory_hft import HFTMemory
 from .modeling_hft import HFTForCausalLM, HFTModel, HFTPreTrainedModel
 from .nodes_hft import HFTNodes
 
@@ -14,8 +15,10 @@ __version__ = "0.1.0"
 __all__ = [
     "HFTConfig",
     "HFTForCausalLM",
+    "HFTGateTable",
     "HFTGates",
     "HFTGatingConfig",
+    "HFTMemory",
     "HFTMemoryConfig",
     "HFTModel",
     "HFTNodes",

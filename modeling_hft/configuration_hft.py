@@ -1,5 +1,6 @@
 """The configuration of an HFT model: a picture of its hierarchy, readable in config.json."""
 
+import copy
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -32,16 +33,36 @@ class HFTGatingConfig(PreTrainedConfig):
 
 @strict
 class HFTMemoryConfig(PreTrainedConfig):
-    """The task-agnostic memory.
+    """The task-agnostic memory: pages of key-value slots beside linears, one page a stage.
 
     Args:
-        read: how the pages are read. `"off"`: there is no memory.
+        read: how the pages are read. `"linear"`: a page adds V K x, so that a task's path stays one plain LoRA. `"topk"`:
+            each token reads its best-matching slots only. `"off"`: there is no memory.
+        slots: S, the slots of a new page at each linear; 1 or more.
+        top_k: how many slots a token reads with `"topk"`; 1 to `slots`.
+        target_modules: the linears that carry slots, among those that carry nodes: `"all-linear"` or a list of last names.
+        init: a task's gate on its own stage's page at the start, and a root's on pages that were there before it. A child's
+            gates on older pages start at its parents' values.
+
+    Raises:
+        ValueError: a number of slots below 1, or a `top_k` that is not within 1 to `slots`.
     """
 
     model_type = "hft_memory"
     base_config_key = "memory_config"
 
-    read: Literal["off"] = "off"
+    read: Literal["off", "linear", "topk"] = "linear"
+    slots: int = 8
+    top_k: int = 2
+    target_modules: str | list[str] = "all-linear"
+    init: float = 1.0
+
+    def __post_init__(self, **kwargs):
+        if self.slots < 1:
+            raise ValueError(f"`slots` is {self.slots}; a page needs 1 or more.")
+        if not 1 <= self.top_k <= self.slots:
+            raise ValueError(f"`top_k` is {self.top_k}; with {self.slots} slots it must be 1 to {self.slots}.")
+        super().__post_init__(**kwargs)
 
 
 @strict
@@ -55,8 +76,10 @@ class HFTConfig(PreTrainedConfig):
         text_config: the backbone's own config.
         gating_config: see `HFTGatingConfig`.
         memory_config: see `HFTMemoryConfig`.
-        tasks: one entry a task, in the order of creation: `{"name", "parents", "rank", "sealed"}`; without the last three
-            it is an open root of rank `rank`.
+        tasks: one entry a task, in the order of creation: `{"name", "parents", "rank", "sealed", "pages", "borrows"}`: the
+            ids of the memory pages that it reads, and the nodes that it reads beside its path. Without the others, a name is
+            an open root of rank `rank` that reads no page.
+        pages: one entry a memory page: `{"id", "slots", "sealed", "writers"}`, the last being the tasks of its stage.
         rank: the rank R of the nodes of new tasks; 1 or more.
         target_modules: the linears that carry nodes: `"all-linear"` (every `nn.Linear` in a decoder layer), or a list of
             last names such as `["q_proj", "v_proj"]`.
@@ -66,7 +89,8 @@ class HFTConfig(PreTrainedConfig):
         format_version: the layout of the files, see `FORMAT_VERSION`.
 
     Raises:
-        ValueError: a hierarchy that is none (see `Hierarchy`), a rank below 1, or a format from a newer version.
+        ValueError: a hierarchy that is none (see `Hierarchy`), a rank below 1, a task that reads a page or a node that is
+            not there, or a format from a newer version.
     """
 
     model_type = "hft"
@@ -80,6 +104,7 @@ class HFTConfig(PreTrainedConfig):
     gating_config: dict[str, Any] | PreTrainedConfig | None = None
     memory_config: dict[str, Any] | PreTrainedConfig | None = None
     tasks: list[dict[str, Any]] | None = None
+    pages: list[dict[str, Any]] | None = None
     rank: int = 16
     target_modules: str | list[str] = "all-linear"
     backbone: str | None = None
@@ -96,11 +121,18 @@ class HFTConfig(PreTrainedConfig):
         if self.rank < 1:
             raise ValueError(f"`rank` is {self.rank}; a node needs a rank of 1 or more.")
         # A copy: entries change as tasks are sealed, and a config may be shared.
-        self.tasks = [{"parents": [], "rank": self.rank, "sealed": False, **task} for task in self.tasks or []]
+        defaults = {"parents": [], "rank": self.rank, "sealed": False, "pages": [], "borrows": []}
+        self.tasks = [copy.deepcopy({**defaults, **task}) for task in self.tasks or []]
+        self.pages = copy.deepcopy(self.pages or [])
         names = [task["name"] for task in self.tasks]
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"The task {name!r} is a duplicate in `tasks`; each name stands once.")
+        for task in self.tasks:
+            for kind, known in (("pages", [page["id"] for page in self.pages]), ("borrows", names)):
+                for other in task[kind]:
+                    if other not in known:
+                        raise ValueError(f"Task {task['name']!r} reads {other!r} in `{kind}`. {nearest(other, known)}")
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self.hierarchy()  # raises if the tasks are no hierarchy
@@ -127,3 +159,10 @@ class HFTConfig(PreTrainedConfig):
             if task["name"] == name:
                 return task
         raise ValueError(f"Unknown task {name!r}. {nearest(name, self.task_names())}")
+
+    def page(self, page_id: int) -> dict[str, Any]:
+        """The entry of one memory page; ValueError if there is none."""
+        for page in self.pages:
+            if page["id"] == page_id:
+                return page
+        raise ValueError(f"Unknown memory page {page_id!r}. {nearest(page_id, [page['id'] for page in self.pages])}")

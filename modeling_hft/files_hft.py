@@ -1,4 +1,4 @@
-"""The slim form on disk: one safetensors file a task, one for what tasks share, and never a half-written folder."""
+"""The slim form on disk: a safetensors file a task, a page, and one for the rest; never a half-written folder."""
 
 import os
 import shutil
@@ -14,12 +14,17 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import cached_file
 
 
-SHARED_FILE = "model.safetensors"  # what tasks share: their gates
+SHARED_FILE = "model.safetensors"  # all tasks' gates
 
 
 def task_file(task: str) -> str:
     """Where a task's node is: `tasks/<task>.safetensors`."""
     return f"tasks/{task}.safetensors"
+
+
+def page_file(page_id: int) -> str:
+    """Where a memory page is: `pages/<id>.safetensors`."""
+    return f"pages/{page_id}.safetensors"
 
 
 @contextmanager

@@ -1,80 +1,128 @@
-"""The gates: how much of each node flows into a task, layer by layer.
+"""The gates: how much of each node and each memory page flows into a task, layer by layer.
 
-B batch, L layers, N nodes on a path.
+B batch, L layers, N sources that a task reads: nodes, then pages.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
-from .hierarchy_hft import Hierarchy
+from .path_hft import HFTSources
 
 
 class HFTGates(nn.Module):
-    """One learnt number a (task, node, layer), in float32: how much of the node the task lets in at that layer.
+    """One learnt number a (task, source, layer), in float32: how much of a node or page the task lets in at that layer.
 
     Unlike the gates of a mixture of experts, they do not depend on the input: a task's path stays one plain LoRA.
 
     Args:
         num_layers: L.
         start: a task's gate on its own node at the start.
+        page_start: the gate on a page that the task is the first of its path to read.
     """
 
-    def __init__(self, num_layers: int, start: float):
+    def __init__(self, num_layers: int, start: float, page_start: float):
         super().__init__()
         self.num_layers = num_layers
         self.start = start
+        self.page_start = page_start
 
-    def add(self, task: str, num_nodes: int, device: torch.device | None = None) -> None:
+    def add(self, task: str, num_sources: int, device: torch.device | None = None) -> None:
         """Makes room for a task's gates [L, N]. `reset_parameters` fills it."""
-        gates_LN = torch.empty(self.num_layers, num_nodes, dtype=torch.float32, device=device)
+        gates_LN = torch.empty(self.num_layers, num_sources, dtype=torch.float32, device=device)
         self.register_parameter(f"g_{task}", nn.Parameter(gates_LN))  # a prefix: a task may be called "forward"
 
     def of(self, task: str) -> nn.Parameter:
-        """A task's gates [L, N], in the order of its path."""
+        """A task's gates [L, N]."""
         return self._parameters[f"g_{task}"]
 
     def tasks(self) -> list[str]:
         """The names of the tasks that have gates."""
         return [name.removeprefix("g_") for name in self._parameters]
 
-    def reset_parameters(self, task: str, hierarchy: Hierarchy) -> None:
-        """The child starts as its parent: the mean of its parents' gates, and `start` on its own node, still silent."""
-        path = hierarchy.path(task)
-        parents = hierarchy.parents(task)
-        start_LN = self.of(task).new_zeros(self.num_layers, len(path))
-        start_LN[:, -1] = self.start
+    def reset_parameters(
+        self, task: str, sources: Mapping[str, HFTSources], parents: Sequence[str], silent_pages: Sequence[str]
+    ) -> None:
+        """The child starts as its parent: the mean of its parents' gates.
+
+        On its own node, which is silent at first, it starts at `start`; on pages that are silent, or that a root finds, at
+        `page_start`; on pages that others wrote and its parents do not read, at 0.
+
+        Args:
+            task: whose gates.
+            sources: what the task and its parents read.
+            parents: of the task.
+            silent_pages: those that nobody has written yet.
+        """
+        own = sources[task]
+        start_LN = self.of(task).new_zeros(self.num_layers, len(own))
+        start_LN[:, own.nodes.index(task)] = self.start
+        for column, page in enumerate(own.pages, start=len(own.nodes)):
+            if page in silent_pages or not parents:
+                start_LN[:, column] = self.page_start
+        labels = own.labels()
         for parent in parents:
-            for column, node in enumerate(hierarchy.path(parent)):
-                start_LN[:, path.index(node)] += self.of(parent)[:, column].detach().to(start_LN) / len(parents)
+            for column, label in enumerate(sources[parent].labels()):
+                start_LN[:, labels.index(label)] += self.of(parent)[:, column].detach().to(start_LN) / len(parents)
         init.copy_(self.of(task), start_LN)
 
     def of_rows(
-        self, rows: Sequence[str | None], paths: Mapping[str, Sequence[str]]
-    ) -> tuple[tuple[str, ...], torch.Tensor]:
+        self, rows: Sequence[str | None], sources: Mapping[str, HFTSources]
+    ) -> tuple[HFTSources, torch.Tensor]:
         """The gates of a batch whose rows belong to different tasks.
 
         Args:
             rows: B names; None for the plain backbone.
-            paths: the path of each task among them.
+            sources: what each task among them reads.
 
         Returns:
-            The names of all nodes that any row needs, N of them; and the gates [B, L, N], zero for nodes off a row's path.
+            All that any row reads, N sources; and the gates [B, L, N], zero for what a row does not read.
         """
-        nodes = tuple(dict.fromkeys(node for row in rows if row is not None for node in paths[row]))
+        union = HFTSources.union([sources[row] for row in rows if row is not None])
+        labels = union.labels()
         tasks = tuple(dict.fromkeys(rows))
         anything = next(self.parameters())  # for device and dtype
         table_KLN = []
         for task in tasks:
-            gates_LN = anything.new_zeros(self.num_layers, len(nodes))
+            gates_LN = anything.new_zeros(self.num_layers, len(labels))
             if task is not None:
-                columns = torch.tensor([nodes.index(node) for node in paths[task]], device=anything.device)
+                columns = torch.tensor(
+                    [labels.index(label) for label in sources[task].labels()], device=anything.device
+                )
                 gates_LN = gates_LN.index_copy(1, columns, self.of(task))
             table_KLN.append(gates_LN)
         task_of_row_B = torch.tensor([tasks.index(row) for row in rows], device=anything.device)
-        return nodes, torch.stack(table_KLN)[task_of_row_B]
+        return union, torch.stack(table_KLN)[task_of_row_B]
 
     def extra_repr(self) -> str:
         return f"num_layers={self.num_layers}, tasks={self.tasks()}"
+
+
+@dataclass(frozen=True)
+class HFTGateTable:
+    """A task's gates, to be read: `print(model.gates("yelp"))`.
+
+    Args:
+        task: whose they are.
+        sources: the N names: of nodes, and `page:<id>`.
+        values: [L, N], float32, a copy.
+    """
+
+    task: str
+    sources: tuple[str, ...]
+    values: torch.Tensor
+
+    def mean(self) -> dict[str, float]:
+        """The mean of the absolute gates over all layers, for each source; 0.0 if the task lets nothing of it in."""
+        return dict(zip(self.sources, self.values.abs().mean(0).tolist(), strict=True))
+
+    def __str__(self) -> str:
+        width = max(8, *(len(source) for source in self.sources))
+        rows = [("layer", self.sources)]
+        rows += [(str(layer), [f"{g:.3f}" for g in row]) for layer, row in enumerate(self.values.tolist())]
+        rows += [("mean |g|", [f"{g:.3f}" for g in self.mean().values()])]
+        lines = ["  ".join([head.rjust(8), *(cell.rjust(width) for cell in cells)]) for head, cells in rows]
+        return f"Gates of {self.task}\n" + "\n".join(lines)

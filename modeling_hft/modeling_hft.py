@@ -1,16 +1,17 @@
-"""HFT: a frozen decoder, and beside it nodes and gates that a hierarchy of tasks owns.
+"""HFT: a frozen decoder, and beside it what a hierarchy of tasks owns and shares.
 
-    y = W x + sum over the nodes n on task t's path of g[t, n, layer] * B_n A_n x
+    y = W x + sum over the memory pages p that task t reads of g[t, p, layer] * V_p K_p x
+            + sum over the nodes n on task t's path         of g[t, n, layer] * B_n A_n x
 
 The backbone is any decoder of transformers whose layers are made of `nn.Linear`; it stays whole under `backbone`, so its
 parameters keep the names that they have in their own repository. What HFT owns lives beside it (`hft_nodes`,
-`hft_gates`). The two meet in one place, `_attach`: a forward hook on each adapted linear.
+`hft_memory`, `hft_gates`). The two meet in one place, `_attach`: a forward hook on each adapted linear.
 
-B batch, T tokens, L layers, N nodes on a path, R rank, O out features.
+B batch, T tokens, L layers, R rank of a path.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -23,18 +24,21 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_hft import HFTConfig
+from .fused_hft import HFTFused
 from .gates_hft import HFTGates
 from .hierarchy_hft import BACKBONE, Hierarchy, nearest
-from .nodes_hft import HFTNodes, adapted_linears, flat
+from .memory_hft import HFTMemory
+from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, flat
 from .path_hft import HFTPath, keep_path, on_path
 from .storage_hft import HFTStorage
+from .tasks_hft import HFTTasks
 
 
 # A task, one task a row, or a row's place in `config.tasks` (-1: the backbone) as a tensor [B].
 Task = str | Sequence[str | None] | torch.Tensor
 
 
-class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
+class HFTPreTrainedModel(HFTTasks, HFTStorage, PreTrainedModel):
     """What `HFTModel` and `HFTForCausalLM` share: the backbone, the tasks, saving and loading."""
 
     config_class = HFTConfig
@@ -57,9 +61,13 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
         for name, layer in self._layer_of.items():
             linear = self.base_model.get_submodule(name)
             self.hft_nodes[flat(name)] = HFTNodes(linear.in_features, linear.out_features, layer)
-        self.hft_gates = HFTGates(1 + max(self._layer_of.values()), config.gating_config.init)
-        for task in config.tasks:
-            self._make_room(task)
+        memory = config.memory_config
+        self.hft_memory = nn.ModuleDict()
+        for name in adapted_linears(self.base_model, memory.target_modules) if memory.read != "off" else ():
+            if nodes := self._beside(self.hft_nodes, name):
+                self.hft_memory[flat(name)] = HFTMemory(nodes.in_features, nodes.out_features, nodes.layer)
+        self.hft_gates = HFTGates(1 + max(self._layer_of.values()), config.gating_config.init, memory.init)
+        self._make_room()
         self.post_init()
         self._finish()
 
@@ -70,10 +78,15 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
         """
         for hook in self._hooks:
             hook.remove()
-        self._hooks = [
-            self.base_model.get_submodule(name).register_forward_hook(self.hft_nodes[flat(name)].on_linear)
-            for name in self._layer_of
-        ]
+        self._hooks = []
+        for name in self._layer_of:
+            nodes, memory = self.hft_nodes[flat(name)], self._beside(self.hft_memory, name)
+            fused = HFTFused(nodes, memory, self.config.memory_config)
+            self._hooks.append(self.base_model.get_submodule(name).register_forward_hook(fused.on_linear))
+
+    @staticmethod
+    def _beside(modules: nn.ModuleDict, name: str) -> Any:
+        return dict(modules.items()).get(flat(name))
 
     def activate(self, task: Task | None, num_rows: int | None = None) -> AbstractContextManager[None]:
         """Within the block, passes that name no task of their own take this one.
@@ -94,12 +107,15 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
         if len(set(rows)) == 1:
             if rows[0] is None:
                 return None
-            nodes, gates = self.hierarchy.path(rows[0]), self.hft_gates.of(rows[0])
+            sources, gates = self.sources(rows[0]), self.hft_gates.of(rows[0])
         else:
-            nodes, gates = self.hft_gates.of_rows(rows, {row: self.hierarchy.path(row) for row in rows if row})
-        ranks = [self.config.task(node)["rank"] for node in nodes]
-        node_of_column_R = [node for node, rank in enumerate(ranks) for _ in range(rank)]
-        return HFTPath(nodes, gates, torch.tensor(node_of_column_R, device=gates.device))
+            sources, gates = self.hft_gates.of_rows(rows, {row: self.sources(row) for row in set(rows) if row})
+        ranks = [self.config.task(node)["rank"] for node in sources.nodes]
+        num_node_columns = sum(ranks)
+        ranks += [self.config.page(int(page))["slots"] for page in sources.pages]
+        source_of_column_R = [source for source, rank in enumerate(ranks) for _ in range(rank)]
+        columns = torch.tensor(source_of_column_R, device=gates.device)
+        return HFTPath(sources.nodes, sources.pages, gates, columns, num_node_columns)
 
     def _rows(self, task: Task, num_rows: int | None) -> list[str | None]:
         """The names in `task`, checked; one if it is one for all rows. None for the backbone."""
@@ -138,113 +154,15 @@ class HFTPreTrainedModel(HFTStorage, PreTrainedModel):
             if "support_avx512bf16_for_cpu" in vars(module):
                 module.support_avx512bf16_for_cpu = False
 
-    def add_task(self, name: str, parents: Sequence[str] = (), rank: int | None = None) -> None:
-        """Adds a task that begins as its parents (the mean of them) and is ready to train.
-
-        Args:
-            name: 1 to 64 letters, digits, '_' or '-'.
-            parents: the tasks that it builds on; none for a root.
-            rank: R of its node; the config's by default.
-
-        Raises:
-            ValueError: a name that is taken or cannot be a file's, an unknown parent, or a rank below 1.
-        """
-        if name in self.hierarchy:
-            raise ValueError(f"The task {name!r} is a duplicate: this model has one; choose another name.")
-        rank = self.config.rank if rank is None else rank
-        if rank < 1:
-            raise ValueError(f"`rank` of task {name!r} is {rank}; a node needs a rank of 1 or more.")
-        self.hierarchy = Hierarchy(
-            {**{task: self.hierarchy.parents(task) for task in self.hierarchy.names}, name: parents}
-        )
-        entry = {"name": name, "parents": list(parents), "rank": rank, "sealed": False}
-        self.config.tasks.append(entry)
-        self._make_room(entry)
-        with torch.no_grad():
-            for nodes in self.hft_nodes.values():
-                nodes.reset_parameters(name)
-            self.hft_gates.reset_parameters(name, self.hierarchy)
-        self.hft_gates.of(name).requires_grad_(self.config.gating_config.trainable)
-
-    @torch.no_grad()
-    def start_from_parents(self, tasks: Iterable[str]) -> None:
-        """Lets tasks that have learnt nothing yet begin as what their parents are now.
-
-        `add_task` does so with what the parents are at that moment; where a whole hierarchy is made before it trains, the
-        parents' gates move afterwards. A task whose node is no longer silent is left as it is.
-        """
-        for task in sorted(tasks, key=self.hierarchy.level):
-            if not any(nodes.node(task)[1].any() for nodes in self.hft_nodes.values()):
-                self.hft_gates.reset_parameters(task, self.hierarchy)
-
-    def _make_room(self, task: Mapping[str, Any]) -> None:
-        """Empty parameters for a task: float32 while it can still learn, the model's dtype once it is sealed."""
-        dtype = torch.get_default_dtype() if task["sealed"] else torch.float32
-        device = self.backbone.get_input_embeddings().weight.device
-        for name in self._layer_of:
-            weight_device = self.base_model.get_submodule(name).weight.device
-            if weight_device.type == "meta":  # offloaded, or not loaded yet
-                weight_device = device
-            self.hft_nodes[flat(name)].add(task["name"], task["rank"], dtype, weight_device)
-        self.hft_gates.add(task["name"], len(self.hierarchy.path(task["name"])), device)
-
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, HFTNodes):
-            for task in module.tasks():
-                module.reset_parameters(task)
+        if isinstance(module, HFTFactors):
+            for name in module.names():
+                module.reset_parameters(name)
         elif isinstance(module, HFTGates):
             for task in self.hierarchy.names:
-                module.reset_parameters(task, self.hierarchy)
+                self._reset_gates(task)
         else:
             super()._init_weights(module)
-
-    def task_parameters(self, task: str) -> dict[str, nn.Parameter]:
-        """All that a task owns, its gates and its nodes, by the names of `named_parameters`."""
-        self.hierarchy.check(task)
-        own = {f"hft_gates.g_{task}": self.hft_gates.of(task)}
-        for key, nodes in self.hft_nodes.items():
-            own[f"hft_nodes.{key}.A_{task}"], own[f"hft_nodes.{key}.B_{task}"] = nodes.node(task)
-        return own
-
-    def set_trainable(self, tasks: Iterable[str]) -> None:
-        """Makes what these tasks own trainable, and nothing else.
-
-        Raises:
-            ValueError: if one of them is unknown or sealed.
-        """
-        tasks = list(tasks)
-        for task in tasks:
-            if self.config.task(task)["sealed"]:
-                raise ValueError(f"Task {task!r} is sealed and cannot train again; add a task with it as its parent.")
-        self.requires_grad_(False)
-        for task in tasks:
-            for parameter in self.task_parameters(task).values():
-                parameter.requires_grad_(True)
-            self.hft_gates.of(task).requires_grad_(self.config.gating_config.trainable)
-
-    @torch.no_grad()
-    def seal(self, tasks: Iterable[str]) -> None:
-        """Ends the learning of these tasks for good: from here on, what they compute does not change any more.
-
-        Their nodes are rounded to the backbone's dtype, in which they compute; gates stay float32.
-
-        Raises:
-            ValueError: if one of them is unknown, or stands on a task that is not sealed.
-        """
-        tasks = sorted(tasks, key=self.hierarchy.level)
-        for task in tasks:
-            for parent in self.hierarchy.parents(task):
-                if not self.config.task(parent)["sealed"] and parent not in tasks:
-                    raise ValueError(
-                        f"Task {task!r} stands on {parent!r}, which is not sealed; seal {parent!r} first."
-                    )
-        for task in tasks:
-            self.config.task(task)["sealed"] = True
-            for parameter in self.task_parameters(task).values():
-                parameter.requires_grad_(False)
-                parameter.grad = None
-                if parameter is not self.hft_gates.of(task):
-                    parameter.data = parameter.data.to(self.backbone.dtype)
 
     @property
     def base_model(self) -> PreTrainedModel:

@@ -1,11 +1,11 @@
-"""The path that a pass takes: which nodes run, behind which gates; and how the linears get to know it.
+"""The path that a pass takes: which nodes and pages it reads, behind which gates; and how the linears get to know it.
 
-B batch, L layers, N nodes on the path, R rank of the whole path.
+B batch, L layers, N nodes and P memory pages on the path, R rank of the whole path.
 """
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,21 +15,53 @@ import torch
 
 @dataclass(frozen=True)
 class HFTPath:
-    """The nodes that a batch runs.
+    """The sources that a batch reads.
 
     Args:
         nodes: names of the tasks whose nodes run, N of them.
-        gates: [L, N] if all rows take the same path, or [B, L, N] with zeros for the nodes that are not on a row's path.
-        node_of_column_R: for each of the R columns of the fused factors, the place of its node in `nodes`.
+        pages: ids of the memory pages that are read, as text, P of them.
+        gates: [L, N + P] if all rows take the same path, or [B, L, N + P] with zeros for what is not on a row's path.
+        source_of_column_R: for each of the R columns of the fused factors, the place of its source, nodes first.
+        num_node_columns: how many of these columns belong to nodes.
     """
 
     nodes: tuple[str, ...]
+    pages: tuple[str, ...]
     gates: torch.Tensor
-    node_of_column_R: torch.Tensor
+    source_of_column_R: torch.Tensor
+    num_node_columns: int
 
-    def gates_of(self, layer: int) -> torch.Tensor:
-        """One layer's gates, a number a rank column: [R] or [B, R], float32."""
-        return self.gates[..., layer, :][..., self.node_of_column_R]
+    def column_gates(self, layer: int, with_pages: bool) -> torch.Tensor:
+        """One layer's gates, a number a column of the factors: [R] or [B, R], float32; the nodes' columns, or all."""
+        columns = self.source_of_column_R if with_pages else self.source_of_column_R[: self.num_node_columns]
+        return self.gates[..., layer, :][..., columns]
+
+    def page_gates(self, layer: int) -> torch.Tensor:
+        """One layer's gates on the pages: [P] or [B, P], float32."""
+        return self.gates[..., layer, len(self.nodes) :]
+
+
+@dataclass(frozen=True)
+class HFTSources:
+    """What a task reads: nodes, its own among them, and memory pages. Its gates have these columns, nodes first."""
+
+    nodes: tuple[str, ...]
+    pages: tuple[str, ...]
+
+    def labels(self) -> tuple[str, ...]:
+        """The nodes' names and `page:<id>`; no task can be called so."""
+        return (*self.nodes, *(f"page:{page}" for page in self.pages))
+
+    def __len__(self) -> int:
+        return len(self.nodes) + len(self.pages)
+
+    @classmethod
+    def union(cls, many: Sequence["HFTSources"]) -> "HFTSources":
+        """All that any of them reads, each once."""
+        return cls(
+            tuple(dict.fromkeys(node for one in many for node in one.nodes)),
+            tuple(dict.fromkeys(page for one in many for page in one.pages)),
+        )
 
 
 class _ThreadState(threading.local):

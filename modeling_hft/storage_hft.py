@@ -16,9 +16,9 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.hub import resolve_revision
 
 from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig
-from .files_hft import SHARED_FILE, read_tensors, replacing, task_file, write_tensors
+from .files_hft import SHARED_FILE, page_file, read_tensors, replacing, task_file, write_tensors
 from .hierarchy_hft import Hierarchy, nearest
-from .nodes_hft import adapted_linears, flat
+from .nodes_hft import adapted_linears
 
 
 AUTO_MAP = {
@@ -177,7 +177,7 @@ class HFTStorage:
             return (model, loading_info) if info else model
 
         config = copy.deepcopy(config)
-        tasks, config.tasks = config.tasks, []
+        tasks, config.tasks, pages, config.pages = config.tasks, [], config.pages, []
         if backbone is not None:
             config.backbone, config.backbone_revision = os.fspath(backbone), None
         source = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
@@ -190,11 +190,10 @@ class HFTStorage:
                 f"The backbone '{config.backbone}' of the slim model '{repo}' could not be loaded: {error} "
                 "If it is elsewhere, say where: from_pretrained(..., backbone=...)."
             ) from error
-        model.config.tasks = tasks
+        model.config.tasks, model.config.pages = tasks, pages
         model.hierarchy = model.config.hierarchy()
-        for task in tasks:
-            model._make_room(task)
-        model._read_tasks(repo, model.hierarchy.names, **download)
+        model._make_room()
+        model._read_tasks(repo, tasks, pages, **download)
         model._finish()
         model.config.name_or_path = repo
         if model.can_generate():
@@ -202,32 +201,61 @@ class HFTStorage:
                 model.generation_config = GenerationConfig.from_pretrained(repo, **download)
         return (model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if info else model
 
-    def _read_tasks(self, repo: str | os.PathLike, tasks: Iterable[str], **download: Any) -> None:
-        """Fills the nodes and gates of tasks from the slim files of a folder or repository."""
-        tasks = list(tasks)
+    def _read_tasks(
+        self,
+        repo: str | os.PathLike,
+        tasks: Iterable[Mapping[str, Any]],
+        pages: Iterable[Mapping[str, Any]],
+        **download: Any,
+    ) -> None:
+        """Fills nodes, gates and memory pages, given by their entries, from the slim files of a folder or repository."""
+        names = [task["name"] for task in tasks]
+        parts = {task_file(task): self._node_tensors(task) for task in names}
+        parts.update({page_file(page["id"]): self._page_tensors(page["id"]) for page in pages})
         # The shared file may know of a task more than the config, if a kill came between the two.
-        gates = read_tensors(repo, SHARED_FILE, self._gate_tensors(tasks), may_hold_more=True, **download)
-        for task in tasks:
-            node = self._node_tensors(task)
-            tensors = {**gates, **read_tensors(repo, task_file(task), node, **download)}
-            for name, parameter in {**node, **self._gate_tensors([task])}.items():
-                if tensors[name].shape != parameter.shape:
+        parts[SHARED_FILE] = self._gate_tensors(names)
+        read = {
+            file: read_tensors(repo, file, own, may_hold_more=file == SHARED_FILE, **download)
+            for file, own in parts.items()
+        }
+        for file, own in parts.items():
+            for name, parameter in own.items():
+                tensor = read[file][name]
+                if tensor.shape != parameter.shape:
                     raise ValueError(
-                        f"'{repo}' holds {name!r} of task {task!r} with shape {list(tensors[name].shape)}, and this "
-                        f"backbone needs {list(parameter.shape)}. Is it another backbone?"
+                        f"'{repo}' holds {name!r} in {file} with shape {list(tensor.shape)}, and this model needs "
+                        f"{list(parameter.shape)}. Is it another backbone?"
                     )
-                parameter.data = tensors[name].to(parameter.device)
+                if file == SHARED_FILE:
+                    parameter.copy_(tensor)  # a view
+                else:
+                    parameter.data = tensor.to(parameter.device)  # takes the dtype of the file
 
     def _node_tensors(self, task: str) -> dict[str, nn.Parameter]:
         """A task's node by the names that it has in its file, `layers.0.self_attn.q_proj.A`: a contract."""
+        return self._factor_tensors(self.hft_nodes, task)
+
+    def _page_tensors(self, page_id: int) -> dict[str, nn.Parameter]:
+        """A memory page by the names that it has in its file, `layers.0.self_attn.q_proj.K`: a contract."""
+        return self._factor_tensors(self.hft_memory, str(page_id))
+
+    def _factor_tensors(self, modules: nn.ModuleDict, name: str) -> dict[str, nn.Parameter]:
         tensors = {}
-        for name in self._layer_of:
-            tensors[f"{name}.A"], tensors[f"{name}.B"] = self.hft_nodes[flat(name)].node(task)
+        for linear in self._layer_of:
+            if factors := self._beside(modules, linear):
+                tensors[f"{linear}.{factors.DOWN}"], tensors[f"{linear}.{factors.UP}"] = factors.pair(name)
         return tensors
 
-    def _gate_tensors(self, tasks: Iterable[str]) -> dict[str, nn.Parameter]:
-        """Gates by the names that they have in the shared file, `gates.<task>`: a contract."""
-        return {f"gates.{task}": self.hft_gates.of(task) for task in tasks}
+    def _gate_tensors(self, tasks: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Views of the gates by the names that they have in the shared file, `gates.<task>.<source>` [L]: a contract.
+
+        One tensor a source, so that a reader with an older config finds what it knows of.
+        """
+        return {
+            f"gates.{task}.{source}": self.hft_gates.of(task).detach()[:, column]
+            for task in tasks
+            for column, source in enumerate(self.sources(task).labels())
+        }
 
     def restore(self, folder: str | os.PathLike, sealed_only: bool = False) -> None:
         """Takes over what the tasks of a slim folder have learnt and which are sealed, into this model of the same tasks.
@@ -247,9 +275,15 @@ class HFTStorage:
 
         if shape(saved) != shape(self.config):
             raise ValueError(f"'{folder}' holds other tasks ({shape(saved)}) than this model ({shape(self.config)}).")
-        tasks = saved.sealed_tasks() if sealed_only else saved.task_names()
-        self._read_tasks(folder, tasks)
-        self.config.tasks = [dict(task) for task in saved.tasks]
+        taken = [task for task in saved.tasks if task["sealed"] or not sealed_only]
+        pages = [page for page in saved.pages if page["sealed"] or not sealed_only]
+        tasks_by_name = {entry["name"]: entry for entry in (*self.config.tasks, *taken)}
+        kept = [page for page in self.config.pages if sealed_only and not page["sealed"]]
+        pages_by_id = {entry["id"]: entry for entry in (*kept, *pages)}
+        self.config.tasks = list(tasks_by_name.values())
+        self.config.pages = list(pages_by_id.values())
+        self._make_room()
+        self._read_tasks(folder, taken, pages)
         self.set_trainable(self.config.open_tasks())
 
     def save_pretrained(
@@ -306,6 +340,8 @@ class HFTStorage:
                     write_tensors(self._gate_tensors(self.hierarchy.names), folder / SHARED_FILE)
                     for task in self.hierarchy.names:
                         write_tensors(self._node_tensors(task), folder / task_file(task))
+                    for page in self.config.pages:
+                        write_tensors(self._page_tensors(page["id"]), folder / page_file(page["id"]))
                 else:
                     super().save_pretrained(folder, state_dict=state_dict, **kwargs)
                 self._write_config_and_code(folder, slim)

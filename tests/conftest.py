@@ -69,10 +69,17 @@ def backbones(tmp_path_factory, tokenizer) -> dict[str, Path]:
 
 @pytest.fixture
 def model(backbones) -> hft.HFTForCausalLM:
-    """Tiny llama; a diamond a -> (b, c) -> d, ranks that differ, and a lone root e; every node speaks."""
+    """Tiny llama; a diamond a -> (b, c) -> d, ranks that differ, a root e -> f; three open memory pages of 2 slots at
+    some of the linears; every node and page speaks."""
     made = hft.HFTForCausalLM.from_backbone(
-        backbones["llama"], {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": []}, rank=3
+        backbones["llama"],
+        {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": []},
+        rank=3,
+        memory_config={"slots": 2, "target_modules": ["v_proj", "down_proj"]},
     )
     made.add_task("f", ["e"], rank=5)
+    for level in made.hierarchy.levels():
+        made.start_stage(level)
+    made.set_trainable(made.hierarchy.names)
     fill(made)
     return made

@@ -1,6 +1,9 @@
 """The equation as loops, the truth that the fused path is measured against.
 
-y[b, t] = W x[b, t] + sum over the nodes n on the path of row b's task of g[task, n, layer] * B_n (A_n x[b, t])
+y[b, t] = W x[b, t] + sum over the nodes n that row b's task reads of g[task, n, layer] * B_n (A_n x[b, t])
+                    + sum over its pages p and their slots s       of g[task, p, layer] * K_p[s] . x[b, t] * V_p[:, s]
+
+With the sparse read, the last sum is over the token's best slots, and a softmax over these takes the place of K . x.
 """
 
 import torch
@@ -10,25 +13,45 @@ def naive_logits(model, input_ids, rows, **kwargs) -> torch.Tensor:
     """Logits [B, T, V] of `model` with row b on the path of the task rows[b] (None: the backbone)."""
     hooks = []
     for name, layer in model._layer_of.items():
-        bank = model.hft_nodes[name.replace(".", "_")]
+        key = name.replace(".", "_")
+        nodes = model.hft_nodes[key]
+        memory = dict(model.hft_memory.items()).get(key)
 
-        def add_nodes(linear, args, y, bank=bank, layer=layer):
+        def add_path(linear, args, y, nodes=nodes, memory=memory, layer=layer):
             out = []
             for b, task in enumerate(rows):
-                tokens = []
-                for t in range(y.shape[1]):
-                    total = y[b, t]
-                    for n, node in enumerate(model.hierarchy.path(task) if task else ()):
-                        A, B = bank.node(node)
-                        hidden = sum(A[:, i] * args[0][b, t, i] for i in range(A.shape[1]))
-                        total = total + model.hft_gates.of(task)[layer, n] * (B @ hidden)
-                    tokens.append(total)
+                tokens = [add_sources(model, task, nodes, memory, layer, x, y[b, t]) for t, x in enumerate(args[0][b])]
                 out.append(torch.stack(tokens))
             return torch.stack(out)
 
-        hooks.append(model.base_model.get_submodule(name).register_forward_hook(add_nodes))
+        hooks.append(model.base_model.get_submodule(name).register_forward_hook(add_path))
     try:
         return model.backbone(input_ids, **kwargs).logits
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def add_sources(model, task, nodes, memory, layer, x, y):
+    """One token of one row at one linear."""
+    if task is None:
+        return y
+    entry = model.config.task(task)
+    gates = iter(model.hft_gates.of(task)[layer])
+    for node in [*model.hierarchy.path(task), *entry["borrows"]]:
+        A, B = nodes.pair(node)
+        hidden = sum(A[:, i] * x[i] for i in range(A.shape[1]))
+        y = y + next(gates) * (B @ hidden)
+    for page in entry["pages"]:
+        g = next(gates)
+        if memory is None:
+            continue
+        K, V = memory.pair(str(page))
+        match = [key @ x for key in K]
+        if model.config.memory_config.read == "topk":
+            best = sorted(range(len(match)), key=lambda s: -match[s])[: model.config.memory_config.top_k]
+            total = sum(match[s].exp() for s in best)
+            match = [match[s].exp() / total if s in best else 0.0 for s in range(len(match))]
+        for s, weight in enumerate(match):
+            y = y + g * weight * V[:, s]
+    return y

@@ -12,7 +12,7 @@ import hft
 from hft.path_hft import active_path, on_path
 
 from .naive import naive_logits
-from .tiny import BACKBONES, VOCABULARY, bits, fill, snapshot
+from .tiny import BACKBONES, VOCABULARY, bits, fill, grow, snapshot
 
 
 HIERARCHY = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
@@ -32,24 +32,20 @@ def test_1_a_sealed_task_computes_the_same_bits_whatever_is_added(model, dtype):
         before = [bits(model(x, task=task).logits) for task in tasks]
         for i, parents in enumerate([["d"], [], ["a", "f"], ["new0"]]):
             model.add_task(f"new{i}", parents, rank=i + 1)
-        fill(model_part(model, "new"))
-        model.seal(["new0", "new1", "new2", "new3"])
+        for stage in (["new0", "new1", "new2"], ["new3"]):
+            model.start_stage(stage)
+            assert {model._open_page(task) for task in stage} == {model.config.pages[-1]["id"]}
+            fill(model, seed=11, only_trainable=True)
+            model.seal(stage)
         after = [bits(model(x, task=task).logits) for task in tasks]
         assert bits(model(x, task="new0").logits) not in after  # the new ones do speak
     assert before == after
 
 
-def model_part(model, prefix):
-    """Only the parameters of tasks whose names begin with `prefix`, so that `fill` leaves the others alone."""
-    part = torch.nn.Module()
-    part.named_parameters = lambda: [(n, p) for n, p in model.named_parameters() if f"_{prefix}" in n]
-    return part
-
-
 @pytest.mark.parametrize("family", BACKBONES)
 def test_2_without_a_task_it_is_the_backbone_to_the_bit(backbones, family):
     model = hft.HFTForCausalLM.from_backbone(backbones[family], HIERARCHY, rank=3)
-    fill(model)
+    grow(model)
     backbone = AutoModelForCausalLM.from_pretrained(backbones[family])
     x = prompts(2, 9)
     with torch.no_grad():
@@ -84,11 +80,16 @@ def test_3_with_all_gates_at_zero_it_is_the_backbone(model):
 
 @pytest.mark.parametrize("family", BACKBONES)
 @pytest.mark.parametrize("rows", [["d", "d", "d"], ["d", None, "b"], ["c", "a", "d"]])
-def test_4_the_fused_path_is_the_naive_loop_forward_and_gradient(backbones, family, rows):
+@pytest.mark.parametrize("read", ["linear", "topk"])
+def test_4_the_fused_path_is_the_naive_loop_forward_and_gradient(backbones, family, rows, read):
     torch.manual_seed(0)
-    model = hft.HFTForCausalLM.from_backbone(backbones[family], {"a": [], "b": ["a"]}, rank=3)
+    memory = {"read": read, "slots": 3, "target_modules": ["o_proj", "down_proj"]}
+    model = hft.HFTForCausalLM.from_backbone(backbones[family], {"a": [], "b": ["a"]}, rank=3, memory_config=memory)
     model.add_task("c", ["a"], rank=1)
     model.add_task("d", ["b", "c"], rank=5)
+    for level in model.hierarchy.levels():
+        model.start_stage(level)
+    model.set_trainable(model.hierarchy.names)
     model.double()
     fill(model)
     x = prompts(3, 5)
@@ -102,21 +103,24 @@ def test_4_the_fused_path_is_the_naive_loop_forward_and_gradient(backbones, fami
     fused, fused_gradients = run(model(x, task=rows).logits)
     naive, naive_gradients = run(naive_logits(model, x, rows))
     torch.testing.assert_close(fused, naive, rtol=1e-9, atol=1e-9)
-    used = {node for row in rows if row for node in model.hierarchy.path(row)}
+    nodes_used = {node for row in rows if row for node in model.hierarchy.path(row)}
+    pages_used = {str(page) for row in rows if row for page in model.config.task(row)["pages"]}
     for name, gradient in naive_gradients.items():
         if gradient is None:  # the node of no row, or the gates of no row
             assert fused_gradients[name] is None, name
         else:
             torch.testing.assert_close(fused_gradients[name], gradient, rtol=1e-7, atol=1e-8, msg=name)
             assert gradient.abs().max() > 0, name
-    assert {name.rsplit("_", 1)[1] for name, g in naive_gradients.items() if g is not None and ".A_" in name} == used
+    for letter, used in (("A", nodes_used), ("V", pages_used)):
+        seen = [name.rsplit("_", 1) for name, g in naive_gradients.items() if g is not None]
+        assert {name for key, name in seen if key.endswith(f".{letter}")} == used
 
 
 @pytest.mark.parametrize("family", BACKBONES)
 def test_9_a_row_does_not_depend_on_its_neighbours(backbones, family):
     """Mixed tasks, left padding, cached decoding, beams: each row as if it were alone."""
     model = hft.HFTForCausalLM.from_backbone(backbones[family], HIERARCHY, rank=3)
-    fill(model)
+    grow(model)
     rows, lengths = ["d", None, "a", "b"], [9, 4, 6, 1]
     alone = [prompts(1, length, seed=length) for length in lengths]
     batch = torch.zeros(4, 9, dtype=torch.long)
@@ -175,7 +179,7 @@ def test_checkpointing_recomputes_on_the_path_of_its_own_pass(model, reentrant):
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     expected = gradients()
-    assert {n.rsplit("_", 1)[1] for n in expected} == {"d", "f"}
+    assert {n.rsplit("_", 1)[1] for n in expected} == {"d", "f", "2", "3"}  # tasks, and the pages of their stages
     model.train()
     model.activation_checkpointing_enable({"use_reentrant": reentrant})
     with on_path(model._path("e", None)):  # whatever is active around the backward
@@ -242,11 +246,13 @@ def test_compiles_as_one_graph(model):
 
 
 def test_only_what_is_open_can_train(model):
-    model.seal(["a"])
+    with pytest.raises(ValueError, match=re.escape("Task 'e' still writes the memory page 1 together with a; seal")):
+        model.seal(["a"])
+    model.seal(["a", "e"])
     model.set_trainable(["b"])
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trainable == set(model.task_parameters("b"))
-    assert all(name.endswith("_b") for name in trainable)
+    assert trainable == {*model.task_parameters("b"), *model.page_parameters(2)} == set(model.learning_parameters("b"))
+    assert {name.rsplit("_", 1)[1] for name in trainable} == {"b", "2"}
     with pytest.raises(ValueError, match=re.escape("Task 'a' is sealed and cannot train again; add a task")):
         model.set_trainable(["a"])
     with pytest.raises(ValueError, match=re.escape("Task 'd' stands on 'b', which is not sealed; seal 'b' first.")):

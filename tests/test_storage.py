@@ -1,5 +1,6 @@
 """Saving and loading: invariant 7, and what is on disk stays whole."""
 
+import copy
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from .tiny import bits, fill, snapshot
 @pytest.fixture
 def saved(model, tmp_path, tokenizer):
     """A slim folder; some tasks sealed, some not."""
-    model.seal(["a", "b", "c", "e"])
+    model.seal(["a", "b", "c", "e", "f"])
     folder = tmp_path / "slim"
     model.generation_config.max_new_tokens = 7
     model.save_pretrained(folder)
@@ -35,14 +36,29 @@ def saved(model, tmp_path, tokenizer):
 
 def test_slim_files_are_a_contract(saved, model):
     files = sorted(str(path.relative_to(saved)) for path in saved.rglob("*.safetensors"))
-    assert files == ["model.safetensors", *(f"tasks/{task}.safetensors" for task in "abcdef")]
-    assert load_file(saved / "model.safetensors").keys() == {f"gates.{task}" for task in "abcdef"}
+    pages = [f"pages/{page}.safetensors" for page in (1, 2, 3)]
+    assert files == ["model.safetensors", *pages, *(f"tasks/{task}.safetensors" for task in "abcdef")]
+    gates = load_file(saved / "model.safetensors")
+    assert {name for name in gates if ".f." in name} == {
+        f"gates.f.{source}" for source in ("e", "f", "page:1", "page:2")
+    }
+    assert {name.split(".")[1] for name in gates} == set("abcdef")
+    assert {tuple(gate.shape) for gate in gates.values()} == {(2,)}
+    page = load_file(saved / "pages/2.safetensors")
+    assert page.keys() == {
+        f"layers.{i}.{n}.{f}" for i in (0, 1) for n in ("self_attn.v_proj", "mlp.down_proj") for f in "KV"
+    }
+    assert list(page["layers.1.mlp.down_proj.K"].shape) == [2, 40]
+    assert list(page["layers.1.mlp.down_proj.V"].shape) == [32, 2]
     node = load_file(saved / "tasks/f.safetensors")
     assert len(node) == 2 * 7 * 2  # two layers, seven linears, two factors
     assert list(node["layers.1.mlp.down_proj.A"].shape) == [5, 40]
     assert list(node["layers.1.mlp.down_proj.B"].shape) == [32, 5]
     config = json.loads((saved / "config.json").read_text())
-    assert config["tasks"][4] == {"name": "d", "parents": ["b", "c"], "rank": 3, "sealed": False}
+    assert config["tasks"][4] == {
+        **{"name": "d", "parents": ["b", "c"], "rank": 3, "sealed": False, "pages": [1, 2, 3], "borrows": []}
+    }
+    assert config["pages"][1] == {"id": 2, "slots": 2, "sealed": True, "writers": ["b", "c", "f"]}
     assert config["slim"] is True and config["format_version"] == 1 and "quantization_config" not in config
     assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 
@@ -53,8 +69,10 @@ def test_what_is_loaded_computes_the_same_bits(backbones, tmp_path, slim, dtype)
     model = hft.HFTForCausalLM.from_backbone(
         backbones["llama"], {"a": [], "b": ["a"], "c": ["a"]}, rank=3, dtype=dtype
     )
-    fill(model)
-    model.seal(["a", "b"])
+    for stage in (["a"], ["b"], ["c"]):  # c keeps its stage open
+        model.start_stage(stage)
+        fill(model, only_trainable=True)
+        model.seal([] if stage == ["c"] else stage)
     model.save_pretrained(tmp_path, slim=slim)
     x = prompts(2, 6)
     for auto in (AutoModelForCausalLM, AutoModel):
@@ -74,7 +92,9 @@ def test_what_is_loaded_computes_the_same_bits(backbones, tmp_path, slim, dtype)
         assert dtypes["hft_nodes.layers_0_mlp_up_proj.A_a"] == dtype  # sealed: what it computes in
         assert dtypes["hft_nodes.layers_0_mlp_up_proj.A_c"] == torch.float32  # open: what it learns in
         trainable = {name for name, p in loaded.named_parameters() if p.requires_grad}
-        assert trainable == set(loaded.task_parameters("c"))
+        assert dtypes["hft_memory.layers_0_mlp_up_proj.K_2"] == dtype
+        assert dtypes["hft_memory.layers_0_mlp_up_proj.K_3"] == torch.float32
+        assert trainable == {*loaded.task_parameters("c"), *loaded.page_parameters(3)}
 
 
 def test_generation_config_and_chat_template_come_along(saved, tokenizer):
@@ -123,7 +143,7 @@ REMOTE = """
 
 @pytest.mark.parametrize("slim", [True, False])
 def test_7_loads_as_remote_code_where_the_package_cannot_be_imported(model, tmp_path, tokenizer, slim):
-    model.seal("abc")
+    model.seal("aebcf")
     folder, out = tmp_path / "model", tmp_path / "out"
     model.save_pretrained(folder, slim=slim)
     tokenizer.save_pretrained(folder)
@@ -257,7 +277,7 @@ def test_files_of_another_model_are_refused(saved, backbones, tmp_path):
     ):
         AutoModelForCausalLM.from_pretrained(saved)
     (saved / "tasks/b.safetensors").write_bytes((saved / "tasks/f.safetensors").read_bytes())
-    with pytest.raises(ValueError, match=re.escape("with shape [5, 32], and this backbone needs [3, 32]")):
+    with pytest.raises(ValueError, match=re.escape("with shape [5, 32], and this model needs [3, 32]")):
         AutoModelForCausalLM.from_pretrained(saved)
     (saved / "tasks/b.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"does not fit its config\.json"):
@@ -462,14 +482,23 @@ def test_without_a_named_backbone_there_is_no_slim_form(model, tmp_path):
 
 def test_restore_takes_over_tasks_and_seals(saved, model, backbones):
     other = hft.HFTForCausalLM.from_backbone(
-        backbones["llama"], {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": []}, rank=3
+        backbones["llama"],
+        {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": []},
+        rank=3,
+        memory_config=model.config.memory_config,
     )
     with pytest.raises(ValueError, match="holds other tasks"):
         other.restore(saved)
     other.add_task("f", ["e"], rank=5)
+    twin = copy.deepcopy(other)
     other.restore(saved)
     assert snapshot(other) == snapshot(model)
-    assert other.config.tasks == model.config.tasks
+    assert (other.config.tasks, other.config.pages) == (model.config.tasks, model.config.pages)
+    twin.restore(saved, sealed_only=True)
+    assert [page["id"] for page in twin.config.pages] == [1, 2]
+    assert twin.config.open_tasks() == ["d"] and twin.config.task("d")["pages"] == []
+    x = prompts(1, 5)
+    assert bits(twin(x, task="f").logits) == bits(model(x, task="f").logits)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])

@@ -42,10 +42,13 @@ def make(
     eval_dataset=None,
     cls=HFTTrainer,
     dtype=torch.float32,
+    memory=None,
     **options,
 ):
     torch.manual_seed(0)
-    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], hierarchy, rank=3, dtype=dtype)
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], hierarchy, rank=3, dtype=dtype, memory_config=memory or {"slots": 2}
+    )
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "bf16": False, "save_steps": 2,
                "gradient_checkpointing": False, "num_train_epochs": 2, "logging_steps": 1, "learning_rate": 1e-2,
                "disable_tqdm": True, **options}  # fmt: skip
@@ -59,6 +62,7 @@ class Recording(HFTTrainer):
     """Notes every parameter before and after each stage."""
 
     def _train_stage(self, stage, checkpoint, **kwargs):
+        self.model.start_stage(stage.tasks)  # which the trainer does again: twice is as once
         before = snapshot(self.model)
         output = super()._train_stage(stage, checkpoint, **kwargs)
         vars(self).setdefault("seen", []).append((stage, before, snapshot(self.model)))
@@ -72,14 +76,17 @@ def test_5_in_a_stage_all_that_is_its_own_moves_and_nothing_else(backbones, toke
     assert [stage.tasks for stage, _, _ in trainer.seen] == [("a", "e"), ("b", "d"), ("x",)]
     for stage, before, after in trainer.seen:
         own = {name for task in stage.tasks for name in trainer.model.task_parameters(task)}
+        assert trainer.model.config.page(stage.level)["writers"] == list(stage.tasks)
+        own |= set(trainer.model.page_parameters(stage.level))
         assert {name for name in before if before[name] != after[name]} == own
     assert all(task["sealed"] for task in trainer.model.config.tasks)
     assert not any(parameter.requires_grad for parameter in trainer.model.parameters())
 
 
 def test_siblings_do_not_disturb_one_another(backbones, tokenizer, tmp_path):
-    """A task learns the same, to the bit, with siblings and without: also its gradients' norm is its own."""
-    options = {"lr_scheduler_type": "constant", "max_grad_norm": 0.1}
+    """Without a memory, which they would share, a task learns the same to the bit with siblings and without: also its
+    gradients' norm is its own."""
+    options = {"lr_scheduler_type": "constant", "max_grad_norm": 0.1, "memory": {"read": "off"}}
     together = make(backbones, tokenizer, tmp_path / "1", {"a": [], "e": [], "g": []}, **options)
     start = {name: p.detach().clone() for name, p in together.model.named_parameters()}
     together.train()
@@ -356,10 +363,12 @@ def test_gates_have_a_learning_rate_of_their_own(backbones, tokenizer, tmp_path)
 
 def test_a_parameter_that_gets_no_gradient_is_named(backbones, tokenizer, tmp_path):
     trainer = make(backbones, tokenizer, tmp_path)
-    deaf = trainer.model.hft_nodes["layers_1_mlp_up_proj"]
-    deaf.on_linear = lambda linear, args, y: None
-    trainer.model._attach()
-    message = r"no gradient reached 2 of the 29 parameters of task '[ae]', first 'hft_nodes\.layers_1_mlp_up_proj\.A_"
+    deaf = trainer.model._layer_of
+    attach, names = trainer.model._attach, dict(deaf)
+    del deaf["layers.1.mlp.up_proj"]
+    attach()
+    trainer.model._layer_of = names
+    message = r"no gradient reached 4 of the 57 parameters of task '[ae]', first 'hft_nodes\.layers_1_mlp_up_proj\.A_"
     with pytest.raises(RuntimeError, match="stage 1/3: a, e: " + message):
         trainer.train()
 
@@ -484,6 +493,7 @@ def test_nf4_trains_saves_and_loads(quantized, tokenizer, tmp_path, backbones):
     trainer.train()
     for stage, before, after in trainer.seen:
         own = {name for task in stage.tasks for name in quantized.task_parameters(task)}
+        own |= set(quantized.page_parameters(stage.level))
         assert {name for name in before if before[name] != after[name]} == own
     assert quantized.hft_gates.of("b").dtype == torch.float32
     x = prompts(2, 6)

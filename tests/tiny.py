@@ -30,15 +30,27 @@ def tiny_config(family: str):
     return AutoConfig.for_model(family, **{**_COMMON, **BACKBONES[family]})
 
 
-def fill(model, std: float = 0.2, seed: int = 3) -> None:
-    """Gives every node a voice and every gate a value of its own, so that no test passes on zeros."""
+def fill(model, std: float = 0.2, seed: int = 3, only_trainable: bool = False) -> None:
+    """Gives every node and page a voice and every gate a value of its own, so that no test passes on zeros."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.startswith("hft_nodes"):
+            if only_trainable and not parameter.requires_grad:
+                continue
+            if name.startswith(("hft_nodes", "hft_memory")):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             elif name.startswith("hft_gates"):
                 parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+
+
+def grow(model, seal: bool = True) -> None:
+    """Starts (and seals) a model's stages as training would, so that each gets its memory page."""
+    for level in model.hierarchy.levels():
+        tasks = [task for task in level if task in model.config.open_tasks()]
+        model.start_stage(tasks)
+        fill(model, only_trainable=True)
+        if seal:
+            model.seal(tasks)
 
 
 def bits(tensor: torch.Tensor) -> bytes:

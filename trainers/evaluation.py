@@ -121,6 +121,80 @@ def score_task(
     return [data.score(answer, row) for answer, row in zip(answers, data.rows, strict=True)]
 
 
+@torch.inference_mode()
+def score_options(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    task: str | None,
+    batch_size: int = 32,
+) -> tuple[list[float], list[float]]:
+    """Whether the right option is the likeliest, for each row, and how likely it is.
+
+    An option's likelihood is that of its tokens and the end of text after the prompt. No normalisation by length. The
+    prompt is computed once; each option goes on from its cache.
+
+    Args:
+        model: an HFT model, or any causal language model if `task` is None.
+        tokenizer: its tokenizer.
+        rows: {"prompt", "completion", "options"}, all strings; `completion` is one of the options.
+        task: whose path to take; None for the plain backbone.
+        batch_size: prompts at once.
+
+    Returns:
+        1.0 or 0.0 a row; and the loss a row: -log p(right option and end of text | prompt), in nats.
+    """
+    which = {} if task is None else {"task": task}
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))
+    right, loss = [0.0] * len(rows), [0.0] * len(rows)
+    for begin in range(0, len(order), batch_size):
+        chosen = order[begin : begin + batch_size]
+        ids = [tokenizer(rows[i]["prompt"])["input_ids"] for i in chosen]
+        length = max(map(len, ids))
+        pad = tokenizer.eos_token_id  # masked
+        prompt_BT = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=model.device)
+        mask_BT = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in ids], device=model.device)
+        position_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        first = model(
+            prompt_BT,
+            attention_mask=mask_BT,
+            position_ids=position_BT,
+            use_cache=True,
+            logits_to_keep=1,
+            **which,
+        )
+        cache, first_BV = first.past_key_values, first.logits[:, -1].float().log_softmax(-1)
+        num_options = max(len(rows[i]["options"]) for i in chosen)
+        likelihood = torch.full((len(chosen), num_options), -torch.inf)
+        for option in range(num_options):
+            texts = [rows[i]["options"][option] if option < len(rows[i]["options"]) else "" for i in chosen]
+            tails = [
+                tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts
+            ]
+            longest = max(map(len, tails))
+            tail_BT = torch.tensor([tail + [pad] * (longest - len(tail)) for tail in tails], device=model.device)
+            known_BT = torch.tensor(
+                [[1] * len(tail) + [0] * (longest - len(tail)) for tail in tails], device=model.device
+            )
+            logits_BTV = model(
+                tail_BT[:, :-1],
+                attention_mask=torch.cat([mask_BT, known_BT[:, :-1]], 1),
+                position_ids=position_BT[:, -1:] + 1 + torch.arange(longest - 1, device=model.device),
+                past_key_values=cache,
+                use_cache=True,
+                **which,
+            ).logits
+            cache.crop(1 - longest)
+            log_BTV = torch.cat([first_BV[:, None], logits_BTV.float().log_softmax(-1)], 1)
+            total_B = (log_BTV.gather(-1, tail_BT[..., None])[..., 0] * known_BT).sum(1)
+            has_option = torch.tensor([option < len(rows[i]["options"]) for i in chosen])
+            likelihood[has_option, option] = total_B.cpu()[has_option]
+        for i, row in zip(chosen, likelihood, strict=True):
+            answer = rows[i]["options"].index(rows[i]["completion"])
+            right[i], loss[i] = float(row.argmax() == answer), -float(row[answer])
+    return right, loss
+
+
 def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:
     """The mean in points (0 to 100) and its standard error."""
     mean = sum(scores) / len(scores)

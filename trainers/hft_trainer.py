@@ -212,9 +212,7 @@ class HFTTrainer(SFTTrainer):
     def _train_stage(self, stage: Stage, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
         self.stage = stage
         self._checked = set()
-        self.model.set_trainable(stage.tasks)
-        if checkpoint is None:
-            self.model.start_from_parents(stage.tasks)
+        self.model.start_stage(stage.tasks)
         self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])
         all_eval_sets = self.eval_dataset
         if isinstance(all_eval_sets, dict):
@@ -282,7 +280,7 @@ class HFTTrainer(SFTTrainer):
         task = self._task_names[int(inputs["task"][0])]
         if task not in self._checked:
             self._checked.add(task)
-            own = self.model.task_parameters(task)
+            own = self.model.learning_parameters(task)
             without = [name for name, parameter in own.items() if parameter.requires_grad and parameter.grad is None]
             if without:
                 raise RuntimeError(

@@ -1,0 +1,118 @@
+"""Does each part of HFT earn its place? Seven cl14 tasks, each setting with one part switched off or changed.
+
+    python examples/benchmarks/ablation.py --data DIR            # goes on where an earlier run stopped
+
+Two families (sentiment: sst2 -> yelp -> amazon; inference: rte -> mnli -> cb) and one unrelated task (agnews). Scores are
+accuracies on validation rows, options by likelihood.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator
+
+import torch
+from harness import cell, mean_accuracy, parser, prepare, read_rows, sample, score, todo, train_hft
+
+from hft.trainers import HFTTrainer
+from hft.trainers.curriculum import BlockSampler
+
+
+TREE = {
+    "sst2": [],
+    "yelp": ["sst2"],
+    "amazon": ["yelp"],
+    "rte": [],
+    "mnli": ["rte"],
+    "cb": ["mnli"],
+    "agnews": [],
+}
+MAX_INPUT_TOKENS = 64
+EVAL_ROWS = 200
+TRAINING = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "gate_learning_rate": 1e-2,
+    "lr_scheduler_type": "linear",
+    "warmup_ratio": 0.06,
+    "max_length": 192,
+}
+
+
+class InSequence(HFTTrainer):
+    """Within a stage, all blocks of one task come before the next task's."""
+
+    def _get_train_sampler(self, train_dataset=None) -> BlockSampler:
+        sampler = super()._get_train_sampler(train_dataset)
+        sampler.__class__ = SequentialSampler
+        return sampler
+
+
+class SequentialSampler(BlockSampler):
+    def __iter__(self) -> Iterator[int]:
+        for task in self.num_rows:
+            rows = self._rows(task)
+            for _ in range(self.num_blocks(task) * self.block_size):
+                yield next(rows)
+
+
+def random_parents(seed: int) -> dict[str, list[str]]:
+    """Each task keeps its level; its parent is any task of the level below."""
+    draw = random.Random(seed)
+    levels = [["sst2", "rte", "agnews"], ["yelp", "mnli"], ["amazon", "cb"]]
+    tree = {task: [] for task in levels[0]}
+    for below, level in itertools.pairwise(levels):
+        tree.update({task: [draw.choice(below)] for task in level})
+    return tree
+
+
+def reversed_tree() -> dict[str, list[str]]:
+    """Each edge turned round."""
+    tree = {task: [] for task in TREE}
+    for task, parents in TREE.items():
+        for parent in parents:
+            tree[parent].append(task)
+    return tree
+
+
+# Setting -> hierarchy for a seed, and what differs from the full method.
+SETTINGS = {
+    "full": (lambda seed: TREE, {}),
+    "no_memory": (lambda seed: TREE, {"memory_config": {"read": "off"}}),
+    "no_gates": (lambda seed: TREE, {"gating_config": {"trainable": False}}),
+    "flat": (lambda seed: {task: [] for task in TREE}, {}),
+    "random_parents": (random_parents, {}),
+    "reversed": (lambda seed: reversed_tree(), {}),
+    "topk": (lambda seed: TREE, {"memory_config": {"read": "topk"}}),
+    "sequential": (lambda seed: TREE, {"trainer_class": InSequence}),
+}
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0], "ablation.jsonl")
+    arguments.add_argument("--settings", default=",".join(SETTINGS), help="which of them, by commas")
+    arguments.add_argument("--samples", type=int, default=200, help="training rows a task; 0 for all")
+    args = arguments.parse_args()
+    name = f"ablation-{args.samples or 'all'}"
+    backbone, tokenizer = prepare(args.backbone)
+    rows = {
+        (task, split): read_rows(args.data, task, split, tokenizer, MAX_INPUT_TOKENS)
+        for task in TREE
+        for split in ("train", "validation")
+    }
+    validation = {task: rows[task, "validation"][:EVAL_ROWS] for task in TREE}
+    for setting, seed in todo(args.out, name, args.settings.split(","), args.seeds):
+        hierarchy, options = SETTINGS[setting]
+        tree = hierarchy(seed)
+        with cell(args.out, name, setting, seed) as result:
+            train = {task: sample(rows[task, "train"], args.samples or None, seed) for task in TREE}
+            model = train_hft(backbone, tokenizer, tree, train, seed, TRAINING, **options)
+            tasks = score(model, tokenizer, validation, lambda task: task)
+            gates = {task: {k: round(v, 4) for k, v in model.gates(task).mean().items()} for task in TREE}
+            result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree, gates=gates, training=TRAINING)
+            del model
+            torch.accelerator.is_available() and torch.accelerator.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

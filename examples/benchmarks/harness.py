@@ -1,0 +1,208 @@
+"""What the benchmarks share: data, scores, and result files that fill up cell by cell.
+
+A result file holds JSON lines, one a cell: name, setting, seed, value, seconds, machine, versions and what else there is
+to say. A cell that is in the file is not run again, so a run that was cut off goes on where it stopped.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, disable_progress_bars, load_dataset
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
+from transformers.utils import logging
+
+import hft
+from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers.demo_backbone import find_backbone
+from hft.trainers.evaluation import score_options
+
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
+NF4 = dict(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_compute_dtype=torch.bfloat16,
+    bnb_4bit_use_double_quant=True,
+)
+
+
+def parser(description: str, out: str) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks take."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--data", required=True, help="folder with <task>/<split>.jsonl.gz of the cl14 tasks")
+    arguments.add_argument("--backbone", help="Hub id or folder; SmolLM2-135M-Instruct by default")
+    arguments.add_argument("--seeds", type=int, default=3)
+    arguments.add_argument("--out", type=Path, default=RESULTS / out, help="result file, filled up cell by cell")
+    return arguments
+
+
+def prepare(backbone: str | None) -> tuple[str, PreTrainedTokenizerBase]:
+    """A quiet process, and the backbone with its tokenizer."""
+    disable_progress_bars()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    use_cpu_well()
+    backbone = find_backbone()[0] if backbone is None else backbone
+    return backbone, AutoTokenizer.from_pretrained(backbone)
+
+
+def use_cpu_well() -> None:
+    """Without an accelerator: keep freed memory in the process, and let TRL score the answers only.
+
+    TRL scores all positions on a CPU, and only those with a label on a GPU; the loss is the same. It concerns all methods
+    alike, and saves a quarter of each step.
+    """
+    if torch.accelerator.is_available() or not sys.platform.startswith("linux"):
+        return
+    with contextlib.suppress(AttributeError):  # a libc without it
+        for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(setting, 2**31 - 1)
+    import trl.trainer.utils
+
+    trl.trainer.utils._use_triton = lambda device: True
+
+
+def read_rows(data: str, task: str, split: str, tokenizer: Any, max_input_tokens: int) -> list[dict[str, Any]]:
+    """All rows of a split: {"prompt", "completion", "options"}, passages cut at their end."""
+    rows = load_dataset("json", data_files=f"{data}/{task}/{split}.jsonl.gz", split="train")
+    out = []
+    for row in rows:
+        ids = tokenizer(row["input"].strip(), add_special_tokens=False)["input_ids"]
+        passage = (
+            tokenizer.decode(ids[:max_input_tokens]).strip() if len(ids) > max_input_tokens else row["input"].strip()
+        )
+        question = f"{row['instruction']}\nOptions: {', '.join(row['options'])}\n".lstrip()
+        out.append(
+            {
+                "prompt": f"{question}{passage}\nAnswer:",
+                "completion": f" {row['output']}",
+                "options": [f" {option}" for option in row["options"]],
+            }
+        )
+    return out
+
+
+def sample(rows: list[dict[str, Any]], count: int | None, seed: int) -> Dataset:
+    """`count` rows, the same for the same seed, without their options, as SFTTrainer takes them."""
+    chosen = Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows]).shuffle(
+        seed=seed
+    )
+    return chosen if count is None else chosen.select(range(min(count, len(chosen))))
+
+
+def train_hft(
+    backbone: str,
+    tokenizer: PreTrainedTokenizerBase,
+    hierarchy: Mapping[str, list[str]],
+    train: Mapping[str, Dataset],
+    seed: int,
+    training: Mapping[str, Any],
+    trainer_class: type[HFTTrainer] = HFTTrainer,
+    **model_options: Any,
+) -> hft.HFTForCausalLM:
+    """A model that has learnt the hierarchy's tasks, in NF4."""
+    set_seed(seed)
+    model = hft.HFTForCausalLM.from_backbone(
+        backbone, hierarchy, quantization_config=BitsAndBytesConfig(**NF4), **model_options
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = HFTTrainingConfig(
+            output_dir=folder,
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            logging_strategy="no",
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            **training,
+        )
+        trainer_class(model, config, train_dataset=dict(train), processing_class=tokenizer).train()
+    model.eval()
+    return model
+
+
+def score(model: Any, tokenizer: Any, rows: Mapping[str, list[dict]], task_of: Callable[[str], str | None]) -> dict:
+    """Accuracy (%) with its standard error and loss (nats an answer) of each task, options by likelihood."""
+    results = {}
+    for task, its_rows in rows.items():
+        right, loss = score_options(model, tokenizer, its_rows, task_of(task))
+        mean = sum(right) / len(right)
+        results[task] = {
+            "accuracy": round(100 * mean, 2),
+            "se": round(100 * (mean * (1 - mean) / len(right)) ** 0.5, 2),
+            "loss": round(sum(loss) / len(loss), 4),
+            "rows": len(right),
+        }
+    return results
+
+
+def mean_accuracy(tasks: Mapping[str, Mapping[str, float]]) -> float:
+    """AP: the mean over tasks, in points."""
+    return round(sum(task["accuracy"] for task in tasks.values()) / len(tasks), 3)
+
+
+def machine() -> str:
+    """What the numbers were measured on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"CPU, {os.cpu_count()} cores, {model}"
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that matter."""
+    found = {"hft": hft.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def read_cells(path: Path) -> list[dict[str, Any]]:
+    """The finished cells of a result file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def todo(path: Path, name: str, settings: list[str], seeds: int) -> Iterator[tuple[str, int]]:
+    """The cells that are missing, all settings of a seed before the next seed."""
+    done = {(cell["name"], cell["setting"], cell["seed"]) for cell in read_cells(path)}
+    for seed in range(seeds):
+        for setting in settings:
+            if (name, setting, seed) not in done:
+                yield setting, seed
+
+
+@contextlib.contextmanager
+def cell(path: Path, name: str, setting: str, seed: int) -> Iterator[dict[str, Any]]:
+    """Times a block, and appends what it puts into the dict as one line, if it ends without an error."""
+    begin = time.time()
+    result: dict[str, Any] = {}
+    print(f"{name}: {setting}, seed {seed} ...", end=" ", flush=True)
+    yield result
+    seconds = round(time.time() - begin, 1)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    line = {"name": name, "setting": setting, "seed": seed, **result, "seconds": seconds,
+            "peak_gib": round(peak, 2), "machine": machine(), "versions": versions()}  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    print(f"{result.get('value')} ({seconds:.0f} s)", flush=True)

@@ -1,0 +1,235 @@
+"""The life of a task: added, started with its stage, trained, sealed. What it reads, and what it owns."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .gates_hft import HFTGateTable
+from .hierarchy_hft import Hierarchy
+from .nodes_hft import flat
+from .path_hft import HFTSources
+
+
+class HFTTasks:
+    """The part of `HFTPreTrainedModel` that knows which parameters are whose."""
+
+    def sources(self, task: str) -> HFTSources:
+        """What a task reads: the nodes on its path, those it borrows beside it, and memory pages."""
+        entry = self.config.task(task)
+        return HFTSources(
+            (*self.hierarchy.path(task), *entry["borrows"]), tuple(str(page_id) for page_id in entry["pages"])
+        )
+
+    def gates(self, task: str) -> HFTGateTable:
+        """A task's gates as a table: a row a layer, a column for each node and page that it reads.
+
+        Raises:
+            ValueError: an unknown task.
+        """
+        self.hierarchy.check(task)
+        return HFTGateTable(task, self.sources(task).labels(), self.hft_gates.of(task).detach().cpu().clone())
+
+    def add_task(self, name: str, parents: Sequence[str] = (), rank: int | None = None) -> None:
+        """Adds a task that begins as its parents (the mean of them) and is ready to train.
+
+        Args:
+            name: 1 to 64 letters, digits, '_' or '-'.
+            parents: the tasks that it builds on; none for a root.
+            rank: R of its node; the config's by default.
+
+        Raises:
+            ValueError: a name that is taken or cannot be a file's, an unknown parent, or a rank below 1.
+        """
+        if name in self.hierarchy:
+            raise ValueError(f"The task {name!r} is a duplicate: this model has one; choose another name.")
+        rank = self.config.rank if rank is None else rank
+        if rank < 1:
+            raise ValueError(f"`rank` of task {name!r} is {rank}; a node needs a rank of 1 or more.")
+        self.hierarchy = Hierarchy(
+            {**{task: self.hierarchy.parents(task) for task in self.hierarchy.names}, name: parents}
+        )
+        entry = {"name": name, "parents": list(parents), "rank": rank, "sealed": False, "pages": [], "borrows": []}
+        self.config.tasks.append(entry)
+        self._make_node(entry)
+        with torch.no_grad():
+            for nodes in self.hft_nodes.values():
+                nodes.reset_parameters(name)
+        self._begin_as_parents(name)
+
+    def start_stage(self, tasks: Iterable[str]) -> None:
+        """Begins a stage: these tasks, and nothing else, become trainable, and get a memory page that they write together.
+
+        Tasks that have learnt nothing yet begin as what their parents are now, and may read all pages that are sealed.
+        (`add_task` made them what their parents were then.) A task whose node is no longer silent is left as it is.
+
+        Args:
+            tasks: of one level; what they stand on is sealed.
+
+        Raises:
+            ValueError: if one of them is unknown or sealed.
+        """
+        tasks = sorted(tasks, key=self.hierarchy.level)
+        self.set_trainable(tasks)  # checks the names before anything changes
+        new = [task for task in tasks if not any(nodes.pair(task)[1].any() for nodes in self.hft_nodes.values())]
+        without = [task for task in new if self._open_page(task) is None]
+        if without and self.config.memory_config.read != "off":
+            self._add_page(without)
+        sealed = [page["id"] for page in self.config.pages if page["sealed"]]
+        for task in new:
+            own = self._open_page(task)
+            self._begin_as_parents(task, sealed if own is None else [*sealed, own])
+        self.set_trainable(tasks)
+
+    def _open_page(self, task: str) -> int | None:
+        """The page that an open task writes."""
+        for page in self.config.pages:
+            if task in page["writers"] and not page["sealed"]:
+                return page["id"]
+        return None
+
+    def _add_page(self, writers: Sequence[str]) -> None:
+        page_id = 1 + max((page["id"] for page in self.config.pages), default=0)
+        slots = self.config.memory_config.slots
+        page = {"id": page_id, "slots": slots, "sealed": False, "writers": list(writers)}
+        self.config.pages.append(page)
+        self._make_page(page)
+        with torch.no_grad(), torch.random.fork_rng():
+            # Keys that depend on nothing but the page: a stage that is started again starts from the same ones.
+            torch.manual_seed(page_id)
+            for memory in self.hft_memory.values():
+                memory.reset_parameters(str(page_id))
+
+    @torch.no_grad()
+    def _begin_as_parents(self, task: str, pages: Iterable[int] = ()) -> None:
+        """Lets a task read what its parents read, and further pages, with its parents' gates."""
+        entry = self.config.task(task)
+        parents = self.hierarchy.parents(task)
+        path = self.hierarchy.path(task)
+        above = [self.config.task(parent) for parent in parents]
+        entry["borrows"] = list(dict.fromkeys(node for up in above for node in up["borrows"] if node not in path))
+        entry["pages"] = sorted({page_id for up in above for page_id in up["pages"]} | set(pages))
+        self._make_gates(task)
+        self._reset_gates(task)
+        self.hft_gates.of(task).requires_grad_(self.config.gating_config.trainable)
+
+    def _reset_gates(self, task: str) -> None:
+        parents = self.hierarchy.parents(task)
+        silent = [
+            page for memory in self.hft_memory.values() for page in memory.names() if not memory.pair(page)[1].any()
+        ]
+        self.hft_gates.reset_parameters(task, {name: self.sources(name) for name in (task, *parents)}, parents, silent)
+
+    def _make_node(self, task: Mapping[str, Any]) -> None:
+        """Empty factors for a task: float32 while it can still learn, the model's dtype once it is sealed."""
+        for name, device in self._device_of().items():
+            self.hft_nodes[flat(name)].add(task["name"], task["rank"], _dtype(task), device)
+
+    def _make_gates(self, task: str) -> None:
+        self.hft_gates.add(task, len(self.sources(task)), self.backbone.get_input_embeddings().weight.device)
+
+    def _make_page(self, page: Mapping[str, Any]) -> None:
+        for name, device in self._device_of().items():
+            if flat(name) in self.hft_memory:
+                self.hft_memory[flat(name)].add(str(page["id"]), page["slots"], _dtype(page), device)
+
+    def _make_room(self) -> None:
+        """Empty parameters for all that the config lists and the model lacks."""
+        nodes, memory = next(iter(self.hft_nodes.values())), next(iter(self.hft_memory.values()), None)
+        for page in self.config.pages:
+            if memory is not None and str(page["id"]) not in memory.names():
+                self._make_page(page)
+        for task in self.config.tasks:
+            if task["name"] not in nodes.names():
+                self._make_node(task)
+            if task["name"] not in self.hft_gates.tasks() or (
+                self.hft_gates.of(task["name"]).shape[1] != len(self.sources(task["name"]))
+            ):
+                self._make_gates(task["name"])
+
+    def _device_of(self) -> dict[str, torch.device]:
+        """Where the weight of each adapted linear is."""
+        default = self.backbone.get_input_embeddings().weight.device
+        devices = {name: self.base_model.get_submodule(name).weight.device for name in self._layer_of}
+        # "meta": offloaded, or not loaded yet
+        return {name: default if device.type == "meta" else device for name, device in devices.items()}
+
+    def task_parameters(self, task: str) -> dict[str, nn.Parameter]:
+        """All that a task owns, its gates and its nodes, by the names of `named_parameters`."""
+        self.hierarchy.check(task)
+        own = {f"hft_gates.g_{task}": self.hft_gates.of(task)}
+        for key, nodes in self.hft_nodes.items():
+            own[f"hft_nodes.{key}.A_{task}"], own[f"hft_nodes.{key}.B_{task}"] = nodes.pair(task)
+        return own
+
+    def page_parameters(self, page_id: int) -> dict[str, nn.Parameter]:
+        """The keys and values of a memory page at all linears, by the names of `named_parameters`."""
+        self.config.page(page_id)
+        own = {}
+        for key, memory in self.hft_memory.items():
+            own[f"hft_memory.{key}.K_{page_id}"], own[f"hft_memory.{key}.V_{page_id}"] = memory.pair(str(page_id))
+        return own
+
+    def learning_parameters(self, task: str) -> dict[str, nn.Parameter]:
+        """All that an open task trains: what it owns, and the page that it writes with its siblings."""
+        page_id = self._open_page(task)
+        return {**self.task_parameters(task), **(self.page_parameters(page_id) if page_id is not None else {})}
+
+    def set_trainable(self, tasks: Iterable[str]) -> None:
+        """Makes what these tasks train trainable, and nothing else: their nodes, gates, and the page that they write.
+
+        Raises:
+            ValueError: if one of them is unknown or sealed.
+        """
+        tasks = list(tasks)
+        for task in tasks:
+            if self.config.task(task)["sealed"]:
+                raise ValueError(f"Task {task!r} is sealed and cannot train again; add a task with it as its parent.")
+        self.requires_grad_(False)
+        for task in tasks:
+            for parameter in self.learning_parameters(task).values():
+                parameter.requires_grad_(True)
+            self.hft_gates.of(task).requires_grad_(self.config.gating_config.trainable)
+
+    @torch.no_grad()
+    def seal(self, tasks: Iterable[str]) -> None:
+        """Ends the learning of these tasks for good: from here on, what they compute does not change any more.
+
+        Their nodes and the page that they wrote are rounded to the backbone's dtype, in which they compute; gates stay
+        float32.
+
+        Raises:
+            ValueError: if one of them is unknown, or stands on a task that is not sealed, or writes a page together with a
+                task that would stay open.
+        """
+        tasks = sorted(tasks, key=self.hierarchy.level)
+        for task in tasks:
+            for parent in self.hierarchy.parents(task):
+                if not self.config.task(parent)["sealed"] and parent not in tasks:
+                    raise ValueError(
+                        f"Task {task!r} stands on {parent!r}, which is not sealed; seal {parent!r} first."
+                    )
+        pages = [page for page in self.config.pages if not page["sealed"] and set(page["writers"]) & set(tasks)]
+        for page in pages:
+            for other in page["writers"]:
+                if other not in tasks:
+                    raise ValueError(
+                        f"Task {other!r} still writes the memory page {page['id']} together with {', '.join(tasks)}; "
+                        "seal the tasks of a stage together."
+                    )
+        for entry, parameters in [
+            *((self.config.task(task), self.task_parameters(task)) for task in tasks),
+            *((page, self.page_parameters(page["id"])) for page in pages),
+        ]:
+            entry["sealed"] = True
+            for name, parameter in parameters.items():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+                if not name.startswith("hft_gates."):
+                    parameter.data = parameter.data.to(self.backbone.dtype)
+
+
+def _dtype(entry: Mapping[str, Any]) -> torch.dtype:
+    """Of a task's or a page's factors."""
+    return torch.get_default_dtype() if entry["sealed"] else torch.float32
