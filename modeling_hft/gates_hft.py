@@ -97,6 +97,13 @@ class HFTGates(nn.Module):
         task_of_row_B = torch.tensor([tasks.index(row) for row in rows], device=anything.device)
         return union, torch.stack(table_KLN)[task_of_row_B]
 
+    @torch.no_grad()
+    def shrink(self, task: str, columns: Sequence[int], amount: float) -> None:
+        """Soft thresholding, the proximal step of an L1 penalty: draws some of a task's gates towards 0, and stops there."""
+        gates_LN = self.of(task)
+        chosen_LM = gates_LN[:, list(columns)]
+        gates_LN[:, list(columns)] = chosen_LM.sign() * (chosen_LM.abs() - amount).clamp(min=0)
+
     def extra_repr(self) -> str:
         return f"num_layers={self.num_layers}, tasks={self.tasks()}"
 

@@ -30,6 +30,7 @@ from .hierarchy_hft import BACKBONE, Hierarchy, nearest
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, flat
 from .path_hft import HFTPath, keep_path, on_path
+from .refresh_hft import HFTRefreshing
 from .storage_hft import HFTStorage
 from .tasks_hft import HFTTasks
 
@@ -38,7 +39,7 @@ from .tasks_hft import HFTTasks
 Task = str | Sequence[str | None] | torch.Tensor
 
 
-class HFTPreTrainedModel(HFTTasks, HFTStorage, PreTrainedModel):
+class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTStorage, PreTrainedModel):
     """What `HFTModel` and `HFTForCausalLM` share: the backbone, the tasks, saving and loading."""
 
     config_class = HFTConfig

@@ -155,6 +155,15 @@ class HFTTasks:
         # "meta": offloaded, or not loaded yet
         return {name: default if device.type == "meta" else device for name, device in devices.items()}
 
+    def inherited(self, task: str) -> list[int]:
+        """The columns of a task's gates that stand for what it found, not for its own node or its own stage's page."""
+        sources, own_page = self.sources(task), str(self._open_page(task))
+        return [
+            column
+            for column, name in enumerate((*sources.nodes, *sources.pages))
+            if name != (task if column < len(sources.nodes) else own_page)
+        ]
+
     def task_parameters(self, task: str) -> dict[str, nn.Parameter]:
         """All that a task owns, its gates and its nodes, by the names of `named_parameters`."""
         self.hierarchy.check(task)

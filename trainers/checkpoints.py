@@ -1,10 +1,81 @@
-"""Which checkpoints of a stage are whole."""
+"""The folder of a run: which checkpoints in it are whole, and where a resumed run goes on."""
 
 import json
+import shutil
 from pathlib import Path
 
+from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .curriculum import open_stages
+
+
+logger = logging.get_logger(__name__)
+
+
+class RunFolder:
+    """A folder that is a model with the stages learnt so far, with the checkpoints of stage n in `stage-n/`.
+
+    Args:
+        path: the folder, or one checkpoint in it.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def begin(self) -> None:
+        """From here on the folder describes a new run; a resume must never pick up another one's checkpoints.
+
+        Raises:
+            ValueError: if there are some.
+        """
+        if old := sorted(self.path.glob(f"stage-*/{PREFIX_CHECKPOINT_DIR}-*")):
+            raise ValueError(
+                f"'{self.path}' holds checkpoints of an earlier run ({old[0].relative_to(self.path)}); go on with it by "
+                "resume_from_checkpoint=True (`hft train --resume`), choose another output_dir, or delete its stage-* "
+                "folders."
+            )
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes what a kill left of a save that never came to its end."""
+        for pattern in (".writing-*", f"stage-*/{PREFIX_CHECKPOINT_DIR}-*/.writing-*"):
+            for unfinished in self.path.glob(pattern):
+                shutil.rmtree(unfinished, ignore_errors=True)
+
+    def restore(self, model: PreTrainedModel, is_own: bool) -> str | None:
+        """Takes the sealed stages over into a model of the same tasks.
+
+        Args:
+            model: an HFT model.
+            is_own: whether this is the folder that the run writes to; it may be empty then.
+
+        Returns:
+            The checkpoint in the open stage to go on from, if there is one.
+
+        Raises:
+            ValueError: a folder that holds no run, or a checkpoint that was cut off.
+        """
+        if self.path.name.startswith(PREFIX_CHECKPOINT_DIR):
+            if not is_whole(self.path):
+                raise ValueError(
+                    f"'{self.path}' is no whole checkpoint (no trainer_state.json); give the run's folder instead."
+                )
+            model.restore(self.path)
+            return str(self.path)
+        if is_own:
+            self._sweep()
+        if (self.path / "config.json").exists():
+            model.restore(self.path, sealed_only=True)
+        elif not is_own:
+            raise ValueError(f"'{self.path}' holds no run to resume (no config.json); give a run's folder, or True.")
+        sealed = model.config.sealed_tasks()
+        stages = open_stages(model.hierarchy, sealed)
+        found = last_checkpoint(self.path / stages[0].folder) if stages else None
+        logger.info(f"Resuming {self.path}: sealed: {', '.join(sealed) or 'nothing'}; checkpoint: {found or 'none'}.")
+        return found
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -43,6 +43,44 @@ def open_stages(hierarchy: Hierarchy, sealed: Collection[str]) -> list[Stage]:
     return stages
 
 
+class Mastery:
+    """When a task has learnt enough and leaves its stage: at a score, or when it gets no better.
+
+    Args:
+        tasks: of the stage.
+        accuracy: the share of right answer tokens on the validation rows, 0 to 1, at which a task is mastered; None: never.
+        patience: how many evaluations in a row may pass without a lower validation loss than the lowest before; None: any
+            number.
+    """
+
+    def __init__(self, tasks: Collection[str], accuracy: float | None = None, patience: int | None = None):
+        self.tasks = tuple(tasks)
+        self.accuracy = accuracy
+        self.patience = patience
+        self.mastered: dict[str, int] = {}  # task -> the step after which it was
+        self._best = dict.fromkeys(self.tasks, math.inf)
+        self._since_best = dict.fromkeys(self.tasks, 0)
+
+    def observe(self, task: str, step: int, loss: float, accuracy: float) -> str:
+        """Takes note of an evaluation; returns why the task is mastered now, or an empty string."""
+        if task in self.mastered:
+            return ""
+        self._since_best[task] = 0 if loss < self._best[task] else self._since_best[task] + 1
+        self._best[task] = min(loss, self._best[task])
+        if self.accuracy is not None and accuracy >= self.accuracy:
+            reason = f"validation accuracy {accuracy:.3f}"
+        elif self.patience is not None and self._since_best[task] >= self.patience:
+            reason = f"no lower validation loss than {self._best[task]:.3f} in {self.patience} evaluations"
+        else:
+            return ""
+        self.mastered[task] = step
+        return reason
+
+    def all_mastered(self) -> bool:
+        """Whether the stage can end."""
+        return len(self.mastered) == len(self.tasks)
+
+
 class BlockSampler:
     """Row indices in blocks of one task each.
 
@@ -74,11 +112,20 @@ class BlockSampler:
     def __len__(self) -> int:
         return self.block_size * sum(self.num_blocks(task) for task in self.num_rows)
 
-    def __iter__(self) -> Iterator[int]:
+    def turns(self, epoch: int) -> list[str]:
+        """The task of each block of an epoch."""
         turns = [task for task in self.num_rows for _ in range(self.num_blocks(task))]
-        random.Random(f"{self.seed}/turns/{self.epoch}").shuffle(turns)
+        random.Random(f"{self.seed}/turns/{epoch}").shuffle(turns)
+        return turns
+
+    def turns_after(self, step: int, last_step: int) -> list[str]:
+        """The task of each block after the first `step` ones, counted over all epochs, up to the block `last_step`."""
+        epochs = range(math.ceil(last_step * self.block_size / len(self)))
+        return [task for epoch in epochs for task in self.turns(epoch)][step:last_step]
+
+    def __iter__(self) -> Iterator[int]:
         rows = {task: self._rows(task) for task in self.num_rows}
-        for task in turns:
+        for task in self.turns(self.epoch):
             for _ in range(self.block_size):
                 yield next(rows[task])
 

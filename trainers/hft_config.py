@@ -16,6 +16,13 @@ class HFTTrainingConfig(SFTConfig):
     Args:
         learning_rate: of the nodes.
         gate_learning_rate: of the gates. They are single numbers near 1, so they take larger steps than the nodes.
+        gate_shrink: how strongly the gates on ancestors and older pages are drawn to 0: after each step, by this times the
+            gates' learning rate, and never past 0 (the proximal step of an L1 penalty). A gate that its task's gradient does
+            not hold ends at exactly 0. 0 switches it off.
+        mastery_accuracy: a task leaves its stage when this share of the answer tokens of its validation rows is right, given
+            the tokens before; 0 to 1. None: never.
+        mastery_patience: a task leaves its stage after so many evaluations in a row without a new lowest validation loss.
+            None: never. When all tasks of a stage have left, it ends. Both need `eval_dataset` and `eval_strategy="steps"`.
         num_train_epochs, max_steps: of one stage.
         per_device_train_batch_size: rows of one micro-batch; they always belong to one task, and so do all micro-batches
             of an optimizer step.
@@ -23,6 +30,12 @@ class HFTTrainingConfig(SFTConfig):
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the nodes."})
     gate_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the gates."})
+    gate_shrink: float = field(default=0.0, metadata={"help": "Strength of the gates' pull to exactly 0."})
+
+    mastery_accuracy: float | None = field(
+        default=None, metadata={"help": "Accuracy at which a task leaves its stage."}
+    )
+    mastery_patience: int | None = field(default=None, metadata={"help": "Evaluations without progress till it does."})
 
     def __post_init__(self):
         if not accelerator.is_available():
@@ -39,4 +52,19 @@ class HFTTrainingConfig(SFTConfig):
                 "`load_best_model_at_end` is not supported: each stage evaluates other tasks, so no one metric "
                 "could choose for all of them."
             )
+        if self.mastery_accuracy is not None and not 0 < self.mastery_accuracy <= 1:
+            raise ValueError(f"`mastery_accuracy` is {self.mastery_accuracy}; it must be above 0 and at most 1.")
+        if self.mastery_patience is not None and self.mastery_patience < 1:
+            raise ValueError(f"`mastery_patience` is {self.mastery_patience}; it must be 1 or more.")
+        if self.gate_shrink < 0:
+            raise ValueError(f"`gate_shrink` is {self.gate_shrink}; it must be 0 or more.")
+        if self.has_mastery() and self.eval_strategy == "no":
+            raise ValueError(
+                "`mastery_accuracy` and `mastery_patience` go by evaluations, and `eval_strategy` is 'no'; "
+                "set it to 'steps', and `eval_steps`."
+            )
         super().__post_init__()
+
+    def has_mastery(self) -> bool:
+        """Whether tasks may leave their stage early."""
+        return self.mastery_accuracy is not None or self.mastery_patience is not None

@@ -1,7 +1,6 @@
 """`HFTTrainer`: TRL's SFTTrainer, once a stage, bottom-up."""
 
 import contextlib
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,18 +12,19 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from trl import SFTTrainer
 
 from hft.files_hft import replacing
 from hft.modeling_hft import HFTForCausalLM
 
-from .checkpoints import is_whole, last_checkpoint
-from .curriculum import BlockSampler, Stage, open_stages
+from .checkpoints import RunFolder
+from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .hft_config import HFTTrainingConfig
 from .progress import StagePrinter, StageProgress
 from .report import write_model_card
+from .stage_callback import StageCallback
 from .task_data import OneTaskCollator, TaskDatasets, check_labels, split_by_task, tag_rows
 
 
@@ -81,10 +81,16 @@ class HFTTrainer(SFTTrainer):
         self._task_names: list[str] = model.config.task_names()
         self._train_sets = self._open_sets(model, split_by_task(train_dataset, self._task_names, "train_dataset"))
         eval_sets = split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset is not None else {}
+        for task in self._train_sets if args.has_mastery() else ():
+            if task not in eval_sets:
+                raise ValueError(
+                    f"`mastery_patience` or `mastery_accuracy` is set, but `eval_dataset` has no rows of the task {task!r}."
+                )
         with replacing(args.output_dir):  # raises now, not after hours, if the folder cannot be written
             pass
 
         self.stage: Stage | None = None
+        self.mastery = Mastery([])  # of the stage
         self.log_history: list[dict[str, float]] = []  # of all stages; `state.log_history` holds the last one's
         self._root = Path(args.output_dir)
         self._checked: set[str] = set()  # tasks whose gradients were seen to reach every parameter
@@ -109,6 +115,7 @@ class HFTTrainer(SFTTrainer):
         progress = StagePrinter if args.disable_tqdm else StageProgress
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(progress(lambda: self.stage))
+        self.add_callback(StageCallback(self._shrink_gates, lambda: self.mastery))
 
     def _open_sets(self, model: PreTrainedModel, sets: dict[str, Dataset]) -> dict[str, Dataset]:
         """The data of the tasks that are still to learn, in the model's order."""
@@ -191,10 +198,12 @@ class HFTTrainer(SFTTrainer):
             ValueError: a folder to resume from that holds no run, or a folder that holds another run's checkpoints.
         """
         if resume_from_checkpoint:
-            checkpoint = self._restore(resume_from_checkpoint)
+            folder = RunFolder(self._root if resume_from_checkpoint is True else Path(resume_from_checkpoint))
+            checkpoint = folder.restore(self.model, is_own=folder.path == self._root)
         else:
             checkpoint = None
-            self._begin()
+            RunFolder(self._root).begin()
+            self.save_model(_internal_call=True)
         config = self.model.config
         if missing := [task for task in config.open_tasks() if task not in self._prepared]:
             raise ValueError(
@@ -207,10 +216,14 @@ class HFTTrainer(SFTTrainer):
         steps = sum(output.global_step for output in outputs)
         loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
         seconds = sum(output.metrics["train_runtime"] for output in outputs)
-        return TrainOutput(steps, loss, {"train_runtime": seconds, "train_loss": loss, "stages": len(outputs)})
+        metrics = {"train_runtime": seconds, "train_loss": loss, "stages": len(outputs)}
+        if self.args.has_mastery():
+            metrics["saved_steps"] = sum(output.metrics["saved_steps"] for output in outputs)
+        return TrainOutput(steps, loss, metrics)
 
     def _train_stage(self, stage: Stage, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
         self.stage = stage
+        self.mastery = Mastery(stage.tasks, self.args.mastery_accuracy, self.args.mastery_patience)
         self._checked = set()
         self.model.start_stage(stage.tasks)
         self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])
@@ -229,51 +242,25 @@ class HFTTrainer(SFTTrainer):
             self.eval_dataset = all_eval_sets
             self.model.forward = forward
             vars(self.model).pop("_original_forward", None)
+        if self.args.has_mastery():
+            turns = self._get_train_sampler().turns_after
+            saved = {
+                task: turns(step, self.state.max_steps).count(task) for task, step in self.mastery.mastered.items()
+            }
+            output.metrics["saved_steps"] = sum(saved.values())
+            logger.warning(
+                f"{stage}: mastery saved {sum(saved.values())} of {self.state.max_steps} steps {saved or ''}"
+            )
         self.model.set_trainable([])
         self.model.seal(stage.tasks)
         self.save_model()
         return output
 
-    def _begin(self) -> None:
-        """From here on the folder describes this run; a resume must never pick up another one's checkpoints."""
-        if old := sorted(self._root.glob(f"stage-*/{PREFIX_CHECKPOINT_DIR}-*")):
-            raise ValueError(
-                f"'{self._root}' holds checkpoints of an earlier run ({old[0].relative_to(self._root)}); go on with it by "
-                "resume_from_checkpoint=True (`hft train --resume`), choose another output_dir, or delete its stage-* "
-                "folders."
-            )
-        self._sweep()
-        self.save_model(_internal_call=True)
-
-    def _sweep(self) -> None:
-        """Removes what a kill left of a save that never came to its end."""
-        for pattern in (".writing-*", f"stage-*/{PREFIX_CHECKPOINT_DIR}-*/.writing-*"):
-            for unfinished in self._root.glob(pattern):
-                shutil.rmtree(unfinished, ignore_errors=True)
-
-    def _restore(self, source: str | bool) -> str | None:
-        """Takes over the sealed stages of a run; returns the checkpoint in the open stage to go on from, if there is one."""
-        self._sweep()
-        folder = Path(self.args.output_dir if source is True else source)
-        if folder.name.startswith(PREFIX_CHECKPOINT_DIR):
-            if not is_whole(folder):
-                raise ValueError(
-                    f"'{folder}' is no whole checkpoint (no trainer_state.json); give the run's folder instead."
-                )
-            self.model.restore(folder)
-            return str(folder)
-        if (folder / "config.json").exists():
-            self.model.restore(folder, sealed_only=True)
-        elif folder != self._root:
-            raise ValueError(f"'{folder}' holds no run to resume (no config.json); give a run's folder, or True.")
-        sealed = self.model.config.sealed_tasks()
-        stages = open_stages(self.model.hierarchy, sealed)
-        found = last_checkpoint(folder / stages[0].folder) if stages else None
-        logger.info(f"Resuming {folder}: sealed: {', '.join(sealed) or 'nothing'}; checkpoint: {found or 'none'}.")
-        return found
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it owns."""
+        if self._task_names[int(inputs["task"][0])] in self.mastery.mastered:
+            # The step passes without computing, so that order, schedule and resuming stay what they are.
+            return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if len(self._checked) == len(self.stage.tasks):
             return loss  # reading the id would make a GPU wait
@@ -299,7 +286,7 @@ class HFTTrainer(SFTTrainer):
     ) -> Any:
         """As SFTTrainer's, on the batch's path; also logs `<task>_loss`, the mean over the task's tokens."""
         inputs = dict(inputs)
-        task = self._task_names[int(inputs.pop("task")[0])]
+        task = self._last_task = self._task_names[int(inputs.pop("task")[0])]
         # TRL's fused loss calls `base_model` directly, past any `forward` of ours, so the path is set around it.
         with self.accelerator.unwrap_model(model).activate(task):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -323,6 +310,13 @@ class HFTTrainer(SFTTrainer):
                 {"params": list(gates.values()), "lr": self.args.gate_learning_rate, "weight_decay": 0.0}
             )
         return optimizer
+
+    def _shrink_gates(self) -> None:
+        """After an optimizer step: the proximal step on the gates of the task that took it."""
+        rate = self.optimizer.param_groups[-1]["lr"]
+        self.model.hft_gates.shrink(
+            self._last_task, self.model.inherited(self._last_task), rate * self.args.gate_shrink
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As SFTTrainer's, with the stage."""

@@ -8,7 +8,6 @@ accuracies on validation rows, options by likelihood.
 
 import itertools
 import random
-from collections.abc import Iterator
 
 import torch
 from harness import cell, mean_accuracy, parser, prepare, read_rows, sample, score, todo, train_hft
@@ -34,7 +33,7 @@ TRAINING = {
     "learning_rate": 1e-3,
     "gate_learning_rate": 1e-2,
     "lr_scheduler_type": "linear",
-    "warmup_ratio": 0.06,
+    "warmup_steps": 5,
     "max_length": 192,
 }
 
@@ -44,16 +43,12 @@ class InSequence(HFTTrainer):
 
     def _get_train_sampler(self, train_dataset=None) -> BlockSampler:
         sampler = super()._get_train_sampler(train_dataset)
-        sampler.__class__ = SequentialSampler
-        return sampler
+        return SequentialSampler(sampler.num_rows, sampler.block_size, sampler.seed)
 
 
 class SequentialSampler(BlockSampler):
-    def __iter__(self) -> Iterator[int]:
-        for task in self.num_rows:
-            rows = self._rows(task)
-            for _ in range(self.num_blocks(task) * self.block_size):
-                yield next(rows)
+    def turns(self, epoch: int) -> list[str]:
+        return sorted(super().turns(epoch), key=list(self.num_rows).index)
 
 
 def random_parents(seed: int) -> dict[str, list[str]]:

@@ -77,14 +77,17 @@ def use_cpu_well() -> None:
 
 
 def read_rows(data: str, task: str, split: str, tokenizer: Any, max_input_tokens: int) -> list[dict[str, Any]]:
-    """All rows of a split: {"prompt", "completion", "options"}, passages cut at their end."""
+    """All rows of a split: {"prompt", "completion", "options"}.
+
+    A long passage is cut at its beginning: the second of two sentences, or a reviewer's verdict, is at the end.
+    """
     rows = load_dataset("json", data_files=f"{data}/{task}/{split}.jsonl.gz", split="train")
     out = []
     for row in rows:
         ids = tokenizer(row["input"].strip(), add_special_tokens=False)["input_ids"]
-        passage = (
-            tokenizer.decode(ids[:max_input_tokens]).strip() if len(ids) > max_input_tokens else row["input"].strip()
-        )
+        passage = row["input"].strip()
+        if len(ids) > max_input_tokens:
+            passage = tokenizer.decode(ids[-max_input_tokens:]).strip()
         question = f"{row['instruction']}\nOptions: {', '.join(row['options'])}\n".lstrip()
         out.append(
             {
@@ -104,6 +107,20 @@ def sample(rows: list[dict[str, Any]], count: int | None, seed: int) -> Dataset:
     return chosen if count is None else chosen.select(range(min(count, len(chosen))))
 
 
+def quiet_config(folder: str, seed: int, training: Mapping[str, Any]) -> HFTTrainingConfig:
+    """Training arguments that write and log next to nothing."""
+    return HFTTrainingConfig(
+        output_dir=folder,
+        seed=seed,
+        save_strategy="no",
+        report_to="none",
+        logging_strategy="no",
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        **training,
+    )
+
+
 def train_hft(
     backbone: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -120,16 +137,7 @@ def train_hft(
         backbone, hierarchy, quantization_config=BitsAndBytesConfig(**NF4), **model_options
     )
     with tempfile.TemporaryDirectory() as folder:
-        config = HFTTrainingConfig(
-            output_dir=folder,
-            seed=seed,
-            save_strategy="no",
-            report_to="none",
-            logging_strategy="no",
-            disable_tqdm=True,
-            gradient_checkpointing=False,
-            **training,
-        )
+        config = quiet_config(folder, seed, training)
         trainer_class(model, config, train_dataset=dict(train), processing_class=tokenizer).train()
     model.eval()
     return model

@@ -1,0 +1,67 @@
+"""How should gates reach zero? A child on a related and on an unrelated parent, with several ways to let a gate fall.
+
+    python examples/benchmarks/gates.py --data DIR
+
+sst2 and agnews are learnt first; then yelp with one of them as its parent, 200 samples. Scores are on validation rows.
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING
+from harness import NF4, cell, parser, prepare, quiet_config, read_rows, sample, score, todo, train_hft
+from transformers import BitsAndBytesConfig, set_seed
+
+import hft
+from hft.trainers import HFTTrainer
+
+
+WAYS = {
+    "fixed": {"gate_learning_rate": 0.0},
+    "lr 1e-2": {"gate_learning_rate": 1e-2},
+    "lr 5e-2": {"gate_learning_rate": 5e-2},
+    "lr 5e-2, shrink 0.3": {"gate_learning_rate": 5e-2, "gate_shrink": 0.3},
+    "lr 5e-2, shrink 1": {"gate_learning_rate": 5e-2, "gate_shrink": 1.0},
+}
+PARENTS = {"none": [], "sst2": ["sst2"], "agnews": ["agnews"]}
+CHILD = "yelp"
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0], "gates.jsonl")
+    args = arguments.parse_args()
+    backbone, tokenizer = prepare(args.backbone)
+    rows = {
+        (task, split): read_rows(args.data, task, split, tokenizer, MAX_INPUT_TOKENS)
+        for task in ("sst2", "agnews", CHILD)
+        for split in ("train", "validation")
+    }
+    settings = [f"{parent}: {way}" for way in WAYS for parent in PARENTS]
+    base, base_seed = Path(tempfile.mkdtemp()), None
+    for setting, seed in todo(args.out, "gates", settings, args.seeds):
+        if seed != base_seed:
+            train = {task: sample(rows[task, "train"], 200, seed) for task in ("sst2", "agnews")}
+            model = train_hft(backbone, tokenizer, {key: [] for key in train}, train, seed, TRAINING)
+            model.save_pretrained(base)
+            base_seed = seed
+        parent, way = setting.split(": ")
+        with cell(args.out, "gates", setting, seed) as result, tempfile.TemporaryDirectory() as folder:
+            set_seed(seed)
+            model = hft.HFTForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**NF4))
+            model.add_task(CHILD, PARENTS[parent])
+            config = quiet_config(folder, seed, {**TRAINING, **WAYS[way]})
+            train = {CHILD: sample(rows[CHILD, "train"], 200, seed)}
+            HFTTrainer(model, config, train_dataset=train, processing_class=tokenizer).train()
+            model.eval()
+            tasks = score(model, tokenizer, {CHILD: rows[CHILD, "validation"][:EVAL_ROWS]}, lambda task: task)
+            gates = model.gates(CHILD)
+            zeros = {
+                name: int((column == 0).sum()) for name, column in zip(gates.sources, gates.values.T, strict=True)
+            }
+            result.update(value=tasks[CHILD]["accuracy"], tasks=tasks, gates=gates.mean(), zeros=zeros)
+    shutil.rmtree(base)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Refresh: an old task learns anew how much to let in of all that exists now. Only its gates move, and only if it helps.
+
+B batch, T tokens, V vocabulary, L layers, N sources.
+"""
+
+import copy
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .gates_hft import HFTGateTable
+
+
+@dataclass(frozen=True)
+class HFTRefresh:
+    """What a refresh found out.
+
+    Args:
+        task: whose gates were learnt anew.
+        kept: whether the new gates took the place of the old ones.
+        before, after: mean loss a validation row with the old and the new gates, in nats a token.
+        error: the standard error of the mean difference of the two over the validation rows.
+        gates: the task's gates as they are now.
+    """
+
+    task: str
+    kept: bool
+    before: float
+    after: float
+    error: float
+    gates: HFTGateTable
+
+    def __str__(self) -> str:
+        change = (
+            f"validation loss {self.before:.4f} -> {self.after:.4f}, standard error of the change {self.error:.4f}"
+        )
+        if self.kept:
+            sources = ", ".join(f"{name} {mean:.2f}" for name, mean in self.gates.mean().items())
+            return f"{self.task}: refreshed; {change}. Mean gates: {sources}."
+        return f"{self.task}: left as it was; {change}, no gain beyond it."
+
+
+class HFTRefreshing:
+    """The part of `HFTPreTrainedModel` that refreshes gates."""
+
+    def refresh_gates(
+        self,
+        task: str,
+        dataset: Iterable[Mapping[str, Sequence[int]]],
+        *,
+        validation: Iterable[Mapping[str, Sequence[int]]] | None = None,
+        num_steps: int = 30,
+        batch_size: int = 8,
+        learning_rate: float = 5e-2,
+        threshold: float = 0.05,
+        seed: int = 0,
+    ) -> HFTRefresh:
+        """Learns a sealed task's gates anew over all nodes and memory pages that are sealed by now.
+
+        Nodes and pages that the task did not read start at 0. Gates that end nearer to 0 than `threshold` are set to exactly
+        0, and a source whose gates are all 0 is not read. Then the loss on validation rows decides: the new gates are kept
+        if it fell by more than its standard error; else the task is left as it was, to the bit. Other tasks never change: a
+        child has gates of its own.
+
+        Args:
+            task: a sealed task.
+            dataset: tokenised rows {"input_ids": [T], "labels": [T]}, -100 where there is no loss; a small sample is enough.
+            validation: rows of the same form; by default every third row of `dataset`, which is then not learnt from.
+            num_steps: steps of Adam, 1 or more.
+            batch_size: rows a step.
+            learning_rate: of the gates.
+            threshold: 0 or more.
+            seed: of the order of the rows.
+
+        Returns:
+            What was found out.
+
+        Raises:
+            ValueError: an unknown or open task, or fewer than two rows to learn from or to validate on.
+        """
+        entry = self.config.task(task)
+        if not entry["sealed"]:
+            raise ValueError(f"Task {task!r} is not sealed: its gates still learn with it; refresh is for old tasks.")
+        rows = list(dataset)
+        checks = list(validation) if validation is not None else rows[::3]
+        if validation is None:
+            rows = [row for place, row in enumerate(rows) if place % 3]
+        if min(len(rows), len(checks)) < 2:
+            raise ValueError(
+                f"Refreshing {task!r} needs two rows or more to learn from and two to validate on; there are {len(rows)} "
+                f"and {len(checks)}."
+            )
+        old_entry, old_gates = copy.deepcopy(entry), self.hft_gates.of(task)
+        with _only_gates_train(self):
+            before = self._losses(task, checks, batch_size)
+            try:
+                self._read_everything(task)
+                self._fit_gates(task, rows, num_steps, batch_size, learning_rate, seed)
+                self._drop_small_gates(task, threshold)
+                after = self._losses(task, checks, batch_size)
+                gains = [old - new for old, new in zip(before, after, strict=True)]
+                error = statistics.stdev(gains) / len(gains) ** 0.5
+                kept = statistics.mean(gains) > error
+            except BaseException:
+                kept = False
+                raise
+            finally:
+                if not kept:
+                    entry.update(old_entry)
+                    self.hft_gates.register_parameter(f"g_{task}", old_gates)
+        return HFTRefresh(task, kept, statistics.mean(before), statistics.mean(after), error, self.gates(task))
+
+    @torch.no_grad()
+    def _read_everything(self, task: str) -> None:
+        """Adds all sealed nodes and pages to what a task reads, behind gates that are 0."""
+        entry = self.config.task(task)
+        path = self.hierarchy.path(task)
+        self._take_gates(
+            task,
+            borrows=[name for name in self.config.sealed_tasks() if name not in path],
+            pages=[page["id"] for page in self.config.pages if page["sealed"] or page["id"] in entry["pages"]],
+        )
+
+    @torch.no_grad()
+    def _drop_small_gates(self, task: str, threshold: float) -> None:
+        """Sets small gates to exactly 0, and no longer reads what is 0 at all layers and not on the path."""
+        gates_LN = self.hft_gates.of(task)
+        gates_LN[gates_LN.abs() < threshold] = 0
+        is_read = dict(zip(self.sources(task).labels(), gates_LN.any(0).tolist(), strict=True))
+        entry = self.config.task(task)
+        self._take_gates(
+            task,
+            borrows=[name for name in entry["borrows"] if is_read[name]],
+            pages=[page_id for page_id in entry["pages"] if is_read[f"page:{page_id}"]],
+        )
+
+    def _take_gates(self, task: str, borrows: list[str], pages: list[int]) -> None:
+        """Changes what a task reads; gates on what it reads already keep their values, others are 0."""
+        old = dict(zip(self.sources(task).labels(), self.hft_gates.of(task).detach().unbind(1), strict=True))
+        self.config.task(task).update(borrows=borrows, pages=pages)
+        self._make_gates(task)
+        gates_LN = self.hft_gates.of(task).requires_grad_(False)
+        for column, label in enumerate(self.sources(task).labels()):
+            gates_LN[:, column] = old.get(label, 0.0)
+
+    def _fit_gates(
+        self, task: str, rows: list[Any], num_steps: int, batch_size: int, learning_rate: float, seed: int
+    ) -> None:
+        gates_LN = self.hft_gates.of(task).requires_grad_(True)
+        optimizer = torch.optim.Adam([gates_LN], lr=learning_rate)
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = []
+        with torch.enable_grad():
+            for _ in range(num_steps):
+                if len(order) < batch_size:
+                    order += torch.randperm(len(rows), generator=generator).tolist()
+                chosen, order = order[:batch_size], order[batch_size:]
+                loss = torch.stack(self._row_losses(task, [rows[i] for i in chosen])).mean()
+                (gates_LN.grad,) = torch.autograd.grad(loss, [gates_LN])
+                optimizer.step()
+        gates_LN.grad = None
+        gates_LN.requires_grad_(False)
+
+    @torch.no_grad()
+    def _losses(self, task: str, rows: list[Any], batch_size: int) -> list[float]:
+        return [
+            float(loss)
+            for begin in range(0, len(rows), batch_size)
+            for loss in self._row_losses(task, rows[begin : begin + batch_size])
+        ]
+
+    def _row_losses(self, task: str, rows: Sequence[Mapping[str, Sequence[int]]]) -> list[torch.Tensor]:
+        """The mean loss of each row's labels. Rows are padded on the left, so that all answers end together."""
+        length = max(len(row["input_ids"]) for row in rows)
+        device = self.get_input_embeddings().weight.device
+
+        def padded(key: str, filler: int) -> torch.Tensor:
+            return torch.tensor([[filler] * (length - len(row[key])) + list(row[key]) for row in rows], device=device)
+
+        ids_BT, labels_BT = padded("input_ids", 0), padded("labels", -100)
+        mask_BT = torch.tensor(
+            [[0] * (length - len(row["input_ids"])) + [1] * len(row["input_ids"]) for row in rows], device=device
+        )
+        first = int((labels_BT != -100).any(0).int().argmax())
+        keep = min(length - first, length - 1)  # positions that some row is scored on
+        logits_BTV = self(
+            ids_BT,
+            attention_mask=mask_BT,
+            position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0),
+            logits_to_keep=keep + 1,
+            use_cache=False,
+            task=task,
+        ).logits[:, :-1]
+        labels_BT = labels_BT[:, -keep:]
+        loss_BT = torch.nn.functional.cross_entropy(
+            logits_BTV.float().transpose(1, 2), labels_BT, ignore_index=-100, reduction="none"
+        )
+        count_B = (labels_BT != -100).sum(1).clamp(min=1)
+        return list((loss_BT.sum(1) / count_B).unbind())
+
+
+@contextmanager
+def _only_gates_train(model: Any):
+    """Evaluation mode, nothing trainable; afterwards as before."""
+    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)

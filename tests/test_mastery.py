@@ -1,0 +1,154 @@
+"""Gates that shrink, and tasks that leave their stage when they are mastered."""
+
+import re
+
+import pytest
+
+from hft.trainers import HFTTrainer
+from hft.trainers.curriculum import BlockSampler, Mastery
+
+from .test_trainer import data, make, rows
+from .tiny import bits, snapshot
+
+
+def test_a_score_or_a_plateau_is_mastery():
+    mastery = Mastery(["a", "b"], accuracy=0.9, patience=2)
+    assert mastery.observe("a", 5, loss=1.0, accuracy=0.5) == ""
+    assert mastery.observe("b", 5, loss=1.0, accuracy=0.5) == ""
+    assert mastery.observe("a", 10, loss=1.5, accuracy=0.9) == "validation accuracy 0.900"
+    assert mastery.observe("b", 10, loss=1.0, accuracy=0.5) == ""  # no lower: once
+    assert not mastery.all_mastered()
+    assert mastery.observe("b", 15, loss=0.9, accuracy=0.5) == ""  # lower: counted anew
+    assert mastery.observe("b", 20, loss=0.9, accuracy=0.5) == ""
+    assert mastery.observe("b", 25, loss=2.0, accuracy=0.5) == "no lower validation loss than 0.900 in 2 evaluations"
+    assert mastery.observe("b", 30, loss=0.0, accuracy=1.0) == ""  # mastered once and for all
+    assert mastery.all_mastered() and mastery.mastered == {"a": 10, "b": 25}
+
+
+def test_saved_steps_are_counted_from_the_plan():
+    sampler = BlockSampler({"a": 5, "b": 9}, block_size=4, seed=1)  # 2 and 3 blocks an epoch
+    plan = sampler.turns(0) + sampler.turns(1)
+    assert sampler.turns_after(0, 10) == plan
+    assert sampler.turns_after(3, 9) == plan[3:9]
+
+
+class Watching(HFTTrainer):
+    """Notes each task's parameters after each step."""
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        task = self._task_names[int(inputs["task"][0])]
+        vars(self).setdefault("taken", []).append((task, task in self.mastery.mastered))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+OPTIONS = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 4, "num_train_epochs": 4, "bf16": False,
+           "lr_scheduler_type": "constant", "gradient_accumulation_steps": 1}  # fmt: skip
+
+
+def mastering(backbones, tokenizer, folder, hierarchy, patience=1, memory=None, **options):
+    train = {task: rows(10 * i, 6) for i, task in enumerate(hierarchy)}
+    # e is asked for other answers than it learns, so it soon gets no better; a for its own.
+    checks = {task: rows(10 * i + (3 if task == "e" else 0), 6) for i, task in enumerate(hierarchy)}
+    return make(backbones, tokenizer, folder, hierarchy, train, checks, cls=Watching, mastery_patience=patience,
+                memory=memory, **{**OPTIONS, **options})  # fmt: skip
+
+
+def test_a_mastered_task_leaves_and_its_siblings_learn_as_if_it_had_stayed(backbones, tokenizer, tmp_path):
+    off = {"read": "off"}  # else they would meet in the page
+    trainer = mastering(backbones, tokenizer, tmp_path / "1", {"a": [], "e": []}, memory=off)
+    output = trainer.train()
+    assert "e" in trainer.mastery.mastered
+    skipped = [task for task, was_mastered in trainer.taken if was_mastered]
+    assert skipped
+    planned = 2 * 3 * 4
+    assert output.metrics["saved_steps"] == len(skipped) + planned - output.global_step
+    if "a" not in trainer.mastery.mastered:
+        whole = mastering(backbones, tokenizer, tmp_path / "2", {"a": [], "e": []}, patience=99, memory=off)
+        whole.train()
+        for name, parameter in trainer.model.task_parameters("a").items():
+            assert bits(parameter) == bits(whole.model.task_parameters("a")[name]), name
+        different = [name for name, p in trainer.model.task_parameters("e").items()
+                     if bits(p) != bits(whole.model.task_parameters("e")[name])]  # fmt: skip
+        assert different
+    assert trainer.model.config.sealed_tasks() == ["a", "e"]
+
+
+def test_the_stage_ends_when_all_are_mastered(backbones, tokenizer, tmp_path):
+    trainer = mastering(
+        backbones, tokenizer, tmp_path, {"a": [], "e": [], "b": ["a"]}, patience=None, mastery_accuracy=1e-9
+    )
+    output = trainer.train()
+    first, second = 2, 2  # the first evaluation of each stage
+    assert output.global_step == first + second
+    assert output.metrics["saved_steps"] == (2 * 3 * 4 - first) + (3 * 4 - second)
+    assert trainer.model.config.open_tasks() == []
+
+
+def test_resumed_after_mastery_is_as_uninterrupted(backbones, tokenizer, tmp_path):
+    hierarchy, off = {"a": [], "e": []}, {"read": "off"}
+    whole = mastering(backbones, tokenizer, tmp_path / "whole", hierarchy, memory=off)
+    expected = whole.train()
+    steps = [step for step in whole.mastery.mastered.values()]
+    stop_at = min(steps) + 3
+
+    class Killed(Watching):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == stop_at:
+                raise KeyboardInterrupt
+            return super().training_step(*args, **kwargs)
+
+    cut = mastering(backbones, tokenizer, tmp_path / "cut", hierarchy, memory=off)
+    cut.__class__ = Killed
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    resumed = mastering(backbones, tokenizer, tmp_path / "cut", hierarchy, memory=off)
+    output = resumed.train(resume_from_checkpoint=True)
+    assert resumed.mastery.mastered == whole.mastery.mastered
+    assert output.metrics["saved_steps"] == expected.metrics["saved_steps"]
+    assert snapshot(resumed.model) == snapshot(whole.model)
+
+
+def test_shrinking_gates_reach_exactly_zero_and_only_inherited_ones(backbones, tokenizer, tmp_path):
+    """A pull that no gradient can hold: what a task inherits ends at 0; its own node and page keep their gates."""
+    trainer = make(backbones, tokenizer, tmp_path, gate_learning_rate=0.2, gate_shrink=20.0, num_train_epochs=4)
+    trainer.train()
+    for task in ("b", "d", "x"):
+        gates = trainer.model.gates(task)
+        own_page = f"page:{trainer.model.hierarchy.level(task)}"
+        for source, column in zip(gates.sources, gates.values.T, strict=True):
+            if source in (task, own_page):
+                assert (column.abs() > 0.2).all(), (task, source)
+            else:
+                assert (column == 0).all(), (task, source)
+    first = trainer.model.gates("a")
+    assert first.sources == ("a", "page:1") and (first.values != 0).all()
+
+
+def test_without_shrinking_gates_go_where_the_gradient_says(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path)
+    trainer.train()
+    assert (trainer.model.gates("x").values != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mastery_accuracy": 1.5}, "`mastery_accuracy` is 1.5; it must be above 0 and at most 1."),
+        ({"mastery_patience": 0}, "`mastery_patience` is 0; it must be 1 or more."),
+        (
+            {"mastery_patience": 2},
+            "go by evaluations, and `eval_strategy` is 'no'; set it to 'steps', and `eval_steps`.",
+        ),
+        ({"gate_shrink": -1.0}, "`gate_shrink` is -1.0; it must be 0 or more."),
+    ],
+)
+def test_wrong_settings(backbones, tokenizer, tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(backbones, tokenizer, tmp_path, **options)
+
+
+def test_mastery_needs_rows_to_validate_on(backbones, tokenizer, tmp_path):
+    message = "`mastery_patience` or `mastery_accuracy` is set, but `eval_dataset` has no rows of the task 'e'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(backbones, tokenizer, tmp_path, eval_dataset={"a": data()["a"]}, mastery_patience=1,
+             eval_strategy="steps")  # fmt: skip

@@ -1,0 +1,127 @@
+"""Refreshing gates: backward transfer that can never hurt."""
+
+import copy
+import re
+
+import pytest
+import torch
+
+import hft
+
+from .naive import naive_logits
+from .test_model import prompts
+from .tiny import bits, grow, snapshot
+
+
+@pytest.fixture
+def grown(backbones) -> hft.HFTForCausalLM:
+    """An old root a, and a younger branch e -> f beside it."""
+    made = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, rank=3, memory_config={"slots": 2})
+    grow(made)
+    made.add_task("e")
+    made.add_task("f", ["e"])
+    grow(made)
+    return made
+
+
+def rows_like(model, teacher: str, count: int = 24) -> list[dict[str, list[int]]]:
+    """Rows whose labels are what another task would answer."""
+    rows = []
+    for i in range(count):
+        ids = prompts(1, 5 + i % 3, seed=i)
+        with torch.no_grad():
+            answer = model(ids, task=teacher).logits[0].argmax(-1).tolist()
+        rows.append({"input_ids": ids[0].tolist(), "labels": [-100, -100, *answer[1:-1]]})
+    return rows
+
+
+def test_an_old_task_takes_what_helps_it(grown):
+    """Rows that the younger task f answers: a can only learn them by letting f's node in."""
+    x = prompts(2, 6)
+    before = snapshot(grown)
+    others = {task: bits(grown(x, task=task).logits) for task in (None, "e", "f")}
+    result = grown.refresh_gates("a", rows_like(grown, "f"), num_steps=40, learning_rate=0.1)
+    assert result.kept and result.after < result.before - result.error
+    assert {"f", "e"} & set(grown.config.task("a")["borrows"]) and grown.gates("a").sources[0] == "a"
+    assert {task: bits(grown(x, task=task).logits) for task in (None, "e", "f")} == others
+    changed = {name for name, value in snapshot(grown).items() if before[name] != value}
+    assert changed == {"hft_gates.g_a"}
+    assert not any(parameter.requires_grad for parameter in grown.parameters())
+    assert str(result).startswith("a: refreshed; validation loss ")
+    with torch.no_grad():
+        torch.testing.assert_close(grown(x, task="a").logits, naive_logits(grown, x, ["a", "a"]), rtol=1e-4, atol=1e-4)
+        mixed = grown(x, task=["a", "f"]).logits
+        torch.testing.assert_close(mixed, naive_logits(grown, x, ["a", "f"]), rtol=1e-4, atol=1e-4)
+
+
+def test_without_a_gain_nothing_changes_to_the_bit(grown):
+    """Rows that the task itself answers leave nothing to gain."""
+    x = prompts(2, 6)
+    before, tasks, logits = snapshot(grown), copy.deepcopy(grown.config.tasks), bits(grown(x, task="a").logits)
+    parameter = grown.hft_gates.of("a")
+    rows = rows_like(grown, "a")
+    result = grown.refresh_gates("a", rows, num_steps=3, validation=[{**row, "labels": row["labels"]} for row in rows])
+    assert not result.kept
+    assert "a: left as it was" in str(result)
+    assert (snapshot(grown), grown.config.tasks) == (before, tasks)
+    assert grown.hft_gates.of("a") is parameter
+    assert bits(grown(x, task="a").logits) == logits
+
+
+def test_an_interrupted_refresh_changes_nothing(grown, monkeypatch):
+    before, tasks = snapshot(grown), copy.deepcopy(grown.config.tasks)
+    rows = rows_like(grown, "f")
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(grown), "_drop_small_gates", stop)
+    with pytest.raises(KeyboardInterrupt):
+        grown.refresh_gates("a", rows, num_steps=2)
+    assert (snapshot(grown), grown.config.tasks) == (before, tasks)
+
+
+def test_small_gates_become_exactly_zero_and_are_not_read(grown):
+    grown.refresh_gates("a", rows_like(grown, "f"), num_steps=40, learning_rate=0.1, threshold=0.05)
+    gates = grown.gates("a")
+    assert not ((gates.values != 0) & (gates.values.abs() < 0.05)).any()
+    for source, mean in gates.mean().items():
+        assert mean > 0 or source == "a"
+
+
+def test_a_child_of_a_refreshed_task_starts_as_it(grown, tmp_path):
+    assert grown.refresh_gates("a", rows_like(grown, "f"), num_steps=40, learning_rate=0.1).kept
+    x = prompts(2, 6)
+    for parents in (["a"], ["a", "f"]):
+        name = f"child{len(parents)}"
+        grown.add_task(name, parents)
+        entry = grown.config.task(name)
+        assert len(set(grown.sources(name).labels())) == len(grown.sources(name))
+        assert not set(entry["borrows"]) & set(grown.hierarchy.path(name))
+    expected = grown(x, task="a").logits
+    torch.testing.assert_close(grown(x, task="child1").logits, expected, rtol=1e-5, atol=1e-5)
+    grown.save_pretrained(tmp_path)
+    loaded = hft.HFTForCausalLM.from_pretrained(tmp_path)
+    for task in ("a", "child1", "child2"):
+        assert bits(loaded(x, task=task).logits) == bits(grown(x, task=task).logits)
+
+
+def test_the_losses_are_those_of_rows_alone(grown):
+    """Left padding and kept positions change nothing."""
+    rows = rows_like(grown, "f", 7)
+    together = grown._losses("f", rows, 7)
+    for row, loss in zip(rows, together, strict=True):
+        alone = grown(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]), task="f").loss
+        assert loss == pytest.approx(float(alone), rel=1e-4)
+
+
+def test_wrong_refreshes(grown):
+    grown.add_task("open")
+    for task, rows, message in [
+        ("open", 9, "Task 'open' is not sealed"),
+        ("aa", 9, "Unknown task 'aa'. Did you mean 'a'?"),
+        ("a", 3, "needs two rows or more to learn from and two to validate on; there are 2 and 1."),
+        ("a", 0, "there are 0 and 0."),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            grown.refresh_gates(task, rows_like(grown, "f", rows))

@@ -1,0 +1,49 @@
+"""What happens between the optimizer steps of a stage: gates shrink, and mastered tasks leave."""
+
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from .curriculum import Mastery
+
+
+logger = logging.get_logger(__name__)
+
+
+class StageCallback(TrainerCallback):
+    """Shrinks gates after each optimizer step, and notes at each evaluation which tasks are mastered.
+
+    Args:
+        shrink: called after each optimizer step.
+        mastery: gives the stage's rules.
+    """
+
+    def __init__(self, shrink: Callable[[], None], mastery: Callable[[], Mastery]):
+        self.shrink = shrink
+        self.mastery = mastery
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.gate_shrink:
+            self.shrink()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for logs in state.log_history:  # a resumed stage: what was mastered before stays so
+            self._observe(logs)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._observe(state.log_history[-1]) and self.mastery().all_mastered():
+            control.should_training_stop = True
+
+    def _observe(self, logs: dict[str, Any]) -> bool:
+        mastery = self.mastery()
+        for task in mastery.tasks:
+            if f"eval_{task}_loss" in logs:
+                reason = mastery.observe(
+                    task, logs["step"], logs[f"eval_{task}_loss"], logs.get("eval_mean_token_accuracy", 0.0)
+                )
+                if reason:
+                    logger.warning(f"{task} is mastered after step {logs['step']}: {reason}.")
+                    return True
+        return False
