@@ -8,6 +8,8 @@ from .hierarchy_hft import Hierarchy
 from .memory_hft import HFTMemory
 from .modeling_hft import HFTForCausalLM, HFTModel, HFTPreTrainedModel
 from .nodes_hft import HFTNodes
+from .refresh_hft import HFTRefresh
+from .slim_hft import read_gates
 
 
 __version__ = "0.1.0"
@@ -23,7 +25,9 @@ __all__ = [
     "HFTModel",
     "HFTNodes",
     "HFTPreTrainedModel",
+    "HFTRefresh",
     "Hierarchy",
+    "read_gates",
 ]
 
 HFTConfig._auto_class = "AutoConfig"

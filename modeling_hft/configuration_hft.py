@@ -160,6 +160,13 @@ class HFTConfig(PreTrainedConfig):
                 return task
         raise ValueError(f"Unknown task {name!r}. {nearest(name, self.task_names())}")
 
+    def sealed_task(self, name: str) -> dict[str, Any]:
+        """The entry of a sealed task; ValueError if there is none, or it is still open."""
+        task = self.task(name)
+        if not task["sealed"]:
+            raise ValueError(f"Task {name!r} is not sealed: its gates still learn with it; refresh is for old tasks.")
+        return task
+
     def page(self, page_id: int) -> dict[str, Any]:
         """The entry of one memory page; ValueError if there is none."""
         for page in self.pages:

@@ -28,7 +28,7 @@ from .fused_hft import HFTFused
 from .gates_hft import HFTGates
 from .hierarchy_hft import BACKBONE, Hierarchy, nearest
 from .memory_hft import HFTMemory
-from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, flat
+from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, beside, flat
 from .path_hft import HFTPath, keep_path, on_path
 from .refresh_hft import HFTRefreshing
 from .storage_hft import HFTStorage
@@ -65,7 +65,7 @@ class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTStorage, PreTrainedModel):
         memory = config.memory_config
         self.hft_memory = nn.ModuleDict()
         for name in adapted_linears(self.base_model, memory.target_modules) if memory.read != "off" else ():
-            if nodes := self._beside(self.hft_nodes, name):
+            if nodes := beside(self.hft_nodes, name):
                 self.hft_memory[flat(name)] = HFTMemory(nodes.in_features, nodes.out_features, nodes.layer)
         self.hft_gates = HFTGates(1 + max(self._layer_of.values()), config.gating_config.init, memory.init)
         self._make_room()
@@ -81,13 +81,9 @@ class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTStorage, PreTrainedModel):
             hook.remove()
         self._hooks = []
         for name in self._layer_of:
-            nodes, memory = self.hft_nodes[flat(name)], self._beside(self.hft_memory, name)
+            nodes, memory = self.hft_nodes[flat(name)], beside(self.hft_memory, name)
             fused = HFTFused(nodes, memory, self.config.memory_config)
             self._hooks.append(self.base_model.get_submodule(name).register_forward_hook(fused.on_linear))
-
-    @staticmethod
-    def _beside(modules: nn.ModuleDict, name: str) -> Any:
-        return dict(modules.items()).get(flat(name))
 
     def activate(self, task: Task | None, num_rows: int | None = None) -> AbstractContextManager[None]:
         """Within the block, passes that name no task of their own take this one.

@@ -99,3 +99,8 @@ def adapted_linears(decoder: nn.Module, target_modules: str | Sequence[str]) -> 
 def flat(name: str) -> str:
     """`layers.0.self_attn.q_proj` as a key of a ModuleDict, which cannot hold dots."""
     return name.replace(".", "_")
+
+
+def beside(modules: nn.ModuleDict, name: str) -> HFTFactors | None:
+    """The factors beside the linear called `name` within the decoder, or None."""
+    return dict(modules.items()).get(flat(name))

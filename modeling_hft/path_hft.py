@@ -5,7 +5,7 @@ B batch, L layers, N nodes and P memory pages on the path, R rank of the whole p
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +47,11 @@ class HFTSources:
 
     nodes: tuple[str, ...]
     pages: tuple[str, ...]
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any], path: Sequence[str]) -> "HFTSources":
+        """What the task of an entry of `config.tasks`, with this path, reads."""
+        return cls((*path, *entry["borrows"]), tuple(str(page_id) for page_id in entry["pages"]))
 
     def labels(self) -> tuple[str, ...]:
         """The nodes' names and `page:<id>`; no task can be called so."""

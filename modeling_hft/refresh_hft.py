@@ -82,9 +82,7 @@ class HFTRefreshing:
         Raises:
             ValueError: an unknown or open task, or fewer than two rows to learn from or to validate on.
         """
-        entry = self.config.task(task)
-        if not entry["sealed"]:
-            raise ValueError(f"Task {task!r} is not sealed: its gates still learn with it; refresh is for old tasks.")
+        entry = self.config.sealed_task(task)
         rows = list(dataset)
         checks = list(validation) if validation is not None else rows[::3]
         if validation is None:

@@ -3,22 +3,22 @@
 import contextlib
 import copy
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from huggingface_hub import ResolvedRevision
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.hub import resolve_revision
 
 from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig
-from .files_hft import SHARED_FILE, page_file, read_tensors, replacing, task_file, write_tensors
+from .files_hft import SHARED_FILE, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
+from .slim_hft import HFTSlimFiles, read_config
 
 
 AUTO_MAP = {
@@ -42,7 +42,7 @@ def best_attention() -> str:
     return "flash_attention_2" if on_ampere and is_flash_attn_2_available() else "sdpa"
 
 
-class HFTStorage:
+class HFTStorage(HFTSlimFiles):
     """The part of `HFTPreTrainedModel` that reads and writes. `super()` is `PreTrainedModel`."""
 
     @classmethod
@@ -163,15 +163,7 @@ class HFTStorage:
         download = _download(kwargs)
         info = kwargs.pop("output_loading_info", False)
         if config is None:
-            files, _ = PreTrainedConfig.get_config_dict(repo, **download)
-            if not files:
-                raise OSError(f"'{repo}' holds no model (no config.json).")
-            if files.get("model_type") != HFTConfig.model_type:
-                raise ValueError(
-                    f"'{repo}' is no HFT model but a plain {files.get('model_type')!r}; "
-                    f"build on it with {cls.__name__}.from_backbone('{repo}', hierarchy=...)."
-                )
-            config = cls.config_class.from_dict(files)
+            config = read_config(repo, **download)
         if not config.slim:
             model, loading_info = cls._load_whole(repo, *model_args, config=config, **kwargs)
             return (model, loading_info) if info else model
@@ -200,91 +192,6 @@ class HFTStorage:
             with contextlib.suppress(OSError):  # then the backbone's holds
                 model.generation_config = GenerationConfig.from_pretrained(repo, **download)
         return (model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if info else model
-
-    def _read_tasks(
-        self,
-        repo: str | os.PathLike,
-        tasks: Iterable[Mapping[str, Any]],
-        pages: Iterable[Mapping[str, Any]],
-        **download: Any,
-    ) -> None:
-        """Fills nodes, gates and memory pages, given by their entries, from the slim files of a folder or repository."""
-        names = [task["name"] for task in tasks]
-        parts = {task_file(task): self._node_tensors(task) for task in names}
-        parts.update({page_file(page["id"]): self._page_tensors(page["id"]) for page in pages})
-        # The shared file may know of a task more than the config, if a kill came between the two.
-        parts[SHARED_FILE] = self._gate_tensors(names)
-        read = {
-            file: read_tensors(repo, file, own, may_hold_more=file == SHARED_FILE, **download)
-            for file, own in parts.items()
-        }
-        for file, own in parts.items():
-            for name, parameter in own.items():
-                tensor = read[file][name]
-                if tensor.shape != parameter.shape:
-                    raise ValueError(
-                        f"'{repo}' holds {name!r} in {file} with shape {list(tensor.shape)}, and this model needs "
-                        f"{list(parameter.shape)}. Is it another backbone?"
-                    )
-                if file == SHARED_FILE:
-                    parameter.copy_(tensor)  # a view
-                else:
-                    parameter.data = tensor.to(parameter.device)  # takes the dtype of the file
-
-    def _node_tensors(self, task: str) -> dict[str, nn.Parameter]:
-        """A task's node by the names that it has in its file, `layers.0.self_attn.q_proj.A`: a contract."""
-        return self._factor_tensors(self.hft_nodes, task)
-
-    def _page_tensors(self, page_id: int) -> dict[str, nn.Parameter]:
-        """A memory page by the names that it has in its file, `layers.0.self_attn.q_proj.K`: a contract."""
-        return self._factor_tensors(self.hft_memory, str(page_id))
-
-    def _factor_tensors(self, modules: nn.ModuleDict, name: str) -> dict[str, nn.Parameter]:
-        tensors = {}
-        for linear in self._layer_of:
-            if factors := self._beside(modules, linear):
-                tensors[f"{linear}.{factors.DOWN}"], tensors[f"{linear}.{factors.UP}"] = factors.pair(name)
-        return tensors
-
-    def _gate_tensors(self, tasks: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Views of the gates by the names that they have in the shared file, `gates.<task>.<source>` [L]: a contract.
-
-        One tensor a source, so that a reader with an older config finds what it knows of.
-        """
-        return {
-            f"gates.{task}.{source}": self.hft_gates.of(task).detach()[:, column]
-            for task in tasks
-            for column, source in enumerate(self.sources(task).labels())
-        }
-
-    def restore(self, folder: str | os.PathLike, sealed_only: bool = False) -> None:
-        """Takes over what the tasks of a slim folder have learnt and which are sealed, into this model of the same tasks.
-
-        Args:
-            folder: written by `save_pretrained` of a model with the same tasks.
-            sealed_only: leave open tasks as they are.
-
-        Raises:
-            ValueError: if the folder's tasks are others.
-            OSError: if a file is missing or cut short.
-        """
-        saved = HFTConfig.from_pretrained(folder)
-
-        def shape(config: HFTConfig) -> list[tuple[Any, ...]]:
-            return [(task["name"], task["parents"], task["rank"]) for task in config.tasks]
-
-        if shape(saved) != shape(self.config):
-            raise ValueError(f"'{folder}' holds other tasks ({shape(saved)}) than this model ({shape(self.config)}).")
-        taken = [task for task in saved.tasks if task["sealed"] or not sealed_only]
-        pages = [page for page in saved.pages if page["sealed"] or not sealed_only]
-        tasks_by_name = {entry["name"]: entry for entry in (*self.config.tasks, *taken)}
-        kept = [page for page in self.config.pages if sealed_only and not page["sealed"]]
-        pages_by_id = {entry["id"]: entry for entry in (*kept, *pages)}
-        self.config.tasks = list(tasks_by_name.values())
-        self.config.pages = list(pages_by_id.values())
-        self._make_room()
-        self._read_tasks(folder, taken, pages)
-        self.set_trainable(self.config.open_tasks())
 
     def save_pretrained(
         self,
@@ -337,11 +244,7 @@ class HFTStorage:
             stale = ("model-*-of-*.safetensors", "model.safetensors.index.json") if slim else (SHARED_FILE,)
             with replacing(save_directory, stale=stale) as folder:
                 if slim:
-                    write_tensors(self._gate_tensors(self.hierarchy.names), folder / SHARED_FILE)
-                    for task in self.hierarchy.names:
-                        write_tensors(self._node_tensors(task), folder / task_file(task))
-                    for page in self.config.pages:
-                        write_tensors(self._page_tensors(page["id"]), folder / page_file(page["id"]))
+                    self._write_tasks(folder)
                 else:
                     super().save_pretrained(folder, state_dict=state_dict, **kwargs)
                 self._write_config_and_code(folder, slim)

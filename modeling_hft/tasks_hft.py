@@ -17,10 +17,7 @@ class HFTTasks:
 
     def sources(self, task: str) -> HFTSources:
         """What a task reads: the nodes on its path, those it borrows beside it, and memory pages."""
-        entry = self.config.task(task)
-        return HFTSources(
-            (*self.hierarchy.path(task), *entry["borrows"]), tuple(str(page_id) for page_id in entry["pages"])
-        )
+        return HFTSources.of(self.config.task(task), self.hierarchy.path(task))
 
     def gates(self, task: str) -> HFTGateTable:
         """A task's gates as a table: a row a layer, a column for each node and page that it reads.

@@ -1,4 +1,5 @@
 import pytest
+import torch
 from datasets import Dataset
 
 import hft
@@ -10,6 +11,7 @@ from hft.trainers.evaluation import (
     format_matrix,
     generate_answers,
     mean_and_error,
+    score_options,
     score_task,
 )
 from hft.trainers.task_data import OneTaskCollator, split_by_task
@@ -31,6 +33,28 @@ def test_the_matrix_as_text():
         "after stage 1      90.0          -",
         "after stage 2      90.0        5.2",
     ]
+
+
+@pytest.mark.parametrize("task", [None, "d"])
+def test_options_are_scored_as_one_by_one(model, tokenizer, task):
+    """Prompts of different lengths, options of different lengths and numbers: each as if it were alone."""
+    options = [[" yes", " no"], [" very good", " bad", " so so"], [" a", " b"]]
+    rows = [
+        {"prompt": f"Is {'it ' * (i % 5)}{i}?", "options": options[i % 3], "completion": options[i % 3][i % 2]}
+        for i in range(9)
+    ]
+    right, loss = score_options(model, tokenizer, rows, task, batch_size=4)
+    for row, is_right, its_loss in zip(rows, right, loss, strict=True):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        losses = []
+        for option in row["options"]:
+            answer = tokenizer(option, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + answer]), task=task).logits[0].log_softmax(-1)
+            losses.append(-sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(answer)))
+        best = row["options"][losses.index(min(losses))]
+        assert is_right == float(best == row["completion"])
+        assert its_loss == pytest.approx(losses[row["options"].index(row["completion"])], rel=1e-4)
 
 
 def test_mean_and_error():

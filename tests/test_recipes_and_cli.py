@@ -8,11 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import Dataset
 
+import hft
+from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.cli import main
 from hft.trainers.recipes import load_task, read_recipe, to_chat
+from hft.trainers.task_data import tokenize_rows
+
+from .tiny import grow
 
 
 RECIPES = sorted((Path(__file__).parent.parent / "hub_configs/recipes").glob("*.yaml"))
@@ -215,3 +221,90 @@ def test_help_is_quick_and_names_the_commands():
     )
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("demo", "train", "eval", "generate"))
+
+
+@pytest.fixture
+def grown_folder(backbones, tokenizer, tmp_path):
+    """A saved model of sst2 -> yelp and mnli, sealed, whose gates differ."""
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"sst2": [], "yelp": ["sst2"], "mnli": []}, memory_config={"slots": 2}
+    )
+    grow(model)
+    with torch.no_grad():
+        model.hft_gates.of("yelp").copy_(torch.tensor([[0.0, 1.0, 0.5, 1.0], [0.4, 1.0, 0.5, 0.0]]))
+    model.add_task("later", ["yelp"])
+    model.save_pretrained(tmp_path / "grown")
+    tokenizer.save_pretrained(tmp_path / "grown")
+    return tmp_path / "grown"
+
+
+def test_plan_draws_a_saved_model_without_its_backbone(grown_folder, tmp_path, capsys):
+    config = json.loads((grown_folder / "config.json").read_text())
+    (grown_folder / "config.json").write_text(json.dumps({**config, "backbone": "/nowhere"}))
+    out = tmp_path / "tree.svg"
+    assert main(["plan", "--model", str(grown_folder), "--task", "yelp", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "├─ sst2  (page:1 " in shown
+    assert "│  └╌ yelp  (sst2 0.20, page:1 0.50, page:2 0.50)" in shown  # a dashed edge: little flows in
+    assert "│     └═ later  (open; sst2 0.20, yelp 1.00, page:1 0.50, page:2 0.50)" in shown
+    assert "mean |g|     0.200     1.000     0.500     0.500" in shown
+    picture = out.read_text()
+    for text in ("yelp", "page:1 0.50", "0.20", "backbone"):
+        assert f"<!-- {text} -->" in picture, text
+    assert main(["plan", "--model", str(grown_folder), "--out", str(tmp_path / "tree.png")]) == 0
+    assert (tmp_path / "tree.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--model", "GROWN", "--task", "yelb"], 2, "Unknown task 'yelb'. Did you mean 'yelp'?"),
+        (["--model", "GROWN", "--out", "tree.gif"], 2, "'tree.gif' should end in .png, .svg or .pdf."),
+        (["--model", "/nowhere"], 1, "/nowhere"),
+        (["--model", "BACKBONE"], 2, "is no HFT model but a plain 'llama'"),
+    ],
+)
+def test_wrong_plans(grown_folder, backbones, capsys, arguments, code, message):
+    places = {"GROWN": str(grown_folder), "BACKBONE": str(backbones["llama"])}
+    assert main(["plan", *(places.get(word, word) for word in arguments)]) == code
+    assert message in capsys.readouterr().err
+
+
+def test_refresh_saves_only_what_helps(grown_folder, data, capsys):
+    def files():
+        return {path.name: path.read_bytes() for path in grown_folder.rglob("*.safetensors")}
+
+    before = files()
+    command = ["refresh", str(grown_folder), "--recipe", "cl14-small", "--data", str(data)]
+    no_learning = [*command, "--task", "sst2", "--steps", "1", "--samples", "3", "--batch_size", "4"]
+    assert main(no_learning) == 0
+    shown = capsys.readouterr().out
+    assert ("sst2: left as it was" in shown) == (files() == before)
+    assert main([*command, "--task", "later"]) == 2
+    assert "Task 'later' is not sealed" in capsys.readouterr().err
+    assert main([*command, "--task", "sst3"]) == 2
+    assert "Unknown task 'sst3'. Did you mean 'sst2'?" in capsys.readouterr().err
+    assert main([*command, "--task", "sst2", "--steps", "60"]) == 0
+    shown = capsys.readouterr().out
+    after = files()
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == ({"model.safetensors"} if "refreshed" in shown else set())
+
+
+def test_rows_are_tokenised_as_by_the_trainer(backbones, tokenizer, tmp_path):
+    rows = [
+        {"prompt": "two plus two is", "completion": " four"},
+        {
+            "prompt": [{"role": "user", "content": "two plus two?"}],
+            "completion": [{"role": "assistant", "content": "four"}],
+        },
+    ]
+    for row in rows:
+        model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
+        config = HFTTrainingConfig(output_dir=str(tmp_path), report_to="none", bf16=False)
+        trainer = HFTTrainer(model, config, train_dataset={"a": Dataset.from_list([row])}, processing_class=tokenizer)
+        (ours,) = tokenize_rows([row], tokenizer)
+        theirs = trainer.train_dataset[0]
+        assert ours == {"input_ids": theirs["input_ids"], "labels": theirs["labels"]}
+        (cut,) = tokenize_rows([row], tokenizer, max_length=6)
+        assert cut == {"input_ids": ours["input_ids"][-6:], "labels": ours["labels"][-6:]}

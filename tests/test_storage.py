@@ -347,7 +347,7 @@ def test_a_write_that_fails_leaves_what_was_there(saved, model, monkeypatch):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"new")
 
-    monkeypatch.setattr("hft.storage_hft.write_tensors", disk_full)
+    monkeypatch.setattr("hft.slim_hft.write_tensors", disk_full)
     with pytest.raises(OSError, match="No space left on device"):
         model.save_pretrained(saved)
     assert len(written) == 3

@@ -35,7 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(f"`hft {args.command}` does not know {rest[0]!r}; see `hft {args.command} --help`.")
         overrides = _overrides(rest)
         _keep_freed_memory()
-        {"demo": _demo, "train": _train, "eval": _eval, "generate": _generate}[args.command](args, overrides)
+        commands = {
+            "demo": _demo,
+            "plan": _plan,
+            "train": _train,
+            "refresh": _refresh,
+            "eval": _eval,
+            "generate": _generate,
+        }
+        commands[args.command](args, overrides)
     except (ValueError, FileNotFoundError, StrictDataclassError) as error:
         print(f"hft: error: {error}", file=sys.stderr)
         return 2
@@ -64,6 +72,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("recipe", help="a YAML file, or the name of one that ships with the package: cl14-small")
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+
+    plan = commands.add_parser("plan", help="draw a saved model's hierarchy, with its gates")
+    plan.add_argument("--model", required=True, help="folder or Hub id of an HFT model")
+    plan.add_argument("--task", help="also print all gates of this task, layer by layer")
+    plan.add_argument("--out", type=Path, help="draw it into this .png, .svg or .pdf file, too")
+
+    refresh = commands.add_parser("refresh", help="let an old task learn anew what to let in; kept only if it helps")
+    refresh.add_argument("model", help="folder of an HFT model; changed only if it helps")
+    refresh.add_argument("--task", required=True, help="a sealed task")
+    refresh.add_argument("--recipe", required=True, help="the recipe that describes the data")
+    refresh.add_argument("--data", help="folder with <task>/<split>.jsonl.gz, instead of the recipe's data")
+    refresh.add_argument("--samples", type=int, default=96, help="training rows to learn from (96)")
+    refresh.add_argument("--steps", type=int, default=30)
+    refresh.add_argument("--batch_size", type=int, default=8)
 
     evaluate = commands.add_parser("eval", help="score a saved model on a recipe's data")
     evaluate.add_argument("model", help="folder or Hub id of an HFT model")
@@ -156,6 +178,60 @@ def _train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     )
     where = f" --data {recipe.data}" if recipe.data else ""
     print(f"Next: hft eval {config.output_dir} --recipe {args.recipe}{where}")
+
+
+def _plan(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    import hft
+
+    from .pictures import draw_hierarchy
+
+    config, gates = hft.read_gates(args.model)
+    hierarchy = config.hierarchy()
+    if args.task is not None:
+        hierarchy.check(args.task)
+    notes, weights = {}, {}
+    for task in hierarchy.names:
+        mean = gates[task].mean()
+        if parents := hierarchy.parents(task):
+            weights[task] = mean[parents[0]]
+        others = [f"{source} {weight:.2f}" for source, weight in mean.items() if source != task]
+        state = "" if config.task(task)["sealed"] else "open; "
+        notes[task] = f"({state}{', '.join(others) or 'reads nothing else'})"
+    print(hierarchy.draw(notes, weights))
+    print("A name and a number: how much of that node or memory page flows in (mean gate over the layers).")
+    if args.task is not None:
+        print(f"\n{gates[args.task]}")
+    if args.out is not None:
+        draw_hierarchy(hierarchy, gates, args.out)
+        print(f"Drawn into {args.out}")
+
+
+def _refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from datasets import disable_progress_bars
+    from transformers import AutoTokenizer
+
+    import hft
+
+    from .recipes import load_task, read_recipe
+    from .task_data import tokenize_rows
+
+    disable_progress_bars()
+    overrides = {"data": args.data, "train_samples": args.samples, "eval_samples": args.samples}
+    recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
+    config, _ = hft.read_gates(args.model)
+    config.sealed_task(args.task)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    rows, checks = (
+        tokenize_rows(load_task(recipe, args.task, split, tokenizer), tokenizer, recipe.training.get("max_length"))
+        for split in ("train", "validation")
+    )
+    model = hft.HFTForCausalLM.from_pretrained(
+        args.model, quantization_config=recipe.quantization_config(), device_map="auto"
+    )
+    result = model.refresh_gates(args.task, rows, validation=checks, num_steps=args.steps, batch_size=args.batch_size)
+    if result.kept:
+        model.save_pretrained(args.model)
+    print(result)
 
 
 def _eval(args: argparse.Namespace, _: dict[str, Any]) -> None:

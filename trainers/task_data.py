@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hft.hierarchy_hft import nearest
@@ -92,6 +93,31 @@ def check_labels(task: str, rows: Dataset, ready: Dataset, max_length: int | Non
             f"{len(rows) - len(ready)} of the {len(rows)} rows of task {task!r} were dropped: with `max_length`="
             f"{max_length}, truncation cut off their whole answer. Raise it, or set truncation_mode='keep_end'."
         )
+
+
+def tokenize_rows(
+    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
+) -> list[dict[str, list[int]]]:
+    """Prompt-completion rows -> {"input_ids", "labels"}: -100 on the prompt; the end of text after a plain completion.
+
+    Args:
+        rows: strings, or lists of messages, as TRL takes them.
+        tokenizer: with a chat template if rows are messages.
+        max_length: longer rows lose their beginning.
+    """
+    ready = []
+    for row in rows:
+        if isinstance(row["prompt"], str):
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+        else:
+            template = {"tokenize": True, "return_dict": False}
+            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **template)
+            whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], **template)
+        labels = [-100] * len(prompt) + whole[len(prompt) :]
+        begin = 0 if max_length is None else max(0, len(whole) - max_length)
+        ready.append({"input_ids": whole[begin:], "labels": labels[begin:]})
+    return ready
 
 
 @dataclass

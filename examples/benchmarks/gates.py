@@ -24,7 +24,7 @@ WAYS = {
     "lr 5e-2, shrink 0.3": {"gate_learning_rate": 5e-2, "gate_shrink": 0.3},
     "lr 5e-2, shrink 1": {"gate_learning_rate": 5e-2, "gate_shrink": 1.0},
 }
-PARENTS = {"none": [], "sst2": ["sst2"], "agnews": ["agnews"]}
+PARENTS = {"sst2": ["sst2"], "agnews": ["agnews"]}
 CHILD = "yelp"
 
 

@@ -1,0 +1,150 @@
+"""What the slim files of an HFT model hold: nodes, memory pages and gates, by names that are a contract."""
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .configuration_hft import HFTConfig
+from .files_hft import SHARED_FILE, page_file, read_tensors, task_file, write_tensors
+from .gates_hft import HFTGateTable
+from .nodes_hft import beside
+from .path_hft import HFTSources
+
+
+class HFTSlimFiles:
+    """The part of `HFTStorage` that reads and writes what tasks have learnt."""
+
+    def _read_tasks(
+        self,
+        repo: str | os.PathLike,
+        tasks: Iterable[Mapping[str, Any]],
+        pages: Iterable[Mapping[str, Any]],
+        **download: Any,
+    ) -> None:
+        """Fills nodes, gates and memory pages, given by their entries, from the slim files of a folder or repository."""
+        names = [task["name"] for task in tasks]
+        parts = {task_file(task): self._node_tensors(task) for task in names}
+        parts.update({page_file(page["id"]): self._page_tensors(page["id"]) for page in pages})
+        # The shared file may know of a task more than the config, if a kill came between the two.
+        parts[SHARED_FILE] = self._gate_tensors(names)
+        read = {
+            file: read_tensors(repo, file, own, may_hold_more=file == SHARED_FILE, **download)
+            for file, own in parts.items()
+        }
+        for file, own in parts.items():
+            for name, parameter in own.items():
+                tensor = read[file][name]
+                if tensor.shape != parameter.shape:
+                    raise ValueError(
+                        f"'{repo}' holds {name!r} in {file} with shape {list(tensor.shape)}, and this model needs "
+                        f"{list(parameter.shape)}. Is it another backbone?"
+                    )
+                if file == SHARED_FILE:
+                    parameter.copy_(tensor)  # a view
+                else:
+                    parameter.data = tensor.to(parameter.device)  # takes the dtype of the file
+
+    def _write_tasks(self, folder: Path) -> None:
+        """Writes all tasks and pages into a folder that `replacing` gave."""
+        write_tensors(self._gate_tensors(self.hierarchy.names), folder / SHARED_FILE)
+        for task in self.hierarchy.names:
+            write_tensors(self._node_tensors(task), folder / task_file(task))
+        for page in self.config.pages:
+            write_tensors(self._page_tensors(page["id"]), folder / page_file(page["id"]))
+
+    def _node_tensors(self, task: str) -> dict[str, nn.Parameter]:
+        """A task's node by the names that it has in its file, `layers.0.self_attn.q_proj.A`: a contract."""
+        return self._factor_tensors(self.hft_nodes, task)
+
+    def _page_tensors(self, page_id: int) -> dict[str, nn.Parameter]:
+        """A memory page by the names that it has in its file, `layers.0.self_attn.q_proj.K`: a contract."""
+        return self._factor_tensors(self.hft_memory, str(page_id))
+
+    def _factor_tensors(self, modules: nn.ModuleDict, name: str) -> dict[str, nn.Parameter]:
+        tensors = {}
+        for linear in self._layer_of:
+            if factors := beside(modules, linear):
+                tensors[f"{linear}.{factors.DOWN}"], tensors[f"{linear}.{factors.UP}"] = factors.pair(name)
+        return tensors
+
+    def _gate_tensors(self, tasks: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Views of the gates by the names that they have in the shared file, `gates.<task>.<source>` [L]: a contract.
+
+        One tensor a source, so that a reader with an older config finds what it knows of.
+        """
+        return {
+            f"gates.{task}.{source}": self.hft_gates.of(task).detach()[:, column]
+            for task in tasks
+            for column, source in enumerate(self.sources(task).labels())
+        }
+
+    def restore(self, folder: str | os.PathLike, sealed_only: bool = False) -> None:
+        """Takes over what the tasks of a slim folder have learnt and which are sealed, into this model of the same tasks.
+
+        Args:
+            folder: written by `save_pretrained` of a model with the same tasks.
+            sealed_only: leave open tasks as they are.
+
+        Raises:
+            ValueError: if the folder's tasks are others.
+            OSError: if a file is missing or cut short.
+        """
+        saved = HFTConfig.from_pretrained(folder)
+
+        def shape(config: HFTConfig) -> list[tuple[Any, ...]]:
+            return [(task["name"], task["parents"], task["rank"]) for task in config.tasks]
+
+        if shape(saved) != shape(self.config):
+            raise ValueError(f"'{folder}' holds other tasks ({shape(saved)}) than this model ({shape(self.config)}).")
+        taken = [task for task in saved.tasks if task["sealed"] or not sealed_only]
+        pages = [page for page in saved.pages if page["sealed"] or not sealed_only]
+        tasks_by_name = {entry["name"]: entry for entry in (*self.config.tasks, *taken)}
+        kept = [page for page in self.config.pages if sealed_only and not page["sealed"]]
+        pages_by_id = {entry["id"]: entry for entry in (*kept, *pages)}
+        self.config.tasks = list(tasks_by_name.values())
+        self.config.pages = list(pages_by_id.values())
+        self._make_room()
+        self._read_tasks(folder, taken, pages)
+        self.set_trainable(self.config.open_tasks())
+
+
+def read_gates(repo: str | os.PathLike, **download: Any) -> tuple[HFTConfig, dict[str, HFTGateTable]]:
+    """The config and all gates of a slim model, without its backbone.
+
+    Args:
+        repo: folder or Hub id.
+        download: `revision`, `token`, `cache_dir`, ... as for `from_pretrained`.
+
+    Raises:
+        OSError: if a file is missing or cut short.
+        ValueError: no HFT model, or one in the full form.
+    """
+    config = read_config(os.fspath(repo), **download)
+    if not config.slim:
+        raise ValueError(f"'{repo}' is saved in the full form; load it with from_pretrained and call `gates(task)`.")
+    hierarchy = config.hierarchy()
+    labels = {name: HFTSources.of(config.task(name), hierarchy.path(name)).labels() for name in hierarchy.names}
+    keys = [f"gates.{task}.{source}" for task, sources in labels.items() for source in sources]
+    tensors = read_tensors(repo, SHARED_FILE, keys, may_hold_more=True, **download)
+    return config, {
+        task: HFTGateTable(task, sources, torch.stack([tensors[f"gates.{task}.{source}"] for source in sources], 1))
+        for task, sources in labels.items()
+    }
+
+
+def read_config(repo: str, **download: Any) -> HFTConfig:
+    """The config of an HFT model; OSError if there is none, ValueError if it is another kind of model."""
+    files, _ = PreTrainedConfig.get_config_dict(repo, **download)
+    if not files:
+        raise OSError(f"'{repo}' holds no model (no config.json).")
+    if files.get("model_type") != HFTConfig.model_type:
+        raise ValueError(
+            f"'{repo}' is no HFT model but a plain {files.get('model_type')!r}; "
+            f"build on it with HFTForCausalLM.from_backbone('{repo}', hierarchy=...)."
+        )
+    return HFTConfig.from_dict(files)

@@ -1,0 +1,85 @@
+"""Pictures, drawn without a display: PNG or SVG by the file's name."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from hft.gates_hft import HFTGateTable
+from hft.hierarchy_hft import BACKBONE, Hierarchy
+
+
+def draw_hierarchy(hierarchy: Hierarchy, gates: Mapping[str, HFTGateTable], path: Path) -> None:
+    """The hierarchy, roots at the bottom: an edge is as wide as the child's mean gate on the parent's node.
+
+    Dashed edges are nodes that a task borrows beside its path. Beneath a name stand its gates on memory pages.
+
+    Args:
+        hierarchy: the tasks.
+        gates: of each task.
+        path: `.png`, `.svg` or `.pdf`.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: another kind of file.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"'{path}' should end in .png, .svg or .pdf.")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("A picture needs matplotlib: pip install matplotlib.") from error
+
+    place = _places(hierarchy)
+    width = 1 + max(x for x, _ in place.values())
+    figure = Figure(figsize=(max(5.0, 1.9 * width), 1.1 + 1.3 * (1 + len(hierarchy.levels()))), layout="constrained")
+    axes = figure.subplots()
+    axes.set_axis_off()
+    for task in hierarchy.names:
+        mean = gates[task].mean()
+        borrowed = [source for source in mean if source in hierarchy and source not in hierarchy.path(task)]
+        for parent in (*(hierarchy.parents(task) or [BACKBONE]), *borrowed):
+            (x0, y0), (x1, y1) = place[parent], place[task]
+            if parent == BACKBONE:
+                axes.plot([x0, x1], [y0, y1], color="0.75", linewidth=1, zorder=1)
+                continue
+            style = "--" if parent in borrowed else "-"
+            weight = mean[parent]
+            axes.plot(
+                [x0, x1], [y0, y1], style, color="black" if weight else "0.75", linewidth=0.6 + 4 * weight, zorder=1
+            )
+            axes.text(
+                *((x0 + x1) / 2, (y0 + y1) / 2, f"{weight:.2f}"),
+                **dict(ha="center", va="center", fontsize=8, zorder=3),
+                bbox=dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none"),
+            )
+    for name, (x, y) in place.items():
+        pages = (
+            [f"{page} {mean:.2f}" for page, mean in gates[name].mean().items() if ":" in page] if name in gates else []
+        )
+        axes.text(
+            *(x, y, "\n".join([name, *pages])),
+            **dict(ha="center", va="center", fontsize=9, zorder=4, linespacing=1.3),
+            bbox=dict(boxstyle="round,pad=0.4", facecolor="white" if name != BACKBONE else "0.9", edgecolor="black"),
+        )
+    axes.margins(0.15, 0.12)
+    figure.savefig(path, dpi=150)
+
+
+def _places(hierarchy: Hierarchy) -> dict[str, tuple[float, float]]:
+    """Where each name stands: children above their first parent, no two at one place."""
+    place: dict[str, tuple[float, float]] = {}
+    next_column = 0.0
+
+    def put(task: str) -> float:
+        nonlocal next_column
+        children = [name for name in hierarchy.names if hierarchy.parents(name)[:1] == (task,)]
+        columns = [put(child) for child in children]
+        if columns:
+            x = (columns[0] + columns[-1]) / 2
+        else:
+            x, next_column = next_column, next_column + 1
+        place[task] = (x, float(hierarchy.level(task)))
+        return x
+
+    columns = [put(name) for name in hierarchy.names if not hierarchy.parents(name)]
+    place[BACKBONE] = ((columns[0] + columns[-1]) / 2 if columns else 0.0, 0.0)
+    return place
