@@ -41,8 +41,8 @@ class HFTMemoryConfig(PreTrainedConfig):
         slots: S, the slots of a new page at each linear; 1 or more.
         top_k: how many slots a token reads with `"topk"`; 1 to `slots`.
         target_modules: the linears that carry slots, among those that carry nodes: `"all-linear"` or a list of last names.
-        init: a task's gate on its own stage's page at the start, and a root's on pages that were there before it. A child's
-            gates on older pages start at its parents' values.
+        init: a task's gate on its own stage's page at the start.
+        root_init: a root's gates on pages that were there before it, at the start. A child's start at its parents' values.
 
     Raises:
         ValueError: a number of slots below 1, or a `top_k` that is not within 1 to `slots`.
@@ -56,6 +56,7 @@ class HFTMemoryConfig(PreTrainedConfig):
     top_k: int = 2
     target_modules: str | list[str] = "all-linear"
     init: float = 1.0
+    root_init: float = 1.0
 
     def __post_init__(self, **kwargs):
         if self.slots < 1:

@@ -21,14 +21,16 @@ class HFTGates(nn.Module):
     Args:
         num_layers: L.
         start: a task's gate on its own node at the start.
-        page_start: the gate on a page that the task is the first of its path to read.
+        page_start: on its own stage's page.
+        root_page_start: a root's, on pages that were there before it.
     """
 
-    def __init__(self, num_layers: int, start: float, page_start: float):
+    def __init__(self, num_layers: int, start: float, page_start: float, root_page_start: float):
         super().__init__()
         self.num_layers = num_layers
         self.start = start
         self.page_start = page_start
+        self.root_page_start = root_page_start
 
     def add(self, task: str, num_sources: int, device: torch.device | None = None) -> None:
         """Makes room for a task's gates [L, N]. `reset_parameters` fills it."""
@@ -48,8 +50,8 @@ class HFTGates(nn.Module):
     ) -> None:
         """The child starts as its parent: the mean of its parents' gates.
 
-        On its own node, which is silent at first, it starts at `start`; on pages that are silent, or that a root finds, at
-        `page_start`; on pages that others wrote and its parents do not read, at 0.
+        On its own node, which is silent at first, it starts at `start`; on a page that is silent, at `page_start`; on pages
+        that others wrote, a root at `root_page_start`, and a child, whose parents do not read them, at 0.
 
         Args:
             task: whose gates.
@@ -61,8 +63,10 @@ class HFTGates(nn.Module):
         start_LN = self.of(task).new_zeros(self.num_layers, len(own))
         start_LN[:, own.nodes.index(task)] = self.start
         for column, page in enumerate(own.pages, start=len(own.nodes)):
-            if page in silent_pages or not parents:
+            if page in silent_pages:
                 start_LN[:, column] = self.page_start
+            elif not parents:
+                start_LN[:, column] = self.root_page_start
         labels = own.labels()
         for parent in parents:
             for column, label in enumerate(sources[parent].labels()):

@@ -67,7 +67,8 @@ class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTStorage, PreTrainedModel):
         for name in adapted_linears(self.base_model, memory.target_modules) if memory.read != "off" else ():
             if nodes := beside(self.hft_nodes, name):
                 self.hft_memory[flat(name)] = HFTMemory(nodes.in_features, nodes.out_features, nodes.layer)
-        self.hft_gates = HFTGates(1 + max(self._layer_of.values()), config.gating_config.init, memory.init)
+        starts = (config.gating_config.init, memory.init, memory.root_init)
+        self.hft_gates = HFTGates(1 + max(self._layer_of.values()), *starts)
         self._make_room()
         self.post_init()
         self._finish()

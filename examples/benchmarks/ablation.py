@@ -31,7 +31,7 @@ TRAINING = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
     "learning_rate": 2e-3,  # of 1e-3, 2e-3, 4e-3 the best on the validation rows of yelp and cb
-    "gate_learning_rate": 1e-2,
+    "gate_learning_rate": 5e-2,
     "lr_scheduler_type": "linear",
     "warmup_steps": 3,
     "max_length": 192,

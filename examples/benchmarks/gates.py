@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import torch
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING
 from harness import NF4, cell, parser, prepare, quiet_config, read_rows, sample, score, todo, train_hft
 from transformers import BitsAndBytesConfig, set_seed
@@ -21,11 +22,12 @@ WAYS = {
     "fixed": {"gate_learning_rate": 0.0},
     "lr 1e-2": {"gate_learning_rate": 1e-2},
     "lr 5e-2": {"gate_learning_rate": 5e-2},
-    "lr 5e-2, shrink 0.3": {"gate_learning_rate": 5e-2, "gate_shrink": 0.3},
-    "lr 5e-2, shrink 1": {"gate_learning_rate": 5e-2, "gate_shrink": 1.0},
+    "lr 2e-1": {"gate_learning_rate": 2e-1},
+    "lr 2e-1, shrink 0.2": {"gate_learning_rate": 2e-1, "gate_shrink": 0.2},
 }
 PARENTS = {"sst2": ["sst2"], "agnews": ["agnews"]}
 CHILD = "yelp"
+THRESHOLD = 0.25
 
 
 def main() -> None:
@@ -60,6 +62,13 @@ def main() -> None:
                 name: int((column == 0).sum()) for name, column in zip(gates.sources, gates.values.T, strict=True)
             }
             result.update(value=tasks[CHILD]["accuracy"], tasks=tasks, gates=gates.mean(), zeros=zeros)
+            with torch.no_grad():  # instead of shrinking: what is small in the end is cut off
+                small = gates.values.abs() < THRESHOLD
+                model.hft_gates.of(CHILD)[small] = 0
+            result["threshold"] = {"at": THRESHOLD, "zeros": int(small.sum())}
+            if small.any():
+                rows_of = {CHILD: rows[CHILD, "validation"][:EVAL_ROWS]}
+                result["threshold"].update(score(model, tokenizer, rows_of, lambda task: task)[CHILD])
     shutil.rmtree(base)
 
 

@@ -1,0 +1,63 @@
+"""The headline figures, computed from the committed result files.
+
+python examples/benchmarks/summary.py            # as text
+python examples/benchmarks/summary.py --json     # one flat JSON object; keys are absent where nothing was run
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def read(name: str) -> dict[tuple[str, int], dict]:
+    """(setting, seed) -> cell, of all committed cells of that name."""
+    lines = [line for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    cells = [json.loads(line) for line in lines]
+    return {(cell["setting"], cell["seed"]): cell for cell in cells if cell["name"] == name}
+
+
+def difference(cells: Mapping[tuple[str, int], dict], one: str, other: str) -> tuple[float, float, int] | None:
+    """The mean difference of two settings over the seeds that both were run with, its standard error, and their number.
+
+    Both settings of a seed see the same rows in training and validation. None with fewer than two such seeds.
+    """
+    seeds = [seed for setting, seed in cells if setting == one and (other, seed) in cells]
+    gaps = [cells[one, seed]["value"] - cells[other, seed]["value"] for seed in sorted(seeds)]
+    if len(gaps) < 2:
+        return None
+    return statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5, len(gaps)
+
+
+def ablation() -> dict[str, float]:
+    """Full method minus each setting, in accuracy points, 200 training samples a task."""
+    cells, figures = read("ablation-200"), {}
+    for setting in ("no_memory", "no_gates", "flat", "random_parents", "reversed", "topk", "sequential"):
+        if found := difference(cells, "full", setting):
+            figures[f"ablation.full_minus_{setting}"] = round(found[0], 3)
+            figures[f"ablation.full_minus_{setting}_se"] = round(found[1], 3)
+    return figures
+
+
+def headline() -> dict[str, float]:
+    """All figures of which there are results."""
+    return ablation()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", action="store_true", help="one flat JSON object")
+    figures = headline()
+    if parser.parse_args().json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:<44}{value:>10}")
+
+
+if __name__ == "__main__":
+    main()
