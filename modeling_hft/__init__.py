@@ -2,13 +2,14 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig
+from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig
 from .gates_hft import HFTGates, HFTGateTable
 from .hierarchy_hft import Hierarchy
 from .memory_hft import HFTMemory
 from .modeling_hft import HFTForCausalLM, HFTModel, HFTPreTrainedModel
 from .nodes_hft import HFTNodes
 from .refresh_hft import HFTRefresh
+from .router_hft import HFTRoute, HFTRouter
 from .slim_hft import read_gates
 
 
@@ -26,6 +27,9 @@ __all__ = [
     "HFTNodes",
     "HFTPreTrainedModel",
     "HFTRefresh",
+    "HFTRoute",
+    "HFTRouter",
+    "HFTRouterConfig",
     "Hierarchy",
     "read_gates",
 ]

@@ -67,6 +67,45 @@ class HFTMemoryConfig(PreTrainedConfig):
 
 
 @strict
+class HFTRouterConfig(PreTrainedConfig):
+    """How prompts find their task, see `HFTRouter`.
+
+    Args:
+        layer: how many of the backbone's layers a prompt runs through to be routed; 1 or more. None: an eighth of them.
+        num_features: M, random features; 1 or more.
+        ridge: the penalty, as a share of the mean diagonal of the features' second moments.
+        confidence: how likely the likeliest task must be; below, the prompt goes to an ancestor or to the backbone. 0 to 1.
+        prefix, suffix: ids of the tokens that a chat template puts around every prompt, which do not count.
+        tasks: the tasks that the router knows.
+
+    Raises:
+        ValueError: a number out of its range.
+    """
+
+    model_type = "hft_router"
+    base_config_key = "router_config"
+
+    layer: int | None = None
+    num_features: int = 512
+    ridge: float = 1e-2
+    confidence: float = 0.5
+    prefix: list[int] | None = None
+    suffix: list[int] | None = None
+    tasks: list[str] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.layer is not None and self.layer < 1:
+            raise ValueError(f"`layer` of the router is {self.layer}; it must be 1 or more.")
+        if self.num_features < 1 or self.ridge <= 0 or not 0 <= self.confidence <= 1:
+            raise ValueError(
+                f"The router's `num_features` is {self.num_features} (1 or more), its `ridge` {self.ridge} (above 0), its "
+                f"`confidence` {self.confidence} (0 to 1); one of them is out of its range."
+            )
+        self.prefix, self.suffix, self.tasks = list(self.prefix or []), list(self.suffix or []), list(self.tasks or [])
+        super().__post_init__(**kwargs)
+
+
+@strict
 class HFTConfig(PreTrainedConfig):
     """A frozen decoder and the tasks that stand on it.
 
@@ -77,6 +116,7 @@ class HFTConfig(PreTrainedConfig):
         text_config: the backbone's own config.
         gating_config: see `HFTGatingConfig`.
         memory_config: see `HFTMemoryConfig`.
+        router_config: see `HFTRouterConfig`.
         tasks: one entry a task, in the order of creation: `{"name", "parents", "rank", "sealed", "pages", "borrows"}`: the
             ids of the memory pages that it reads, and the nodes that it reads beside its path. Without the others, a name is
             an open root of rank `rank` that reads no page.
@@ -99,11 +139,13 @@ class HFTConfig(PreTrainedConfig):
         "text_config": SubConfigSpec(AutoConfig, model_type="llama"),
         "gating_config": SubConfigSpec(HFTGatingConfig),
         "memory_config": SubConfigSpec(HFTMemoryConfig),
+        "router_config": SubConfigSpec(HFTRouterConfig),
     }
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
     gating_config: dict[str, Any] | PreTrainedConfig | None = None
     memory_config: dict[str, Any] | PreTrainedConfig | None = None
+    router_config: dict[str, Any] | PreTrainedConfig | None = None
     tasks: list[dict[str, Any]] | None = None
     pages: list[dict[str, Any]] | None = None
     rank: int = 16

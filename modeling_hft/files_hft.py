@@ -16,6 +16,8 @@ from transformers.utils import cached_file
 
 SHARED_FILE = "model.safetensors"  # all tasks' gates
 
+ROUTER_FILE = "router.safetensors"  # what the router knows, of a size that does not grow with the data
+
 
 def task_file(task: str) -> str:
     """Where a task's node is: `tasks/<task>.safetensors`."""

@@ -113,6 +113,14 @@ class Hierarchy:
         visit(task)
         return tuple(seen)
 
+    def lowest_common_ancestor(self, tasks: Sequence[str]) -> str | None:
+        """The task of the highest level that is on the path of each of these; None if they share nothing.
+
+        Of several at that level, the one that comes first in `names`.
+        """
+        common = [name for name in self.names if all(name in self.path(task) for task in tasks)]
+        return max(common, key=self.level, default=None)  # the first of equals
+
     def levels(self) -> list[tuple[str, ...]]:
         """The tasks of level 1, of level 2, and so on."""
         depth = max(self._level.values(), default=0)

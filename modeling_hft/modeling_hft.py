@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 from .configuration_hft import HFTConfig
 from .fused_hft import HFTFused
@@ -31,15 +32,19 @@ from .memory_hft import HFTMemory
 from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, beside, flat
 from .path_hft import HFTPath, keep_path, on_path
 from .refresh_hft import HFTRefreshing
+from .router_hft import HFTRoute, HFTRouter
+from .routing_hft import HFTRouting
 from .storage_hft import HFTStorage
 from .tasks_hft import HFTTasks
 
+
+logger = logging.get_logger(__name__)
 
 # A task, one task a row, or a row's place in `config.tasks` (-1: the backbone) as a tensor [B].
 Task = str | Sequence[str | None] | torch.Tensor
 
 
-class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTStorage, PreTrainedModel):
+class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTRouting, HFTStorage, PreTrainedModel):
     """What `HFTModel` and `HFTForCausalLM` share: the backbone, the tasks, saving and loading."""
 
     config_class = HFTConfig
@@ -69,6 +74,9 @@ class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTStorage, PreTrainedModel):
                 self.hft_memory[flat(name)] = HFTMemory(nodes.in_features, nodes.out_features, nodes.layer)
         starts = (config.gating_config.init, memory.init, memory.root_init)
         self.hft_gates = HFTGates(1 + max(self._layer_of.values()), *starts)
+        self.hft_router = HFTRouter(
+            config.router_config, config.text_config.hidden_size, config.text_config.num_hidden_layers
+        )
         self._make_room()
         self.post_init()
         self._finish()
@@ -255,26 +263,49 @@ class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
                 **kwargs,
             )
 
-    def generate(self, inputs: torch.Tensor | None = None, *args: Any, task: Task | None = None, **kwargs: Any):
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        task: Task | None = None,
+        return_route: bool = False,
+        **kwargs: Any,
+    ):
         """As `GenerationMixin.generate`, on a task's path.
 
         Args:
             inputs: prompts [B, T], padded on the left if they differ in length.
-            task: a name, or one name a prompt; None for the plain backbone.
+            task: a name, or one name a prompt; `"backbone"` for the plain backbone. None asks the router once, before the
+                first token; while it knows no task, or if prompts are embeddings, the plain backbone answers.
+            return_route: also give back the decision for each prompt.
+
+        Returns:
+            What transformers returns; with `return_route`, a pair of that and a list of `HFTRoute`.
 
         Raises:
             ValueError: an unknown name, or as many names as there are not prompts.
         """
+        prompts = inputs if inputs is not None else kwargs.get("input_ids")
+        num_rows = _num_rows(prompts, kwargs.get("inputs_embeds"))
         if task is not None:
-            prompts = inputs if inputs is not None else kwargs.get("input_ids")
-            rows = self._rows(task, _num_rows(prompts, kwargs.get("inputs_embeds")))
-            if len(set(rows)) == 1:  # a name needs no copying for each beam
-                kwargs["task"] = rows[0] or BACKBONE
-            else:  # ids [B], which generate repeats for each beam
-                known = self.config.task_names()
-                ids_B = [-1 if row is None else known.index(row) for row in rows]
-                kwargs["task"] = torch.tensor(ids_B, device=self.get_input_embeddings().weight.device)
-        return super().generate(inputs, *args, **kwargs)
+            rows = self._rows(task, num_rows)
+            routes = [HFTRoute(row or BACKBONE, (), (), 0.0, "named by the caller") for row in rows]
+        elif prompts is not None and self.hft_router.tasks():
+            routes = self.route(prompts, kwargs.get("attention_mask"))
+            for i, route in enumerate(routes):
+                logger.info(f"Prompt {i} is answered by {route.task}: {route.reason}.")
+        else:
+            routes = [HFTRoute(BACKBONE, (), (), 0.0, "the router was not asked")] * (num_rows or 1)
+        names = [route.task for route in routes]
+        if len(set(names)) == 1:  # a name needs no copying for each beam
+            if names[0] != BACKBONE or task is not None:
+                kwargs["task"] = names[0]
+        else:  # ids [B], which generate repeats for each beam
+            known = self.config.task_names()
+            ids_B = [-1 if name == BACKBONE else known.index(name) for name in names]
+            kwargs["task"] = torch.tensor(ids_B, device=self.get_input_embeddings().weight.device)
+        output = super().generate(inputs, *args, **kwargs)
+        return (output, routes * (num_rows or 1) if len(routes) == 1 else routes) if return_route else output
 
 
 def _num_rows(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> int | None:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .configuration_hft import HFTConfig
-from .files_hft import SHARED_FILE, page_file, read_tensors, task_file, write_tensors
+from .files_hft import ROUTER_FILE, SHARED_FILE, page_file, read_tensors, task_file, write_tensors
 from .gates_hft import HFTGateTable
 from .nodes_hft import beside
 from .path_hft import HFTSources
@@ -48,6 +48,17 @@ class HFTSlimFiles:
                     parameter.copy_(tensor)  # a view
                 else:
                     parameter.data = tensor.to(parameter.device)  # takes the dtype of the file
+
+    def _read_router(self, repo: str | os.PathLike, **download: Any) -> None:
+        """Takes over what the router of a saved model knows, in either form."""
+        known = self.config.router_config.tasks
+        if known:
+            names = ["projection", "gram", *(f"{kind}.{task}" for kind in ("cross", "held_out") for task in known)]
+            self.hft_router.load(read_tensors(repo, ROUTER_FILE, names, may_hold_more=True, **download))
+
+    def _write_router(self, folder: Path) -> None:
+        if self.config.router_config.tasks:
+            write_tensors(self.hft_router.tensors(), folder / ROUTER_FILE)
 
     def _write_tasks(self, folder: Path) -> None:
         """Writes all tasks and pages into a folder that `replacing` gave."""
@@ -110,6 +121,8 @@ class HFTSlimFiles:
         self.config.pages = list(pages_by_id.values())
         self._make_room()
         self._read_tasks(folder, taken, pages)
+        self.hft_router.config.tasks = list(saved.router_config.tasks)
+        self._read_router(folder)
         self.set_trainable(self.config.open_tasks())
 
 

@@ -14,7 +14,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.hub import resolve_revision
 
-from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig
+from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig
 from .files_hft import SHARED_FILE, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
@@ -55,6 +55,7 @@ class HFTStorage(HFTSlimFiles):
         target_modules: str | list[str] = "all-linear",
         gating_config: dict[str, Any] | PreTrainedConfig | None = None,
         memory_config: dict[str, Any] | PreTrainedConfig | None = None,
+        router_config: dict[str, Any] | PreTrainedConfig | None = None,
         attn_implementation: str = "auto",
         **kwargs: Any,
     ):
@@ -65,7 +66,7 @@ class HFTStorage(HFTSlimFiles):
             hierarchy: task -> parents; tasks may also be added later with `add_task`.
             rank: R of a node.
             target_modules: `"all-linear"` or the last names of linears.
-            gating_config, memory_config: see `HFTGatingConfig`, `HFTMemoryConfig`.
+            gating_config, memory_config, router_config: see `HFTGatingConfig`, `HFTMemoryConfig`, `HFTRouterConfig`.
             attn_implementation: `"auto"` takes the fastest that is installed; a name is taken at its word.
             kwargs: as for `from_pretrained`: `quantization_config`, `dtype`, `device_map`, `revision`, `token`, ...
 
@@ -83,6 +84,7 @@ class HFTStorage(HFTSlimFiles):
             raise ValueError("`subfolder` is not supported: a slim model could not say where its backbone is.")
         _check_keys(HFTGatingConfig, "gating_config", gating_config)
         _check_keys(HFTMemoryConfig, "memory_config", memory_config)
+        _check_keys(HFTRouterConfig, "router_config", router_config)
         download = _download(kwargs)
         text_config = AutoConfig.from_pretrained(backbone, **download)
         if text_config.model_type == HFTConfig.model_type:
@@ -95,6 +97,7 @@ class HFTStorage(HFTSlimFiles):
             text_config=text_config,
             gating_config=gating_config,
             memory_config=memory_config,
+            router_config=router_config,
             rank=rank,
             target_modules=target_modules,
             backbone=backbone,
@@ -166,6 +169,7 @@ class HFTStorage(HFTSlimFiles):
             config = read_config(repo, **download)
         if not config.slim:
             model, loading_info = cls._load_whole(repo, *model_args, config=config, **kwargs)
+            model._read_router(repo, **download)
             return (model, loading_info) if info else model
 
         config = copy.deepcopy(config)
@@ -186,6 +190,7 @@ class HFTStorage(HFTSlimFiles):
         model.hierarchy = model.config.hierarchy()
         model._make_room()
         model._read_tasks(repo, tasks, pages, **download)
+        model._read_router(repo, **download)
         model._finish()
         model.config.name_or_path = repo
         if model.can_generate():
@@ -247,6 +252,7 @@ class HFTStorage(HFTSlimFiles):
                     self._write_tasks(folder)
                 else:
                     super().save_pretrained(folder, state_dict=state_dict, **kwargs)
+                self._write_router(folder)
                 self._write_config_and_code(folder, slim)
         if push_to_hub:
             self.push_to_hub(repo_id, **hub)

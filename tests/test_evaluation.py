@@ -71,7 +71,7 @@ def test_answers_do_not_depend_on_batch_or_order(model, tokenizer):
     prompts = ["one", "twenty-two plus", "3", "four hundred and", "fi"]
     together = generate_answers(model, tokenizer, prompts, "d", max_new_tokens=5, batch_size=3)
     assert together == [generate_answers(model, tokenizer, [prompt], "d", max_new_tokens=5)[0] for prompt in prompts]
-    assert together != generate_answers(model, tokenizer, prompts, None, max_new_tokens=5)
+    assert together != generate_answers(model, tokenizer, prompts, "backbone", max_new_tokens=5)
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
     scores = score_task(
         model, tokenizer,

@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     generate = commands.add_parser("generate", help="answer prompts with a saved model")
     generate.add_argument("model", help="folder or Hub id of an HFT model")
     generate.add_argument("prompt", nargs="*", help="one or more prompts; without any, one a line of standard input")
-    generate.add_argument("--task", help="whose path to take; without it, the plain backbone answers")
+    generate.add_argument("--task", help="whose path to take, or backbone; without it, the router chooses")
     generate.add_argument("--max_new_tokens", type=int, default=64)
     generate.add_argument("--load_in_4bit", action="store_true", help="hold the backbone in NF4")
     return parser
@@ -239,6 +239,7 @@ def _eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
     import hft
+    from hft.hierarchy_hft import BACKBONE
 
     from .evaluation import EvalSet, mean_and_error, score_task
     from .recipes import load_task, read_recipe
@@ -261,7 +262,7 @@ def _eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
         rows = load_task(recipe, task, args.split, tokenizer)
         data = EvalSet(list(rows), max_new_tokens=recipe.max_new_tokens)
         cells = {}
-        for column, active in (("backbone", None), ("hft", task)):
+        for column, active in (("backbone", BACKBONE), ("hft", task)):
             scores = score_task(model, tokenizer, data, active, args.batch_size, progress=f"{task}, {column}")
             cells[column], cells[f"{column}_se"] = mean_and_error(scores)
         results[task] = {"rows": len(rows), **cells}

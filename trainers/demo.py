@@ -22,6 +22,7 @@ from transformers.utils import logging
 
 import hft
 from hft.files_hft import replacing
+from hft.hierarchy_hft import BACKBONE
 
 from .demo_backbone import find_backbone
 from .evaluation import EvalSet, forgetting, format_matrix, mean_and_error, score_task
@@ -221,7 +222,7 @@ def _score_all(
     """Task -> its accuracy in percent."""
     results = {}
     for task in tasks:
-        scores = score_task(model, tokenizer, test[task], task if on_path else None, 32, f"answering {task}")
+        scores = score_task(model, tokenizer, test[task], task if on_path else BACKBONE, 32, f"answering {task}")
         results[task] = mean_and_error(scores)[0]
         print(f"  {task:<16}{results[task]:>6.1f} %", flush=True)
     return results

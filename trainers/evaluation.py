@@ -56,7 +56,7 @@ def generate_answers(
         model: an HFT model.
         tokenizer: its tokenizer, with a chat template if prompts are messages.
         prompts: strings, or lists of messages.
-        task: whose path to take; None for the plain backbone.
+        task: whose path to take; `"backbone"` for the plain backbone; None lets the router choose for each prompt.
         max_new_tokens: where an answer is cut off if no end-of-text token came.
         batch_size: prompts generated at once.
         progress: text before a progress bar; None for no bar.

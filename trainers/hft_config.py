@@ -23,6 +23,7 @@ class HFTTrainingConfig(SFTConfig):
             the tokens before; 0 to 1. None: never.
         mastery_patience: a task leaves its stage after so many evaluations in a row without a new lowest validation loss.
             None: never. When all tasks of a stage have left, it ends. Both need `eval_dataset` and `eval_strategy="steps"`.
+        route_samples: prompts of each task from which the router learns to know it; 0: the router does not learn.
         num_train_epochs, max_steps: of one stage.
         per_device_train_batch_size: rows of one micro-batch; they always belong to one task, and so do all micro-batches
             of an optimizer step.
@@ -36,6 +37,7 @@ class HFTTrainingConfig(SFTConfig):
         default=None, metadata={"help": "Accuracy at which a task leaves its stage."}
     )
     mastery_patience: int | None = field(default=None, metadata={"help": "Evaluations without progress till it does."})
+    route_samples: int = field(default=256, metadata={"help": "Prompts a task that the router learns from; 0: none."})
 
     def __post_init__(self):
         if not accelerator.is_available():

@@ -24,6 +24,7 @@ from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .hft_config import HFTTrainingConfig
 from .progress import StagePrinter, StageProgress
 from .report import write_model_card
+from .routes import learn_routes
 from .stage_callback import StageCallback
 from .task_data import OneTaskCollator, TaskDatasets, check_labels, split_by_task, tag_rows
 
@@ -253,6 +254,8 @@ class HFTTrainer(SFTTrainer):
             )
         self.model.set_trainable([])
         self.model.seal(stage.tasks)
+        if self.args.route_samples:
+            learn_routes(self.model, stage.tasks, self._train_sets, self.processing_class, self.args.route_samples)
         self.save_model()
         return output
 

@@ -20,7 +20,16 @@ from .hft_config import HFTTrainingConfig
 
 
 # What a recipe says besides the keys of HFTConfig, BitsAndBytesConfig and HFTTrainingConfig (SFTConfig).
-MODEL_KEYS = ("rank", "target_modules", "gating_config", "memory_config", "attn_implementation", "dtype", "device_map")
+MODEL_KEYS = (
+    "rank",
+    "target_modules",
+    "gating_config",
+    "memory_config",
+    "router_config",
+    "attn_implementation",
+    "dtype",
+    "device_map",
+)
 
 
 @dataclasses.dataclass

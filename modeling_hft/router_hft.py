@@ -1,0 +1,209 @@
+"""The router: which task is this prompt? Closed form on features of the frozen backbone; nothing is trained.
+
+B batch, T tokens, D hidden size, M random features, K tasks.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .configuration_hft import HFTRouterConfig
+from .hierarchy_hft import BACKBONE, Hierarchy
+
+
+@dataclass(frozen=True)
+class HFTRoute:
+    """Where a prompt goes, and why.
+
+    Args:
+        task: the task that answers, or `"backbone"`.
+        names: the K tasks that the router knows.
+        probabilities: of each of them, given that the prompt is one of theirs.
+        novelty: how far the prompt is from all that the router has seen; above 1 the backbone answers.
+        reason: in words.
+    """
+
+    task: str
+    names: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    novelty: float
+    reason: str
+
+
+class HFTRouter:
+    """Ridge regression from random features of a prompt to its task, from sums that tasks only add to.
+
+    With phi [M] the features of a prompt and y [K] the one-hot task, W = (G + ridge I)^-1 C with G = sum phi phi^T and
+    C = sum phi y^T, in float64. Adding a task adds its sums, so neither the order of tasks nor whether they came at once
+    matters, and nothing is forgotten (as in RanPAC, McDonnell et al. 2023, https://arxiv.org/abs/2307.02251, and analytic
+    class-incremental learning, Zhuang et al. 2022, https://arxiv.org/abs/2205.14922). phi = relu(f P), with a fixed random
+    P and f the normalised mean of the hidden states over the prompt's own tokens.
+
+    A prompt unlike all that was seen is told by its leverage phi^T (G + ridge I)^-1 phi, the variance of the ridge
+    prediction, relative to that of held-out prompts of the tasks.
+
+    Args:
+        config: M, the penalty, and how sure is sure enough.
+        hidden_size: D.
+        num_layers: of the backbone.
+
+    Raises:
+        ValueError: a layer that the backbone lacks.
+    """
+
+    def __init__(self, config: HFTRouterConfig, hidden_size: int, num_layers: int):
+        self.config = config
+        self.hidden_size = hidden_size
+        self.layer = max(1, num_layers // 8) if config.layer is None else config.layer
+        if self.layer >= num_layers and num_layers > 1:
+            raise ValueError(f"`layer` of the router is {self.layer}, and the backbone has {num_layers} layers.")
+        self.layer = min(self.layer, num_layers - 1)
+        self.cross_M: dict[str, torch.Tensor] = {}  # task -> its column of C
+        self.held_out_ND: dict[str, torch.Tensor] = {}  # task -> features to calibrate on
+        self._solved: _Solution | None = None
+
+    # Made when they are first needed: while transformers builds a model, every new tensor is an empty one.
+    @functools.cached_property
+    def projection_DM(self) -> torch.Tensor:
+        """P, float16. It is kept in the file: a generator's numbers may change with torch."""
+        shape, generator = (self.hidden_size, self.config.num_features), torch.Generator().manual_seed(0)
+        return (torch.randn(shape, generator=generator) / math.sqrt(self.hidden_size)).half()
+
+    @functools.cached_property
+    def gram_MM(self) -> torch.Tensor:
+        """G, float64."""
+        return torch.zeros(self.config.num_features, self.config.num_features, dtype=torch.float64)
+
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks that the router knows, by name."""
+        return tuple(sorted(self.cross_M))
+
+    def expand(self, f_BD: torch.Tensor) -> torch.Tensor:
+        """phi: [B, D] -> [B, M], float64."""
+        f_BD = torch.nn.functional.layer_norm(f_BD.double().cpu(), (self.hidden_size,))
+        return (f_BD @ self.projection_DM.double()).relu()
+
+    def add(self, task: str, f_BD: torch.Tensor, held_out_ND: torch.Tensor) -> None:
+        """Adds a task's sums; more prompts of a task that is known add to its own.
+
+        Args:
+            task: its name.
+            f_BD: features of prompts.
+            held_out_ND: features of other prompts of the task, to calibrate on; kept as they are, at most 64 of them.
+
+        Raises:
+            ValueError: no prompts.
+        """
+        if not len(f_BD) or not len(held_out_ND):
+            raise ValueError(f"The router got no prompts of task {task!r}; give two or more.")
+        phi_BM = self.expand(f_BD)
+        self.gram_MM = self.gram_MM + phi_BM.T @ phi_BM
+        self.cross_M[task] = self.cross_M.get(task, 0) + phi_BM.sum(0)
+        before = self.held_out_ND.get(task, held_out_ND[:0].half().cpu())
+        self.held_out_ND[task] = torch.cat([before, held_out_ND.half().cpu()])[:64]
+        self.config.tasks = list(self.tasks())
+        self._solved = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that it knows, by the names that a file has: a contract."""
+        return {
+            "projection": self.projection_DM,
+            "gram": self.gram_MM,
+            **{f"cross.{task}": cross_M for task, cross_M in self.cross_M.items()},
+            **{f"held_out.{task}": held_out_ND for task, held_out_ND in self.held_out_ND.items()},
+        }
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Takes over what `tensors` gave.
+
+        Raises:
+            ValueError: features of another size.
+        """
+        if tensors["projection"].shape != self.projection_DM.shape:
+            raise ValueError(
+                f"The router's file is for features {list(tensors['projection'].shape)}, and this model has "
+                f"{list(self.projection_DM.shape)}. Is it another backbone?"
+            )
+        self.projection_DM, self.gram_MM = tensors["projection"], tensors["gram"]
+        self.cross_M = {task: tensors[f"cross.{task}"] for task in self.config.tasks}
+        self.held_out_ND = {task: tensors[f"held_out.{task}"] for task in self.config.tasks}
+        self._solved = None
+
+    def route(self, f_BD: torch.Tensor, hierarchy: Hierarchy) -> list[HFTRoute]:
+        """Where each prompt goes.
+
+        A prompt that is farther from all that was seen than held-out prompts are goes to the backbone. Else to the likeliest
+        task, if that one is likely enough; else to the lowest task on the paths of all leading candidates; else to the
+        backbone.
+
+        Args:
+            f_BD: features of prompts.
+            hierarchy: of the tasks.
+        """
+        if not self.cross_M:
+            return [HFTRoute(BACKBONE, (), (), math.inf, "the router knows no task")] * len(f_BD)
+        solved = self._solve()
+        names = self.tasks()
+        phi_BM = self.expand(f_BD)
+        score_BK, novelty_B = solved.scores(phi_BM), solved.leverage(phi_BM) / solved.most_leverage
+        routes = []
+        for probability_K, novelty in zip((score_BK / solved.temperature).softmax(-1), novelty_B, strict=True):
+            order = probability_K.argsort(descending=True).tolist()
+            best = float(probability_K[order[0]])
+            if novelty > 1:
+                task, reason = BACKBONE, "unlike all prompts that the router has seen"
+            elif best >= self.config.confidence:
+                task, reason = names[order[0]], f"probability {best:.2f}"
+            else:
+                leading, total = [], 0.0
+                for k in order:
+                    leading.append(names[k])
+                    total += float(probability_K[k])
+                    if total >= self.config.confidence:
+                        break
+                task = hierarchy.lowest_common_ancestor(leading) or BACKBONE
+                reason = f"not sure between {', '.join(leading)}"
+            routes.append(HFTRoute(task, names, tuple(probability_K.tolist()), float(novelty), reason))
+        return routes
+
+    def _solve(self) -> "_Solution":
+        """The solution of all that was added so far; solved anew only after something was added."""
+        if self._solved is None:
+            M = self.config.num_features
+            scale = self.gram_MM.diagonal().mean().clamp(min=1e-12)
+            regular_MM = self.gram_MM + self.config.ridge * scale * torch.eye(M, dtype=torch.float64)
+            factor_MM = torch.linalg.cholesky(regular_MM)
+            cross_MK = torch.stack([self.cross_M[task] for task in self.tasks()], 1)
+            self._solved = _Solution(factor_MM, torch.cholesky_solve(cross_MK, factor_MM))
+            self._calibrate(self._solved)
+        return self._solved
+
+    def _calibrate(self, solved: "_Solution") -> None:
+        """Sets temperature and thresholds on the held-out prompts of all tasks."""
+        phi_NM = torch.cat([self.expand(self.held_out_ND[task].double()) for task in self.tasks()])
+        label_N = torch.cat([torch.full((len(self.held_out_ND[task]),), k) for k, task in enumerate(self.tasks())])
+        score_NK = solved.scores(phi_NM)
+        grid = [2.0**-power for power in range(8)]
+        losses = [float(torch.nn.functional.cross_entropy(score_NK / t, label_N)) for t in grid]
+        solved.temperature = grid[losses.index(min(losses))]
+        solved.most_leverage = float(solved.leverage(phi_NM).quantile(0.98)) * 1.1
+
+
+@dataclass
+class _Solution:
+    """Args: factor: Cholesky factor of G + ridge I. weights: W [M, K]."""
+
+    factor_MM: torch.Tensor
+    weights_MK: torch.Tensor
+    temperature: float = 1.0
+    most_leverage: float = math.inf
+
+    def scores(self, phi_BM: torch.Tensor) -> torch.Tensor:
+        return phi_BM @ self.weights_MK
+
+    def leverage(self, phi_BM: torch.Tensor) -> torch.Tensor:
+        half_MB = torch.linalg.solve_triangular(self.factor_MM, phi_BM.T, upper=False)
+        return half_MB.square().sum(0)

@@ -1,0 +1,115 @@
+"""Asking the router: features of prompts from the backbone's lowest layers, and which tasks answer them.
+
+B batch, T tokens, D hidden size.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .path_hft import on_path
+from .router_hft import HFTRoute
+
+
+class _EnoughError(Exception):
+    """The layers that a prompt is routed by have run."""
+
+
+class HFTRouting:
+    """The part of `HFTPreTrainedModel` that finds out which task a prompt belongs to."""
+
+    def route(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> list[HFTRoute]:
+        """Which task each prompt belongs to.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T]; by default all tokens count.
+
+        Returns:
+            A decision a row, with names and probabilities.
+        """
+        return self.hft_router.route(self.prompt_features(input_ids, attention_mask), self.hierarchy)
+
+    def add_routes(self, task: str, prompts: Sequence[Sequence[int]], batch_size: int = 16) -> None:
+        """Lets the router know a task by prompts of it. What it knows of other tasks stays.
+
+        Args:
+            task: one of the hierarchy's.
+            prompts: token ids, as `generate` gets them; two or more. Every fourth is not learnt from but calibrates.
+            batch_size: prompts at once.
+
+        Raises:
+            ValueError: an unknown task, or fewer than two prompts.
+        """
+        self.hierarchy.check(task)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        features: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+        for begin in range(0, len(order), batch_size):
+            chosen = order[begin : begin + batch_size]
+            length = max(len(prompts[i]) for i in chosen)
+            device = self.get_input_embeddings().weight.device
+            ids = [[0] * (length - len(prompts[i])) + list(prompts[i]) for i in chosen]
+            mask = [[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
+            batch = self.prompt_features(torch.tensor(ids, device=device), torch.tensor(mask, device=device))
+            for i, f_D in zip(chosen, batch.cpu(), strict=True):
+                features[i] = f_D
+        held_out = features[::4]
+        learnt = [f_D for i, f_D in enumerate(features) if i % 4]
+        if not learnt:
+            raise ValueError(f"The router got {len(prompts)} prompts of task {task!r}; give two or more.")
+        self.hft_router.add(task, torch.stack(learnt), torch.stack(held_out))
+
+    @torch.no_grad()
+    def prompt_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The mean hidden state [B, D] of each prompt's own tokens after the backbone's first layers, float32.
+
+        Only `router_config.layer` layers run, without any task. Tokens at the beginning and end that are the chat template's
+        do not count.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        num_layers = self.config.text_config.num_hidden_layers
+        layers = next(m for m in self.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
+        caught: list[torch.Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            caught.append(args[0] if args else kwargs["hidden_states"])
+            raise _EnoughError
+
+        hook = layers[self.hft_router.layer].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with on_path(None):
+                self.base_model(
+                    input_ids=input_ids,
+                    attention_mask=attention_mask,
+                    position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+                    use_cache=False,
+                )
+        except _EnoughError:
+            pass
+        finally:
+            hook.remove()
+        own_BT = self._own_tokens(input_ids, attention_mask).to(caught[0].device)
+        total_BD = (caught[0].float() * own_BT[..., None]).sum(1)
+        return total_BD / own_BT.sum(1, keepdim=True)
+
+    def _own_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """1 for the tokens of a prompt that are not the chat template's [B, T]."""
+        config = self.config.router_config
+        place_BT = attention_mask.cumsum(1) - 1  # among the row's real tokens
+        count_B1 = attention_mask.sum(1, keepdim=True)
+        real_BT = attention_mask.bool()
+        own_BT = real_BT
+        for constant, index_BT in (
+            (config.prefix, place_BT),
+            (config.suffix, place_BT - count_B1 + len(config.suffix)),
+        ):
+            if constant:
+                within_BT = real_BT & (index_BT >= 0) & (index_BT < len(constant))
+                expected = torch.tensor(constant, device=input_ids.device)[index_BT.clamp(0, len(constant) - 1)]
+                matches_B1 = ((input_ids == expected) | ~within_BT).all(1, keepdim=True)
+                own_BT = own_BT & ~(within_BT & matches_B1)
+        nothing_left_B1 = ~own_BT.any(1, keepdim=True)
+        return own_BT | (real_BT & nothing_left_B1)

@@ -1,0 +1,234 @@
+"""The router: sums that tasks only add to, decisions with a way back, and answers of the task that was found."""
+
+import itertools
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM
+
+import hft
+from hft.router_hft import HFTRouter
+from hft.trainers.routes import prompts_of, template_tokens
+
+from .test_model import prompts
+from .test_trainer import make
+from .tiny import bits, grow
+
+
+D = 16
+
+
+def clusters(names, count=40, spread=0.6):
+    """Features of prompts: each task around a centre of its own."""
+    generator = torch.Generator().manual_seed(7)
+    return {name: torch.randn(1, D, generator=generator) * 2 + spread * torch.randn(count, D, generator=generator)
+            for name in names}  # fmt: skip
+
+
+def router_of(features, order):
+    router = HFTRouter(hft.HFTRouterConfig(num_features=64), D, 8)
+    for name in order:
+        router.add(name, features[name][8:], features[name][:8])
+    return router
+
+
+def test_neither_the_order_nor_the_portions_matter():
+    features = clusters("abcd")
+    queries = torch.cat(list(clusters("wxyz").values()) + list(features.values()))
+    tree = hft.Hierarchy({name: [] for name in "abcd"})
+    expected = router_of(features, "abcd").route(queries, tree)
+    for order in itertools.islice(itertools.permutations("abcd"), 1, 24, 5):
+        for one, other in zip(expected, router_of(features, order).route(queries, tree), strict=True):
+            assert one.task == other.task
+            assert one.probabilities == pytest.approx(other.probabilities, abs=1e-9)
+            assert one.novelty == pytest.approx(other.novelty, rel=1e-9)
+    in_portions = HFTRouter(hft.HFTRouterConfig(num_features=64), D, 8)
+    for name in "abcd":
+        in_portions.add(name, features[name][8:20], features[name][:4])
+        in_portions.add(name, features[name][20:], features[name][4:8])
+    for one, other in zip(expected, in_portions.route(queries, tree), strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-9)
+
+
+def test_the_sums_are_ridge_regression_on_all_prompts_at_once():
+    features = clusters("abc")
+    router = router_of(features, "cab")
+    phi = torch.cat([router.expand(features[name][8:]) for name in "abc"])
+    y = torch.nn.functional.one_hot(torch.arange(3).repeat_interleave(32), 3).double()
+    gram = phi.T @ phi
+    W = torch.linalg.solve(gram + router.config.ridge * gram.diagonal().mean() * torch.eye(64), phi.T @ y)
+    torch.testing.assert_close(router._solve().scores(phi), phi @ W, rtol=0, atol=1e-8)
+
+
+def test_known_prompts_find_their_task_and_strange_ones_the_backbone():
+    features = clusters("abcd", count=80)
+    tree = hft.Hierarchy({name: [] for name in "abcd"})
+    router = router_of({name: its[:40] for name, its in features.items()}, "abcd")
+    for name, its in features.items():
+        routes = router.route(its[40:], tree)
+        assert sum(route.task == name for route in routes) >= 30
+        assert routes[0].names == ("a", "b", "c", "d")
+    strange = torch.randn(50, D, generator=torch.Generator().manual_seed(1)) * 2
+    routes = router.route(strange, tree)
+    assert sum(route.task == "backbone" for route in routes) >= 40
+    assert any("unlike all prompts" in route.reason for route in routes)
+
+
+def test_in_doubt_it_backs_off_to_the_lowest_common_ancestor():
+    features = clusters(["b", "e"])
+    features["c"] = features["b"] + 0.01 * torch.randn(features["b"].shape, generator=torch.Generator().manual_seed(2))
+    router = HFTRouter(hft.HFTRouterConfig(num_features=64, confidence=0.7), D, 8)
+    for name, its in features.items():
+        router.add(name, its[8:], its[:8])
+    for parents, expected in (({"b": ["a"], "c": ["a"]}, "a"), ({"b": [], "c": []}, "backbone"), ({"c": ["b"]}, "b")):
+        tree = hft.Hierarchy({"a": [], "b": [], "c": [], "e": [], **parents})
+        (route,) = router.route(features["b"][10:11], tree)
+        assert route.task == expected, parents
+        assert re.fullmatch("not sure between [bc], [bc]", route.reason)
+        assert router.route(features["e"][10:11], tree)[0].task == "e"
+
+
+@pytest.fixture
+def routed(backbones, tokenizer) -> hft.HFTForCausalLM:
+    """sst -> yelp and nli, sealed; the router knows prompts of each, in which one byte prevails."""
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"sst": [], "yelp": ["sst"], "nli": []}, router_config={"num_features": 64}
+    )
+    grow(model)
+    for i, task in enumerate(("sst", "yelp", "nli")):
+        model.add_routes(task, [typical(i, seed)[0].tolist() for seed in range(24)])
+    return model
+
+
+def typical(kind: int, seed: int, length: int = 12) -> torch.Tensor:
+    ids = prompts(1, length, seed=seed)
+    ids[:, ::2] = 50 + 30 * kind
+    return ids
+
+
+def test_generate_asks_the_router_once_a_prompt(routed):
+    x = torch.cat([typical(kind, seed=100 + kind) for kind in (2, 0, 1)])
+    options = {"max_new_tokens": 4, "do_sample": False}
+    answers, routes = routed.generate(x, return_route=True, **options)
+    assert [route.task for route in routes] == ["nli", "sst", "yelp"]
+    assert answers.tolist() == routed.generate(x, task=["nli", "sst", "yelp"], **options).tolist()
+    for i in range(3):
+        alone, (route,) = routed.generate(x[i : i + 1], return_route=True, **options)
+        assert route.task == routes[i].task
+        assert alone[0].tolist() == answers[i].tolist()
+    plain, routes = routed.generate(x, task="backbone", return_route=True, **options)
+    assert [route.task for route in routes] == ["backbone"] * 3
+    backbone = AutoModelForCausalLM.from_pretrained(routed.config.backbone)
+    assert plain.tolist() == backbone.generate(x, **options).tolist()
+    beams = routed.generate(x, num_beams=3, num_return_sequences=2, **options)
+    assert beams.shape[0] == 6
+
+
+def test_padding_does_not_change_the_route(routed):
+    short, long = typical(0, 200, 6), typical(1, 201, 14)
+    batch = torch.zeros(2, 14, dtype=torch.long)
+    mask = torch.zeros(2, 14, dtype=torch.long)
+    batch[0, 8:], mask[0, 8:] = short, 1
+    batch[1], mask[1] = long, 1
+    together = routed.route(batch, mask)
+    for row, alone in zip(together, (routed.route(short)[0], routed.route(long)[0]), strict=True):
+        assert row.task == alone.task
+        assert row.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
+
+
+def test_the_templates_tokens_do_not_count(routed):
+    x = typical(1, 300)
+    routed.config.router_config.prefix, routed.config.router_config.suffix = [5, 6, 7], [8]
+    framed = torch.cat([torch.tensor([[5, 6, 7]]), x, torch.tensor([[8]])], 1)
+    mask = torch.ones_like(framed)
+    assert routed._own_tokens(framed, mask).tolist() == [[0] * 3 + [1] * 12 + [0]]
+    padded = torch.cat([torch.zeros(1, 2, dtype=torch.long), framed], 1)
+    its_mask = torch.cat([torch.zeros(1, 2, dtype=torch.long), mask], 1)
+    assert routed._own_tokens(padded, its_mask).tolist() == [[0] * 5 + [1] * 12 + [0]]
+    assert routed._own_tokens(x, torch.ones_like(x)).all()  # another frame: all tokens count
+    only_frame = torch.tensor([[5, 6, 7, 8]])
+    assert routed._own_tokens(only_frame, torch.ones_like(only_frame)).all()
+
+
+def test_only_the_first_layers_run(routed):
+    ran = []
+    for i, layer in enumerate(routed.base_model.layers):
+        layer.register_forward_hook(lambda *args, i=i: ran.append(i))
+    routed.route(typical(0, 1))
+    assert ran == [0] and routed.hft_router.layer == 1
+
+
+@pytest.mark.parametrize("slim", [True, False])
+def test_the_router_is_saved_and_loaded(routed, tmp_path, slim):
+    x = torch.cat([typical(kind, seed=100 + kind) for kind in (2, 0, 1)])
+    before = routed.route(x)
+    routed.save_pretrained(tmp_path, slim=slim)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.route(x) == before
+    assert {name: bits(t) for name, t in loaded.hft_router.tensors().items()} == {
+        name: bits(t) for name, t in routed.hft_router.tensors().items()
+    }
+    size = (tmp_path / "router.safetensors").stat().st_size
+    for seed in range(30, 90):
+        routed.add_routes("sst", [typical(0, seed + k)[0].tolist() for k in range(8)])
+    routed.save_pretrained(tmp_path, slim=slim)
+    assert (tmp_path / "router.safetensors").stat().st_size <= size + 64 * 32 * 2  # at most 64 held-out prompts
+
+
+def test_adding_a_task_leaves_the_sums_of_the_others(routed):
+    before = {name: bits(t) for name, t in routed.hft_router.tensors().items() if name.startswith(("cross", "held"))}
+    routed.add_task("late")
+    routed.add_routes("late", [typical(3, seed)[0].tolist() for seed in range(24)])
+    after = {name: bits(t) for name, t in routed.hft_router.tensors().items()}
+    assert before.items() <= after.items()
+    assert routed.route(typical(3, 99))[0].task == "late"
+
+
+def test_the_trainer_teaches_the_router_and_resumes_with_it(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path)
+    trainer.train()
+    assert sorted(trainer.model.config.router_config.tasks) == ["a", "b", "d", "e", "x"]
+    x = torch.tensor([tokenizer("t0t plus 3 is")["input_ids"]])
+    expected = trainer.model.route(x)
+    assert hft.HFTForCausalLM.from_pretrained(tmp_path).route(x) == expected
+    resumed = make(backbones, tokenizer, tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.model.route(x) == expected
+    off = make(backbones, tokenizer, tmp_path / "off", route_samples=0)
+    off.train()
+    assert off.model.config.router_config.tasks == [] and not (tmp_path / "off/router.safetensors").exists()
+    _answer, (route,) = off.model.generate(x, max_new_tokens=2, return_route=True)
+    assert (route.task, route.reason) == ("backbone", "the router was not asked")
+
+
+def test_prompts_of_all_forms(tokenizer):
+    chat = [{"role": "user", "content": "hello"}]
+    answer = [{"role": "assistant", "content": "you"}]
+    framed = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=False)
+    for rows, expected in [
+        ([{"prompt": "hello", "completion": " you"}], tokenizer("hello")["input_ids"]),
+        ([{"prompt": chat, "completion": answer}], framed),
+        ([{"messages": chat + answer}], framed),
+        ([{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}], [5, 6]),
+    ]:
+        assert prompts_of(Dataset.from_list(rows), tokenizer, 5) == [expected]
+    assert prompts_of(Dataset.from_list([{"text": "hello"}]), tokenizer, 5) == []
+    before, after = template_tokens(tokenizer)
+    assert framed == [*before, *tokenizer("hello", add_special_tokens=False)["input_ids"], *after]
+
+
+def test_wrong_routers(backbones, routed):
+    for config, message in [
+        ({"layer": 0}, "`layer` of the router is 0; it must be 1 or more."),
+        ({"layer": 2}, "`layer` of the router is 2, and the backbone has 2 layers."),
+        ({"ridge": 0.0}, "its `ridge` 0.0 (above 0)"),
+        ({"layers": 1}, "`router_config` has the unknown key 'layers'. Did you mean 'layer'?"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, router_config=config)
+    with pytest.raises(ValueError, match="Unknown task 'yelb'"):
+        routed.add_routes("yelb", [[5, 6], [7, 8]])
+    with pytest.raises(ValueError, match=re.escape("The router got 1 prompts of task 'sst'; give two or more.")):
+        routed.add_routes("sst", [[5, 6]])

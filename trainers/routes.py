@@ -1,0 +1,75 @@
+"""What the router learns from: the prompts of training rows."""
+
+from collections.abc import Iterable, Mapping
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def learn_routes(
+    model: PreTrainedModel,
+    tasks: Iterable[str],
+    train_sets: Mapping[str, Dataset],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+) -> None:
+    """Lets an HFT model's router know tasks by prompts of their rows.
+
+    Args:
+        model: an HFT model.
+        tasks: those to learn.
+        train_sets: task -> rows, see `prompts_of`.
+        tokenizer: the model's.
+        count: prompts a task, at most.
+    """
+    routing = model.config.router_config
+    if not routing.tasks:
+        routing.prefix, routing.suffix = template_tokens(tokenizer)
+    for task in tasks:
+        prompts = prompts_of(train_sets[task], tokenizer, count)
+        if len(prompts) < 2:
+            logger.warning(f"The rows of task {task!r} have no prompts, so the router does not learn to know it.")
+            continue
+        model.add_routes(task, prompts)
+
+
+def prompts_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
+    """The prompts of up to `count` rows as token ids, as `generate` will get them.
+
+    Rows may be prompt-completion or a conversation, whose last answer is not part of the prompt, or be tokenised already.
+    Other forms, such as plain text, have no prompts: an empty list.
+    """
+    some = rows.select(range(min(count, len(rows))))
+    if "labels" in some.column_names:
+        starts = [next((i for i, label in enumerate(row) if label != -100), len(row)) for row in some["labels"]]
+        return [ids[:start] for ids, start in zip(some["input_ids"], starts, strict=True) if start]
+    if "messages" in some.column_names:
+        prompts = [messages[:-1] for messages in some["messages"]]
+    else:
+        prompts = list(some["prompt"]) if "prompt" in some.column_names else []
+    return [
+        tokenizer(prompt)["input_ids"]
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+        for prompt in prompts
+        if prompt
+    ]
+
+
+def template_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """What the chat template puts before and after every prompt of one user message; nothing without a template."""
+    if tokenizer.chat_template is None:
+        return [], []
+    one, other = (
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        for text in ("0 1 2", "x y")
+    )
+    before = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    after = next(i for i, (a, b) in enumerate(zip(reversed(one), reversed(other), strict=False)) if a != b)
+    return one[:before], one[len(one) - after :]
