@@ -275,8 +275,9 @@ class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
 
         Args:
             inputs: prompts [B, T], padded on the left if they differ in length.
-            task: a name, or one name a prompt; `"backbone"` for the plain backbone. None asks the router once, before the
-                first token; while it knows no task, or if prompts are embeddings, the plain backbone answers.
+            task: a name, or one name a prompt; `"backbone"` for the plain backbone; also as `generation_config.task`. None
+                asks the router once, before the first token; while it knows no task, or if prompts are embeddings, the plain
+                backbone answers.
             return_route: also give back the decision for each prompt.
 
         Returns:
@@ -285,6 +286,10 @@ class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an unknown name, or as many names as there are not prompts.
         """
+        if "task" in vars(kwargs.get("generation_config") or object):  # how a request to a server can name one
+            config = kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+            named = vars(config).pop("task")  # transformers would keep it from `forward`
+            task = named if task is None else task
         prompts = inputs if inputs is not None else kwargs.get("input_ids")
         num_rows = _num_rows(prompts, kwargs.get("inputs_embeds"))
         if task is not None:

@@ -51,3 +51,28 @@ def test_what_is_no_hierarchy_is_refused(parents, message):
 def test_an_unknown_task_names_the_nearest():
     with pytest.raises(ValueError, match=re.escape("Unknown task 'yep'. Did you mean 'yelp'?")):
         Hierarchy({"yelp": [], "mnli": []}).path("yep")
+
+
+def test_the_lowest_common_ancestor():
+    tree = Hierarchy({"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": ["b", "c"], "x": []})
+    for tasks, expected in [
+        (["d", "e"], "b"),  # c is on both paths, too: the first in `names` counts
+        (["b", "c"], "a"),
+        (["b", "d"], "b"),
+        (["d"], "d"),
+        (["a", "x"], None),
+        (["d", "e", "x"], None),
+    ]:
+        assert tree.lowest_common_ancestor(tasks) == expected, tasks
+
+
+def test_an_edge_shows_how_much_flows():
+    tree = Hierarchy({"a": [], "b": ["a"], "c": ["a"], "d": ["c"], "e": ["d"]})
+    assert tree.draw(weights={"b": 0.9, "c": 0.1, "d": 0.0, "e": 0.5}).splitlines() == [
+        "backbone",
+        "└─ a",
+        "   ├═ b",
+        "   └╌ c",
+        "      └· d",
+        "         └─ e",
+    ]

@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "generate":  # argparse gives prompts that follow an option to nobody
             while rest and not rest[0].startswith("--"):
                 args.prompt.append(rest.pop(0))
+        if args.command == "serve":
+            return _serve(args.model, rest)
         if rest and args.command != "train":
             raise ValueError(f"`hft {args.command}` does not know {rest[0]!r}; see `hft {args.command} --help`.")
         overrides = _overrides(rest)
@@ -86,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     refresh.add_argument("--samples", type=int, default=96, help="training rows to learn from (96)")
     refresh.add_argument("--steps", type=int, default=30)
     refresh.add_argument("--batch_size", type=int, default=8)
+
+    serve = commands.add_parser(
+        "serve",
+        help="transformers' OpenAI-compatible server, for HFT models; needs transformers[serving]",
+        epilog="All other arguments are those of `transformers serve`: hft serve MODEL --port 8000",
+    )
+    serve.add_argument("model", help="folder or Hub id of an HFT model")
 
     evaluate = commands.add_parser("eval", help="score a saved model on a recipe's data")
     evaluate.add_argument("model", help="folder or Hub id of an HFT model")
@@ -232,6 +241,24 @@ def _refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
     if result.kept:
         model.save_pretrained(args.model)
     print(result)
+
+
+def _serve(model: str, rest: Sequence[str]) -> int:
+    """`transformers serve` looks an architecture up in the package transformers itself; there it finds HFT's, too."""
+    import transformers
+
+    import hft
+
+    transformers.HFTForCausalLM = hft.HFTForCausalLM
+    try:
+        from transformers.cli.transformers import main as transformers_main
+    except ImportError as error:
+        raise ImportError(
+            f"`hft serve` needs the packages of transformers' server: pip install 'transformers[serving]' ({error})."
+        ) from error
+    sys.argv = ["transformers", "serve", model, *rest]
+    transformers_main()
+    return 0
 
 
 def _eval(args: argparse.Namespace, _: dict[str, Any]) -> None:

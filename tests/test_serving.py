@@ -1,0 +1,96 @@
+"""How people use a model: pipelines, streaming, sampling, static caches, each with tasks and with the router."""
+
+import threading
+
+import pytest
+import torch
+from transformers import GenerationConfig, TextIteratorStreamer, pipeline
+
+import hft
+
+from .test_model import prompts
+from .test_router import routed, typical  # noqa: F401 (a fixture)
+from .tiny import grow
+
+
+@pytest.fixture
+def mixed(backbones):
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": ["a"], "c": []}, rank=3)
+    grow(model)
+    return model.eval()
+
+
+def test_pipeline_with_a_task_routed_and_plain(mixed, tokenizer):
+    tokenizer.padding_side = "left"
+    pipe = pipeline("text-generation", model=mixed, tokenizer=tokenizer)
+    options = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
+    text = "hello there"
+    ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    for task in (None, "b", "backbone"):
+        named = {} if task is None else {"task": task}
+        (answer,) = pipe(text, **named, **options)
+        new = mixed.generate(ids, task=task, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        assert answer["generated_text"] == tokenizer.decode(new, skip_special_tokens=True)
+    examples = {"a": "aaaa {}", "b": "zz {} zzzz", "c": "0 {} 0 0"}
+    for task, example in examples.items():
+        mixed.add_routes(task, [tokenizer(example.format("x" * i))["input_ids"] for i in range(12)])
+    for task, example in examples.items():
+        ids = tokenizer(example.format("xxx"), return_tensors="pt")["input_ids"]
+        assert mixed.route(ids)[0].task == task
+        assert pipe(example.format("xxx"), **options) == pipe(example.format("xxx"), task=task, **options)
+
+
+def test_streaming(routed, tokenizer):  # noqa: F811
+    x = typical(1, 3)
+    for task in (None, "nli"):
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+        options = {"max_new_tokens": 6, "do_sample": False, "task": task}
+        thread = threading.Thread(target=routed.generate, args=(x,), kwargs={**options, "streamer": streamer})
+        thread.start()
+        streamed = "".join(streamer)
+        thread.join()
+        assert streamed == tokenizer.decode(routed.generate(x, **options)[0, x.shape[1] :])
+
+
+def test_a_generation_config_may_name_the_task(mixed):
+    """As a request to a server does, whose only way in is the generation config."""
+    x = prompts(2, 6)
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, eos_token_id=None, task="b")
+    expected = mixed.generate(x, task="b", max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert mixed.generate(x, generation_config=config).tolist() == expected.tolist()
+    assert config.task == "b"
+    other = mixed.generate(x, task="c", generation_config=config)
+    assert other.tolist() != expected.tolist()
+    with pytest.raises(ValueError, match="Unknown task 'bb'"):
+        mixed.generate(x, generation_config=GenerationConfig(task="bb"))
+
+
+def test_sampling_in_a_mixed_batch_is_as_among_its_own(mixed):
+    """With the same seed, a row draws the same whatever tasks its neighbours have."""
+    x = prompts(3, 6)
+
+    def sample(task):
+        torch.manual_seed(4)
+        return mixed.generate(x, task=task, max_new_tokens=6, do_sample=True, top_k=0, eos_token_id=None)
+
+    together = sample(["a", "b", None])
+    for row, task in enumerate(["a", "b", "backbone"]):
+        assert together[row].tolist() == sample(task)[row].tolist()
+    assert len({tuple(row[6:]) for row in together.tolist()}) == 3
+
+
+@pytest.mark.parametrize("implementation", ["static", "offloaded"])
+def test_other_caches_give_the_same_answers(mixed, implementation):
+    if implementation == "offloaded" and not torch.cuda.is_available():
+        pytest.skip("offloading a cache needs a GPU")
+    x = prompts(3, 6)
+    options = {"task": ["a", None, "b"], "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    expected = mixed.generate(x, **options)
+    assert mixed.generate(x, cache_implementation=implementation, **options).tolist() == expected.tolist()
+
+
+def test_prompt_lookup_gives_the_same_answer(mixed):
+    x = prompts(1, 3).repeat(1, 4)
+    options = {"task": "b", "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    expected = mixed.generate(x, **options)
+    assert mixed.generate(x, prompt_lookup_num_tokens=3, **options).tolist() == expected.tolist()
