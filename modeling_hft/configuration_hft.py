@@ -86,8 +86,8 @@ class HFTRouterConfig(PreTrainedConfig):
     base_config_key = "router_config"
 
     layer: int | None = None
-    num_features: int = 512
-    ridge: float = 1e-2
+    num_features: int = 1024
+    ridge: float = 1e-3
     confidence: float = 0.5
     prefix: list[int] | None = None
     suffix: list[int] | None = None

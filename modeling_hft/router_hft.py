@@ -111,7 +111,7 @@ class HFTRouter:
         """All that it knows, by the names that a file has: a contract."""
         return {
             "projection": self.projection_DM,
-            "gram": self.gram_MM,
+            "gram": self.gram_MM[tuple(self._triangle())],  # it is symmetric
             **{f"cross.{task}": cross_M for task, cross_M in self.cross_M.items()},
             **{f"held_out.{task}": held_out_ND for task, held_out_ND in self.held_out_ND.items()},
         }
@@ -127,10 +127,15 @@ class HFTRouter:
                 f"The router's file is for features {list(tensors['projection'].shape)}, and this model has "
                 f"{list(self.projection_DM.shape)}. Is it another backbone?"
             )
-        self.projection_DM, self.gram_MM = tensors["projection"], tensors["gram"]
+        self.projection_DM = tensors["projection"]
+        row, column = self._triangle()
+        self.gram_MM[row, column] = self.gram_MM[column, row] = tensors["gram"]
         self.cross_M = {task: tensors[f"cross.{task}"] for task in self.config.tasks}
         self.held_out_ND = {task: tensors[f"held_out.{task}"] for task in self.config.tasks}
         self._solved = None
+
+    def _triangle(self) -> torch.Tensor:
+        return torch.tril_indices(self.config.num_features, self.config.num_features)
 
     def route(self, f_BD: torch.Tensor, hierarchy: Hierarchy) -> list[HFTRoute]:
         """Where each prompt goes.
@@ -140,11 +145,15 @@ class HFTRouter:
         backbone.
 
         Args:
-            f_BD: features of prompts.
+            f_BD: features of prompts; NaN for a prompt of nothing but padding.
             hierarchy: of the tasks.
         """
         if not self.cross_M:
             return [HFTRoute(BACKBONE, (), (), math.inf, "the router knows no task")] * len(f_BD)
+        if (empty_B := f_BD.isnan().any(1)).any():
+            routes = iter(self.route(f_BD[~empty_B], hierarchy))
+            nothing = HFTRoute(BACKBONE, (), (), math.inf, "the prompt is empty")
+            return [nothing if empty else next(routes) for empty in empty_B.tolist()]
         solved = self._solve()
         names = self.tasks()
         phi_BM = self.expand(f_BD)

@@ -66,10 +66,17 @@ class HFTRouting:
         """The mean hidden state [B, D] of each prompt's own tokens after the backbone's first layers, float32.
 
         Only `router_config.layer` layers run, without any task. Tokens at the beginning and end that are the chat template's
-        do not count.
+        do not count, nor do tokens before the last ones that the backbone can hold. NaN for a row of nothing but padding.
+
+        Raises:
+            ValueError: prompts without tokens.
         """
+        if input_ids.shape[-1] == 0:
+            raise ValueError(f"`input_ids` has the shape {list(input_ids.shape)}: there are no tokens to route by.")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        longest = self.config.text_config.max_position_embeddings
+        input_ids, attention_mask = input_ids[:, -longest:], attention_mask[:, -longest:]
         num_layers = self.config.text_config.num_hidden_layers
         layers = next(m for m in self.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
         caught: list[torch.Tensor] = []

@@ -34,6 +34,13 @@ def test_the_recipes_numbers():
     assert f"{report['train_seconds'] / 60:.0f} minutes" in README
 
 
+def test_the_routers_numbers():
+    for line in (RESULTS / "routing.jsonl").read_text().splitlines():
+        cell = json.loads(line)
+        numbers = " | ".join(f"{cell[key]:.1f} %" for key in ("value", "likeliest", "false_activation"))
+        assert f" | {numbers} |" in README, cell["setting"]
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)h][^)]*)\)", README))
 def test_links_lead_somewhere(link):
     assert (ROOT / link).exists()

@@ -232,3 +232,21 @@ def test_wrong_routers(backbones, routed):
         routed.add_routes("yelb", [[5, 6], [7, 8]])
     with pytest.raises(ValueError, match=re.escape("The router got 1 prompts of task 'sst'; give two or more.")):
         routed.add_routes("sst", [[5, 6]])
+
+
+def test_odd_prompts(routed, backbones):
+    x = torch.cat([typical(0, 100), typical(1, 101)])
+    mask = torch.tensor([[1] * 12, [0] * 12])
+    first, second = routed.route(x, mask)
+    assert first == routed.route(x[:1])[0]
+    assert (second.task, second.reason) == ("backbone", "the prompt is empty")
+    with pytest.raises(
+        ValueError, match=re.escape("`input_ids` has the shape [2, 0]: there are no tokens to route by.")
+    ):
+        routed.route(torch.empty(2, 0, dtype=torch.long))
+    longer = torch.cat([prompts(1, 600), typical(2, 5, 512)], 1)  # the tiny backbone holds 512
+    assert routed.route(longer) == routed.route(longer[:, -512:])
+    nobody = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
+    assert [route.reason for route in nobody.route(x)] == ["the router knows no task"] * 2
+    with pytest.raises(ValueError, match="`task` names 3 tasks for 2 rows"):
+        routed.generate(x, task=["sst", "sst", "nli"])

@@ -43,9 +43,28 @@ def ablation() -> dict[str, float]:
     return figures
 
 
+def routing() -> dict[str, float]:
+    """The router on the test rows of all fourteen tasks, in %."""
+    cells = {setting: cell for (setting, _), cell in read("routing-test").items()}
+    figures = {}
+    for form, key in (("as they are", ""), ("shared", "_shared_instruction"), ("stripped", "_stripped")):
+        if form in cells:
+            figures[f"routing.accuracy{key}"] = cells[form]["value"]
+    if "as they are" in cells:
+        figures["routing.false_activation_general"] = cells["as they are"]["false_activation"]
+    return figures
+
+
+def speed() -> dict[str, float]:
+    """Ratios of times, measured in one process, interleaved."""
+    cells = {setting: cell for (setting, _), cell in read("speed").items()}
+    names = {"routed prefill": "routing.prefill_ratio", "mixed 8": "speed.mixed8_vs_peft"}
+    return {key: cells[setting]["value"] for setting, key in names.items() if setting in cells}
+
+
 def headline() -> dict[str, float]:
     """All figures of which there are results."""
-    return ablation()
+    return {**ablation(), **routing(), **speed()}
 
 
 def main() -> None:

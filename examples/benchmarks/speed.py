@@ -1,0 +1,131 @@
+"""How fast is it? Ratios of times, against the plain backbone and against PEFT, interleaved in one process.
+
+    python examples/benchmarks/speed.py [--settings "mixed 8"]
+
+Each value is a ratio of medians over interleaved rounds. `mixed N`: a forward pass of a batch of N rows with N different
+tasks, PEFT's `adapter_names` over ours (above 1: ours is faster). `routed prefill`: generating one token from a prompt with
+the task given, plus routing it, over the former.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from harness import NF4, RESULTS, cell, prepare, todo
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import hft
+
+
+RANK = 16
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median seconds of each way, one after another in each round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(rounds + 1):
+        for name, run in ways.items():
+            synchronize()
+            begin = time.perf_counter()
+            run()
+            synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: statistics.median(its) for name, its in seconds.items()}
+
+
+def synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def with_nodes(backbone: str, num_tasks: int, **options) -> hft.HFTForCausalLM:
+    """A model in NF4 with sealed roots, all of whose nodes speak."""
+    model = hft.HFTForCausalLM.from_backbone(
+        backbone,
+        {f"t{i}": [] for i in range(num_tasks)},
+        rank=RANK,
+        quantization_config=BitsAndBytesConfig(**NF4),
+        **options,
+    )
+    model.seal(model.hierarchy.names)
+    for parameter in model.hft_nodes.parameters():
+        torch.nn.init.normal_(parameter, std=0.01)
+    return model.eval()
+
+
+def prompts(model, rows: int, length: int) -> torch.Tensor:
+    return torch.randint(100, 40000, (rows, length), generator=torch.Generator().manual_seed(0)).to(model.device)
+
+
+@torch.inference_mode()
+def mixed(backbone: str, num_tasks: int, rounds: int) -> dict:
+    """A batch in which every row has another task: ours against PEFT's `adapter_names`."""
+    ours = with_nodes(backbone, num_tasks)
+    plain = AutoModelForCausalLM.from_pretrained(backbone, quantization_config=BitsAndBytesConfig(**NF4))
+    config = LoraConfig(r=RANK, target_modules=LINEARS, task_type="CAUSAL_LM")
+    theirs = get_peft_model(plain, config, adapter_name="t0")
+    for i in range(1, num_tasks):
+        theirs.add_adapter(f"t{i}", config)
+    theirs.eval()
+    tasks = [f"t{i}" for i in range(num_tasks)]
+    results = {}
+    for name, length in (("prefill", 64), ("decode", 1)):
+        ids = prompts(ours, num_tasks, length)
+        results[name] = interleaved(
+            {
+                "ours": lambda ids=ids: ours(ids, task=tasks, logits_to_keep=1, use_cache=False),
+                "peft": lambda ids=ids: theirs(input_ids=ids, adapter_names=tasks, logits_to_keep=1, use_cache=False),
+                "backbone": lambda ids=ids: ours(ids, logits_to_keep=1, use_cache=False),
+            },
+            rounds,
+        )
+    ratio = {name: round(its["peft"] / its["ours"], 3) for name, its in results.items()}
+    return {"value": ratio["prefill"], "ratio": ratio, "times": results}
+
+
+@torch.inference_mode()
+def routed_prefill(backbone: str, rounds: int) -> dict:
+    """One token from prompts of 256 tokens: what the router adds."""
+    model = with_nodes(backbone, 14)
+    for i in range(14):
+        model.add_routes(f"t{i}", (prompts(model, 8, 20) + i).tolist())
+    ids = prompts(model, 2, 256)
+    model.hft_router.config.confidence = 0.0
+    options = {"max_new_tokens": 1, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    model.route(ids)  # solves
+    times = interleaved(
+        {
+            "routed": lambda: model.generate(ids, **options),
+            "given": lambda: model.generate(ids, task="t3", **options),
+            "route alone": lambda: model.route(ids),
+        },
+        rounds,
+    )
+    return {"value": round(1 + times["route alone"] / times["given"], 4), "times": times}
+
+
+def main() -> None:
+    settings: dict[str, Callable[[str, int], dict]] = {
+        "routed prefill": routed_prefill,
+        **{f"mixed {n}": lambda backbone, rounds, n=n: mixed(backbone, n, rounds) for n in (2, 8, 16)},
+    }
+    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    arguments.add_argument("--backbone", help="Hub id or folder; SmolLM2-135M-Instruct by default")
+    arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
+    arguments.add_argument("--rounds", type=int, default=9)
+    arguments.add_argument("--out", type=Path, default=RESULTS / "speed.jsonl")
+    args = arguments.parse_args()
+    backbone, _ = prepare(args.backbone)
+    for setting, seed in todo(args.out, "speed", args.settings.split(","), 1):
+        with cell(args.out, "speed", setting, seed) as result:
+            result.update(settings[setting](backbone, args.rounds))
+
+
+if __name__ == "__main__":
+    main()
