@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig
 from .gates_hft import HFTGates, HFTGateTable
 from .hierarchy_hft import Hierarchy
+from .lora_io_hft import export_lora
 from .memory_hft import HFTMemory
 from .modeling_hft import HFTForCausalLM, HFTModel, HFTPreTrainedModel
 from .nodes_hft import HFTNodes
@@ -31,6 +32,7 @@ __all__ = [
     "HFTRouter",
     "HFTRouterConfig",
     "Hierarchy",
+    "export_lora",
     "read_gates",
 ]
 

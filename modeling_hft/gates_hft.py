@@ -37,6 +37,10 @@ class HFTGates(nn.Module):
         gates_LN = torch.empty(self.num_layers, num_sources, dtype=torch.float32, device=device)
         self.register_parameter(f"g_{task}", nn.Parameter(gates_LN))  # a prefix: a task may be called "forward"
 
+    def remove(self, task: str) -> None:
+        """Lets go of a task's gates."""
+        del self._parameters[f"g_{task}"]
+
     def of(self, task: str) -> nn.Parameter:
         """A task's gates [L, N]."""
         return self._parameters[f"g_{task}"]

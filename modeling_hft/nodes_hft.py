@@ -39,6 +39,10 @@ class HFTFactors(nn.Module):
         self.register_parameter(f"{self.DOWN}_{name}", nn.Parameter(down_RI))
         self.register_parameter(f"{self.UP}_{name}", nn.Parameter(up_OR))
 
+    def remove(self, name: str) -> None:
+        """Lets go of a pair."""
+        del self._parameters[f"{self.DOWN}_{name}"], self._parameters[f"{self.UP}_{name}"]
+
     def pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """The factors called `name`: [R, I] and [O, R]."""
         return self._parameters[f"{self.DOWN}_{name}"], self._parameters[f"{self.UP}_{name}"]

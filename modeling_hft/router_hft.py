@@ -107,6 +107,13 @@ class HFTRouter:
         self.config.tasks = list(self.tasks())
         self._solved = None
 
+    def remove(self, task: str) -> None:
+        """Forgets a task's name; what G has of its prompts stays."""
+        self.cross_M.pop(task, None)
+        self.held_out_ND.pop(task, None)
+        self.config.tasks = list(self.tasks())
+        self._solved = None
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that it knows, by the names that a file has: a contract."""
         return {

@@ -1,5 +1,7 @@
 """The life of a task: added, started with its stage, trained, sealed. What it reads, and what it owns."""
 
+import importlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -54,6 +56,96 @@ class HFTTasks:
             for nodes in self.hft_nodes.values():
                 nodes.reset_parameters(name)
         self._begin_as_parents(name)
+
+    @torch.no_grad()
+    def import_lora(
+        self,
+        name: str,
+        adapter: str | os.PathLike,
+        parents: Sequence[str] = (),
+        prompts: Sequence[Sequence[int]] = (),
+        **download: Any,
+    ) -> None:
+        """Adds a sealed task whose node is a plain PEFT LoRA for the same backbone; as a root, it gives PEFT's logits.
+
+        Args:
+            name: 1 to 64 letters, digits, '_' or '-'.
+            adapter: folder or Hub id.
+            parents: sealed tasks whose paths it is added to; none for a root.
+            prompts: token ids of prompts that it is for, two or more, so that the router knows it; may be left out.
+            download: `revision`, `token`, ... of the adapter.
+
+        Raises:
+            ValueError: an adapter that is no plain LoRA, or for another backbone; a name or parent as in `add_task`.
+            OSError: if there is no adapter.
+            ImportError: in a model loaded as remote code, without the package.
+        """
+        try:  # by its name: what ships to the Hub must not need it
+            reader = importlib.import_module("hft.lora_io_hft")
+        except ImportError as error:
+            raise ImportError("Importing a LoRA needs the package itself: pip install modeling-hft.") from error
+        factors = reader.read_lora(adapter, self, **download)
+        for parent in parents:
+            if not self.config.task(parent)["sealed"]:
+                raise ValueError(
+                    f"Task {name!r} would stand on {parent!r}, which is not sealed; seal {parent!r} first."
+                )
+        self.add_task(name, parents, rank=max(len(down_RI) for down_RI, _ in factors.values()))
+        for linear in self._layer_of:
+            down_RI, up_OR = self.hft_nodes[flat(linear)].pair(name)
+            down_RI.zero_()
+            up_OR.zero_()
+            if linear in factors:
+                rank = len(factors[linear][0])
+                down_RI[:rank], up_OR[:, :rank] = factors[linear]
+        self.seal([name])
+        if prompts:
+            self.add_routes(name, prompts)
+
+    def remove_task(self, name: str, cascade: bool = False) -> list[str]:
+        """Removes a task. What others compute does not change; the ids of later tasks move up.
+
+        A memory page that no other task reads goes with it. What the router has summed up of it stays in the router's second
+        moments, so its decisions on other tasks may move a little.
+
+        Args:
+            name: the task.
+            cascade: also remove all that depends on it: its descendants, and tasks that read its node since a refresh.
+
+        Returns:
+            The removed tasks.
+
+        Raises:
+            ValueError: an unknown task, or one that others depend on.
+        """
+        self.hierarchy.check(name)
+        removed = [name]
+        for other in self.hierarchy.names:
+            if other != name and any(node in removed for node in self.sources(other).nodes):
+                removed.append(other)
+        if len(removed) > 1 and not cascade:
+            raise ValueError(
+                f"Task {name!r} cannot be removed: {', '.join(removed[1:])} depend on it. Remove them first, or all with "
+                "cascade=True."
+            )
+        tasks = [entry for entry in self.config.tasks if entry["name"] not in removed]
+        read = {page_id for entry in tasks for page_id in entry["pages"]}
+        for module, names in (
+            *((nodes, removed) for nodes in self.hft_nodes.values()),
+            *(
+                (memory, [str(page["id"]) for page in self.config.pages if page["id"] not in read])
+                for memory in self.hft_memory.values()
+            ),
+        ):
+            for one in names:
+                module.remove(one)
+        for task in removed:
+            self.hft_gates.remove(task)
+            self.hft_router.remove(task)
+        self.config.tasks = tasks
+        self.config.pages = [page for page in self.config.pages if page["id"] in read]
+        self.hierarchy = self.config.hierarchy()
+        return removed
 
     def start_stage(self, tasks: Iterable[str]) -> None:
         """Begins a stage: these tasks, and nothing else, become trainable, and get a memory page that they write together.

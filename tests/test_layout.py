@@ -9,7 +9,7 @@ import pytest
 
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = sorted((ROOT / "modeling_hft").glob("*_hft.py"))
+SHIPPED = sorted(path for path in (ROOT / "modeling_hft").glob("*_hft.py") if path.name != "lora_io_hft.py")
 
 
 def imports(path: Path) -> set[str]:
@@ -32,6 +32,12 @@ def test_what_ships_needs_only_the_core_and_is_flat(path):
         else:
             top = name.split(".")[0]
             assert top in {"torch", "transformers", "safetensors", "huggingface_hub", *sys.stdlib_module_names}, name
+
+
+def test_what_ships_imports_no_more_than_what_ships():
+    shipped = {f".{path.stem}" for path in SHIPPED}
+    for path in SHIPPED:
+        assert {name for name in imports(path) if name.startswith(".")} <= shipped, path
 
 
 def test_imports_point_one_way():

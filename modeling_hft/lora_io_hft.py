@@ -1,0 +1,232 @@
+"""To and from plain PEFT LoRA. Not shipped to the Hub: nothing that ships imports it.
+
+A task's path is one LoRA: rows of A concatenated, columns of B scaled by the gates (Hu et al. 2021,
+https://arxiv.org/abs/2106.09685). I/O in and out features, R rank.
+"""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+from transformers.utils import cached_file
+
+from .files_hft import replacing, write_tensors
+from .nodes_hft import beside, flat
+
+
+# The ranks that vLLM serves (`max_lora_rank`); others it refuses.
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def path_factors(model: PreTrainedModel, task: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """A task's path at each linear as one pair of factors: A [R, I] and B [O, R], the gates in B, in the backbone's dtype.
+
+    Nodes and pages whose gates are 0 at all layers are left out.
+
+    Raises:
+        ValueError: an unknown task, or a memory that is read sparsely, which no LoRA can express.
+    """
+    model.hierarchy.check(task)
+    sources, gates_LN = model.sources(task), model.hft_gates.of(task).detach()
+    if model.config.memory_config.read == "topk" and sources.pages:
+        raise ValueError(
+            f"Task {task!r} reads its memory pages sparsely (`read` is 'topk'), and a LoRA is linear; it cannot be exported."
+        )
+    used = gates_LN.any(0).tolist()
+    factors = {}
+    for name in model._layer_of:
+        nodes, memory = model.hft_nodes[flat(name)], beside(model.hft_memory, name)
+        pairs = [(nodes.pair(node), column) for column, node in enumerate(sources.nodes)]
+        if memory is not None:
+            pages = enumerate(sources.pages, start=len(sources.nodes))
+            pairs += [(memory.pair(page), column) for column, page in pages]
+        # A linear that reads nothing keeps one silent column, so that all linears stay targets.
+        pairs = [(pair, column) for pair, column in pairs if used[column]] or pairs[:1]
+        down_RI = torch.cat([down for (down, _), _ in pairs]).detach()
+        up_OR = torch.cat([up for (_, up), _ in pairs], 1).detach()
+        g_R = torch.cat([gates_LN[nodes.layer, column].expand(len(down)) for (down, _), column in pairs])
+        dtype = model.backbone.dtype
+        factors[name] = (down_RI.to(dtype), (up_OR * g_R.to(up_OR.device)).to(dtype))
+    return factors
+
+
+def shrink_rank(A_RI: torch.Tensor, B_OR: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The best approximation of B A of a lower rank, balanced: both factors get the square root of the singular values.
+
+    Returns:
+        A [rank, I], B [O, rank] and the relative error of B A (Frobenius norm); unchanged if their rank is low enough.
+    """
+    if len(A_RI) <= rank:
+        return A_RI, B_OR, 0.0
+    left_OR, up_RR = torch.linalg.qr(B_OR.double())
+    right_IR, down_RR = torch.linalg.qr(A_RI.double().T)
+    U_RR, S_R, Vh_RR = torch.linalg.svd(up_RR @ down_RR.T)
+    root_R = S_R[:rank].sqrt()
+    error = float(S_R[rank:].norm() / S_R.norm().clamp(min=1e-30))
+    A = root_R[:, None] * (Vh_RR[:rank] @ right_IR.T)
+    B = (left_OR @ U_RR[:, :rank]) * root_R
+    return A.to(A_RI.dtype), B.to(B_OR.dtype), error
+
+
+def served_rank(rank: int) -> int:
+    """The next rank that vLLM takes.
+
+    Raises:
+        ValueError: above the highest.
+    """
+    for allowed in RANKS:
+        if rank <= allowed:
+            return allowed
+    raise ValueError(
+        f"The path has rank {rank}, and servers take {RANKS[-1]} at most; cut it with max_rank={RANKS[-1]}."
+    )
+
+
+def export_lora(
+    model: PreTrainedModel, task: str, folder: str | os.PathLike, max_rank: int | None = None
+) -> dict[str, Any]:
+    """Writes a task's path as a plain PEFT LoRA: `adapter_config.json` and `adapter_model.safetensors`.
+
+    `lora_alpha` equals the rank, which is padded with zeros to one that vLLM takes; there are no `modules_to_save`.
+
+    Args:
+        model: an HFT model.
+        task: whose path.
+        folder: made if missing; files of the same names are replaced.
+        max_rank: cut the path to this rank at each linear (by its singular values).
+
+    Returns:
+        `rank`, `path_rank`, and `svd_error`: the largest relative error at any linear.
+
+    Raises:
+        ValueError: an unknown task, a sparse memory, a rank below 1 or above what servers take.
+        ImportError: without peft.
+    """
+    from peft import LoraConfig
+
+    if max_rank is not None and max_rank < 1:
+        raise ValueError(f"`max_rank` is {max_rank}; it must be 1 or more.")
+    factors = path_factors(model, task)
+    path_rank = max(len(A_RI) for A_RI, _ in factors.values())
+    error = 0.0
+    if max_rank is not None and path_rank > max_rank:
+        cut = {name: shrink_rank(A_RI, B_OR, max_rank) for name, (A_RI, B_OR) in factors.items()}
+        factors = {name: (A_RI, B_OR) for name, (A_RI, B_OR, _) in cut.items()}
+        error = max(its_error for _, _, its_error in cut.values())
+    rank = served_rank(max(len(A_RI) for A_RI, _ in factors.values()))
+    prefix = f"base_model.model.{model.backbone.base_model_prefix}"
+    tensors = {}
+    for name, (A_RI, B_OR) in factors.items():
+        padding = rank - len(A_RI)
+        tensors[f"{prefix}.{name}.lora_A.weight"] = torch.nn.functional.pad(A_RI, (0, 0, 0, padding))
+        tensors[f"{prefix}.{name}.lora_B.weight"] = torch.nn.functional.pad(B_OR, (0, padding))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted({name.rsplit(".", 1)[-1] for name in factors}),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=model.config.backbone,
+        revision=model.config.backbone_revision,
+        inference_mode=True,
+    )
+    with replacing(folder, last="adapter_config.json") as staging:
+        write_tensors(tensors, staging / "adapter_model.safetensors")
+        config.save_pretrained(staging)
+    return {"rank": rank, "path_rank": path_rank, "svd_error": error}
+
+
+def read_lora(
+    repo: str | os.PathLike, model: PreTrainedModel, **download: Any
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """The factors of a plain PEFT LoRA for a model's backbone, its scaling multiplied into B.
+
+    Args:
+        repo: folder or Hub id of the adapter.
+        model: an HFT model on the same backbone.
+        download: `revision`, `token`, ... as for `transformers.utils.cached_file`.
+
+    Returns:
+        For each linear that it adapts: A [R, I] and B [O, R], float32.
+
+    Raises:
+        OSError: if there is no adapter.
+        ValueError: an adapter that is more than a plain LoRA, or of another backbone.
+    """
+    config = json.loads(Path(_file(repo, "adapter_config.json", download)).read_text())
+    _check_plain(repo, config)
+    base, ours = config.get("base_model_name_or_path"), model.config.backbone
+    if base and ours and not _same_backbone(base, ours):
+        raise ValueError(f"'{repo}' is an adapter of '{base}', and this model stands on '{ours}'.")
+    tensors = load_file(_file(repo, "adapter_model.safetensors", download))
+    decoder = f"base_model.model.{model.backbone.base_model_prefix}."
+    found: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.removesuffix(".weight").rpartition(".lora_")
+        linear = name.removeprefix(decoder)
+        if not key.startswith(decoder) or kind not in ("A", "B") or linear not in model._layer_of:
+            raise ValueError(
+                f"'{repo}' adapts {key!r}, which is none of the linears that this model's nodes stand beside; make the "
+                "model with `target_modules` that cover it."
+            )
+        found.setdefault(linear, {})[kind] = tensor.float()
+    factors = {}
+    for linear, pair in found.items():
+        nodes, rank = model.hft_nodes[flat(linear)], len(pair["A"])
+        if pair["A"].shape != (rank, nodes.in_features) or pair["B"].shape != (nodes.out_features, rank):
+            raise ValueError(
+                f"'{repo}' has factors {list(pair['A'].shape)} and {list(pair['B'].shape)} at {linear!r}, which is "
+                f"{nodes.in_features} -> {nodes.out_features} here. Is it an adapter of another backbone?"
+            )
+        alpha = _of_pattern(config.get("alpha_pattern"), linear, config["lora_alpha"])
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        factors[linear] = (pair["A"], pair["B"] * scaling)
+    return factors
+
+
+def _check_plain(repo: str | os.PathLike, config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"'{repo}' is a {config.get('peft_type')} adapter; only plain LoRA can become a node.")
+    for key, what in (
+        ("use_dora", "DoRA, which scales the backbone's own weight"),
+        ("modules_to_save", "whole modules beside the LoRA (`modules_to_save`)"),
+        ("trainable_token_indices", "trained token embeddings"),
+        ("layer_replication", "replicated layers"),
+        ("alora_invocation_tokens", "an activated LoRA, which is off for part of the prompt"),
+        ("fan_in_fan_out", "transposed weights (`fan_in_fan_out`)"),
+        ("lora_bias", "a bias in its LoRA"),
+    ):
+        if config.get(key):
+            raise ValueError(f"'{repo}' has {what}; only plain LoRA can become a node.")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"'{repo}' trained biases (`bias` is {config['bias']!r}); only plain LoRA can become a node.")
+
+
+def _of_pattern(pattern: dict[str, float] | None, linear: str, default: float) -> float:
+    """PEFT's `alpha_pattern`: the first key that the end of the linear's name matches."""
+    import re
+
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", linear):
+            return value
+    return default
+
+
+def _same_backbone(one: str, other: str) -> bool:
+    """The same name, or the same folder."""
+    return one == other or (os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other))
+
+
+def _file(repo: str | os.PathLike, name: str, download: dict[str, Any]) -> str:
+    try:
+        path = cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **download)
+    except EntryNotFoundError:
+        path = None
+    if path is None:
+        raise OSError(f"'{repo}' holds no {name}; is it a PEFT adapter in safetensors form?")
+    return path

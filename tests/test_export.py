@@ -1,0 +1,113 @@
+"""Exports are read again by their own reader, and go away if they answer otherwise."""
+
+import json
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hft
+from hft.trainers import export
+from hft.trainers.cli import main
+from hft.trainers.export import ExportError, export_merged, export_peft
+
+from .test_model import prompts
+from .tiny import bits, grow, snapshot
+
+
+@pytest.fixture
+def grown(backbones):
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": [], "b": ["a"]}, rank=3, memory_config={"slots": 2}
+    )
+    grow(model)
+    return model.eval()
+
+
+def test_a_checked_lora(grown, tokenizer, tmp_path):
+    x = prompts(2, 6)
+    before, logits = snapshot(grown), bits(grown(x, task="b").logits)
+    report = export_peft(grown, tokenizer, "b", tmp_path / "lora")
+    assert report["max_difference"] < 1e-3 and report["top1"] == 1.0 and report["kl"] < 1e-6
+    assert json.loads((tmp_path / "lora/export.json").read_text()) == report
+    # the check left the model as it was
+    assert snapshot(grown) == before
+    assert bits(grown(x, task="b").logits) == logits
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(grown.config.backbone), tmp_path / "lora")
+    torch.testing.assert_close(peft(input_ids=x).logits, grown(x, task="b").logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("onto", ["backbone", "dequantized"])
+def test_a_checked_whole_model(grown, tokenizer, tmp_path, onto):
+    report = export_merged(grown, tokenizer, "b", tmp_path / "whole", onto)
+    assert report["onto"] == onto and report["kl"] < 1e-6
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    assert type(merged).__name__ == "LlamaForCausalLM"
+    x = prompts(2, 6)
+    torch.testing.assert_close(merged(x).logits, grown(x, task="b").logits, rtol=1e-3, atol=1e-3)
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole").chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("write", [export_peft, export_merged])
+def test_a_wrong_export_is_removed(grown, tokenizer, tmp_path, monkeypatch, write):
+    """Files that say something else, as a bug in a writer or a reader would make them."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/mine.txt").write_text("mine")
+    honest = export.path_factors
+
+    def wrong(model, task):
+        return {name: (A, B * 1.5) for name, (A, B) in honest(model, task).items()}
+
+    monkeypatch.setattr("hft.lora_io_hft.path_factors", wrong)
+    if write is export_merged:
+        load = AutoModelForCausalLM.from_pretrained
+
+        def damaged(source, **options):
+            model = load(source, **options)
+            if "out" in str(source):
+                model.base_model.layers[0].mlp.up_proj.weight.data *= 1.5
+            return model
+
+        monkeypatch.setattr("hft.trainers.export.AutoModelForCausalLM.from_pretrained", damaged)
+    with pytest.raises(ExportError, match=r"of task 'b' does not answer as HFT does: mean KL .*Nothing was written\."):
+        write(grown, tokenizer, "b", tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_the_command(grown, tokenizer, tmp_path, capsys):
+    folder = tmp_path / "model"
+    grown.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert main(["export", str(folder), str(tmp_path / "all"), "--all"]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(
+        r"all/b: b, rank 10 in 16; read again: logits differ by \S+, KL \S+, same first choice at 100.0 %", shown
+    )
+    for task in "ab":
+        assert (tmp_path / f"all/{task}/adapter_config.json").exists()
+    notes = (tmp_path / "all/README.md").read_text()
+    assert "--enable-lora --max-lora-rank 16 --max-loras 2 --lora-modules a=a b=b" in notes
+    assert main(["export", str(folder), str(tmp_path / "cut"), "--task", "b", "--max_rank", "4"]) == 0
+    assert re.search(r"rank 10 in 8, cut with an error of 0\.\d+", capsys.readouterr().out)
+    assert main(["export", str(folder), str(tmp_path / "whole"), "--task", "a", "--to", "merged"]) == 0
+    assert json.loads((tmp_path / "whole/export.json").read_text())["form"] == "merged"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give one task by --task, or --all."),
+        (["--all", "--task", "a"], "Give one task by --task, or --all."),
+        (["--all", "--to", "merged"], "--all writes LoRAs"),
+        (["--task", "aa"], "Unknown task 'aa'. Did you mean 'a'?"),
+        (["--task", "a", "--max_rank", "0"], "`max_rank` is 0; it must be 1 or more."),
+    ],
+)
+def test_wrong_commands(grown, tokenizer, tmp_path, capsys, arguments, message):
+    grown.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), *arguments]) == 2
+    assert f"hft: error: {message}" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*"))

@@ -1,0 +1,226 @@
+"""What the command `hft` does, a function a command. Each imports what it needs, so that `hft --help` is there at once."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def demo(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from .demo import run_demo  # imports take seconds that `hft --help` should not
+
+    run_demo(Path(args.out))
+
+
+def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    from datasets import disable_progress_bars
+    from transformers import AutoTokenizer, set_seed
+
+    import hft
+
+    from . import HFTTrainer, HFTTrainingConfig
+    from .recipes import load_task, read_recipe
+
+    disable_progress_bars()  # seven short ones a task would hide the one that matters
+    recipe = read_recipe(args.recipe, overrides)
+    config = HFTTrainingConfig(**recipe.training)
+    set_seed(config.seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)
+    except OSError as error:
+        raise OSError(f"The backbone '{recipe.backbone}' could not be loaded: {error}") from error
+    data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
+    model = hft.HFTForCausalLM.from_backbone(
+        recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model
+    )
+    print(model.hierarchy.draw({task: f"{len(rows)} rows" for task, rows in data.items()}))
+    trainer = HFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
+    output = trainer.train(resume_from_checkpoint=args.resume or config.resume_from_checkpoint)
+    trainer.create_model_card()
+    print(
+        f"{output.global_step} steps in {output.metrics['train_runtime']:.0f} s; the model is in {config.output_dir}"
+    )
+    where = f" --data {recipe.data}" if recipe.data else ""
+    print(f"Next: hft eval {config.output_dir} --recipe {args.recipe}{where}")
+
+
+def plan(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    import hft
+
+    from .pictures import draw_hierarchy
+
+    config, gates = hft.read_gates(args.model)
+    hierarchy = config.hierarchy()
+    if args.task is not None:
+        hierarchy.check(args.task)
+    notes, weights = {}, {}
+    for task in hierarchy.names:
+        mean = gates[task].mean()
+        if parents := hierarchy.parents(task):
+            weights[task] = mean[parents[0]]
+        others = [f"{source} {weight:.2f}" for source, weight in mean.items() if source != task]
+        state = "" if config.task(task)["sealed"] else "open; "
+        notes[task] = f"({state}{', '.join(others) or 'reads nothing else'})"
+    print(hierarchy.draw(notes, weights))
+    print("A name and a number: how much of that node or memory page flows in (mean gate over the layers).")
+    if args.task is not None:
+        print(f"\n{gates[args.task]}")
+    if args.out is not None:
+        draw_hierarchy(hierarchy, gates, args.out)
+        print(f"Drawn into {args.out}")
+
+
+def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from datasets import disable_progress_bars
+    from transformers import AutoTokenizer
+
+    import hft
+
+    from .recipes import load_task, read_recipe
+    from .task_data import tokenize_rows
+
+    disable_progress_bars()
+    overrides = {"data": args.data, "train_samples": args.samples, "eval_samples": args.samples}
+    recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
+    config, _ = hft.read_gates(args.model)
+    config.sealed_task(args.task)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    rows, checks = (
+        tokenize_rows(load_task(recipe, args.task, split, tokenizer), tokenizer, recipe.training.get("max_length"))
+        for split in ("train", "validation")
+    )
+    model = hft.HFTForCausalLM.from_pretrained(
+        args.model, quantization_config=recipe.quantization_config(), device_map="auto"
+    )
+    result = model.refresh_gates(args.task, rows, validation=checks, num_steps=args.steps, batch_size=args.batch_size)
+    if result.kept:
+        model.save_pretrained(args.model)
+    print(result)
+
+
+def export(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    import hft
+
+    from .export import export_merged, export_peft, write_serving_notes
+
+    if args.all == (args.task is not None):
+        raise ValueError("Give one task by --task, or --all.")
+    if args.all and args.to != "peft":
+        raise ValueError("--all writes LoRAs; a merged model is written for one --task at a time.")
+    config, _gates = hft.read_gates(args.model)
+    if args.task is not None:
+        config.hierarchy().check(args.task)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    model = _load(args.model, args.load_in_4bit)
+    reports = []
+    for task in model.hierarchy.names if args.all else [args.task]:
+        folder = args.out / task if args.all else args.out
+        if args.to == "peft":
+            report = export_peft(model, tokenizer, task, folder, args.max_rank)
+            rank = f"rank {report['path_rank']} in {report['rank']}"
+            rank += f", cut with an error of {report['svd_error']:.3f}" if report["svd_error"] else ""
+        else:
+            report, rank = export_merged(model, tokenizer, task, folder, args.onto), f"merged onto the {args.onto}"
+        reports.append(report)
+        print(
+            f"{folder}: {task}, {rank}; read again: logits differ by {report['max_difference']:.3g}, KL {report['kl']:.2g}, "
+            f"same first choice at {100 * report['top1']:.1f} % of positions"
+        )
+    if args.all:
+        write_serving_notes(args.out, config.backbone, model.hierarchy.names, [report["rank"] for report in reports])
+        print(f"How to serve them: {args.out / 'README.md'}")
+
+
+def _load(model: str, load_in_4bit: bool):
+    from transformers import BitsAndBytesConfig
+
+    import hft
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    return hft.HFTForCausalLM.from_pretrained(
+        model, quantization_config=nf4 if load_in_4bit else None, device_map="auto"
+    )
+
+
+def serve(model: str, rest: Sequence[str]) -> int:
+    """`transformers serve` looks an architecture up in the package transformers itself; there it finds HFT's, too."""
+    import transformers
+
+    import hft
+
+    transformers.HFTForCausalLM = hft.HFTForCausalLM
+    try:
+        from transformers.cli.transformers import main as transformers_main
+    except ImportError as error:
+        raise ImportError(
+            f"`hft serve` needs the packages of transformers' server: pip install 'transformers[serving]' ({error})."
+        ) from error
+    sys.argv = ["transformers", "serve", model, *rest]
+    transformers_main()
+    return 0
+
+
+def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from datasets import disable_progress_bars
+    from transformers import AutoTokenizer
+
+    import hft
+    from hft.hierarchy_hft import BACKBONE
+
+    from .evaluation import EvalSet, mean_and_error, score_task
+    from .recipes import load_task, read_recipe
+
+    disable_progress_bars()
+    overrides = {"data": args.data, "eval_samples": args.samples, "train_samples": args.samples}
+    recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
+    model = hft.HFTForCausalLM.from_pretrained(
+        args.model, quantization_config=recipe.quantization_config(), device_map="auto"
+    )
+    tasks = args.task or [task for task in model.hierarchy.names if task in recipe.hierarchy]
+    for task in tasks:
+        model.hierarchy.check(task)
+    if not tasks:
+        raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    results = {}
+    print(f"{'task':<16}{'rows':>6}{'backbone':>16}{'with its path':>18}")
+    for task in tasks:
+        rows = load_task(recipe, task, args.split, tokenizer)
+        data = EvalSet(list(rows), max_new_tokens=recipe.max_new_tokens)
+        cells = {}
+        for column, active in (("backbone", BACKBONE), ("hft", task)):
+            scores = score_task(model, tokenizer, data, active, args.batch_size, progress=f"{task}, {column}")
+            cells[column], cells[f"{column}_se"] = mean_and_error(scores)
+        results[task] = {"rows": len(rows), **cells}
+        before, after = (f"{cells[c]:.1f} ± {cells[f'{c}_se']:.1f}" for c in ("backbone", "hft"))
+        print(f"{task:<16}{len(rows):>6}{before:>16}{after:>18}", flush=True)
+    if args.out:
+        text = json.dumps(
+            {"model": args.model, "split": args.split, "metric": "exact match", "tasks": results}, indent=2
+        )
+        partial = Path(f"{args.out}.partial")
+        partial.write_text(text + "\n")
+        os.replace(partial, args.out)
+
+
+def generate(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from transformers import AutoTokenizer
+
+    from .evaluation import generate_answers
+
+    model = _load(args.model, args.load_in_4bit)
+    if args.task is not None:
+        model.hierarchy.check(args.task)
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ValueError("There is no prompt: give one as an argument, or one a line on standard input.")
+    if tokenizer.chat_template is not None:
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    for answer in generate_answers(model, tokenizer, prompts, args.task, args.max_new_tokens):
+        print(answer)

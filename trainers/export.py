@@ -1,0 +1,239 @@
+"""Exports that are checked each time: the files are read again by their own reader and must answer as HFT does."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from hft.files_hft import replacing
+from hft.lora_io_hft import export_lora, path_factors
+
+
+# What any model can be asked, where nothing better is given.
+PROMPTS = (
+    "What is the sentiment of the following paragraph? Choose one from the option.\nOptions: Bad, Good\nText: a masterpiece",
+    "Write one sentence about the sea.",
+    "12 + 30 =",
+    "Is the following true or false? Water boils at a lower temperature on a mountain.",
+)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How near the exported model is to HFT's, over all tokens of some prompts.
+
+    Args:
+        max_difference: of any logit.
+        top1: share of positions with the same likeliest token, 0 to 1.
+        kl: mean KL divergence of the exported from HFT's distribution, in nats a token.
+    """
+
+    max_difference: float
+    top1: float
+    kl: float
+
+
+class ExportError(OSError):
+    """The export was written, read again, and found to be another model."""
+
+
+@torch.no_grad()
+def logits_of(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], **which: Any
+) -> list[torch.Tensor]:
+    """The logits [T, V] of each prompt, one at a time, float32 on the CPU."""
+    found = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+        found.append(model(input_ids=ids, use_cache=False, **which).logits[0].float().cpu())
+    return found
+
+
+def compare(ours: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> Agreement:
+    """How near two lists of logits [T, V] are."""
+    one, other = torch.cat(list(ours)), torch.cat(list(theirs))
+    kl = torch.nn.functional.kl_div(other.log_softmax(-1), one.log_softmax(-1), log_target=True, reduction="none").sum(
+        -1
+    )
+    same = (one.argmax(-1) == other.argmax(-1)).float().mean()
+    return Agreement(float((one - other).abs().max()), float(same), float(kl.mean().clamp(min=0)))
+
+
+def export_peft(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    folder: Path,
+    max_rank: int | None = None,
+    prompts: Sequence[str] = PROMPTS,
+    tolerance: float = 1e-3,
+) -> dict[str, Any]:
+    """Writes a task as a PEFT LoRA, reads it with PEFT on the same backbone, and compares.
+
+    Args:
+        model, task, max_rank: as for `export_lora`.
+        tokenizer: the model's.
+        folder: made if missing.
+        prompts: what both are asked.
+        tolerance: the highest mean KL divergence, in nats a token; with `max_rank`, where the path is cut on purpose, it is
+            reported only.
+
+    Returns:
+        What is written into `export.json`.
+
+    Raises:
+        ExportError: outside the tolerance; the files are removed.
+        ValueError: as `export_lora`.
+    """
+    ours = logits_of(model, tokenizer, prompts, task=task)
+    with _written(folder, "adapter_config.json") as staging:
+        report = export_lora(model, task, staging, max_rank)
+        # PEFT stands its layers into the backbone in memory and takes them out again, so nothing is loaded twice.
+        peft = PeftModel.from_pretrained(model.backbone, staging)
+        try:
+            theirs = logits_of(peft.eval(), tokenizer, prompts)
+        finally:
+            peft.unload()
+            model._finish()
+        agreement = compare(ours, theirs)
+        report = {"task": task, "form": "peft", **report, **asdict(agreement), "prompts": len(prompts)}
+        _check(report, tolerance if report["svd_error"] == 0 else None)
+        (staging / "export.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def export_merged(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    folder: Path,
+    onto: str = "backbone",
+    prompts: Sequence[str] = PROMPTS,
+    tolerance: float = 1e-2,
+) -> dict[str, Any]:
+    """Writes a whole plain model: the backbone in 16 bit with a task's path added to its weights.
+
+    Args:
+        model: an HFT model; how it holds its backbone does not matter.
+        tokenizer: saved beside it.
+        task: whose path.
+        folder: made if missing.
+        onto: `"backbone"`: the 16-bit weights of the backbone's repository, which the reader is compared on, too;
+            `"dequantized"`: what the 4-bit weights of this model stand for.
+        prompts: what both are asked.
+        tolerance: the highest mean KL divergence, in nats a token. Adding to 16-bit weights rounds them.
+
+    Returns:
+        What is written into `export.json`.
+
+    Raises:
+        ExportError: outside the tolerance; the files are removed.
+        ValueError: an unknown task, or an `onto` that is neither.
+    """
+    if onto not in ("backbone", "dequantized"):
+        raise ValueError(f"`onto` is {onto!r}; it is 'backbone' or 'dequantized'.")
+    factors = path_factors(model, task)
+    config = model.config
+    dtype = torch.bfloat16 if model.backbone.dtype == torch.float32 and _is_4bit(model) else model.backbone.dtype
+    plain = AutoModelForCausalLM.from_pretrained(config.backbone, revision=config.backbone_revision, dtype=dtype)
+    if onto == "dequantized":
+        _take_weights(plain, model.backbone)
+    ours = _on_plain(plain, factors, tokenizer, prompts)
+    with torch.no_grad():
+        for name, (A_RI, B_OR) in factors.items():
+            weight_OI = plain.base_model.get_submodule(name).weight
+            weight_OI.copy_((weight_OI.float() + B_OR.float().cpu() @ A_RI.float().cpu()).to(weight_OI.dtype))
+    with _written(folder, "config.json") as staging:
+        plain.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        del plain
+        read = AutoModelForCausalLM.from_pretrained(staging, dtype=dtype)
+        agreement = compare(ours, logits_of(read.eval(), tokenizer, prompts))
+        report = {"task": task, "form": "merged", "onto": onto, "dtype": str(dtype), **asdict(agreement)}
+        report["prompts"] = len(prompts)
+        _check(report, tolerance)
+        (staging / "export.json").write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def write_serving_notes(folder: Path, backbone: str | None, tasks: Sequence[str], ranks: Sequence[int]) -> None:
+    """A README beside a folder a task: the command lines that serve them all."""
+    modules = " ".join(f"{task}={task}" for task in tasks)
+    backbone = backbone or "BACKBONE"
+    limits = f"--max-lora-rank {max(ranks)} --max-loras {len(tasks)}"
+    text = f"""# Adapters of {len(tasks)} tasks, each a plain PEFT LoRA on `{backbone}`
+
+vLLM, all at once (a request names one by `"model": "{tasks[0]}"`):
+
+```
+vllm serve {backbone} --enable-lora {limits} --lora-modules {modules}
+```
+
+llama-server, after `convert_lora_to_gguf.py` (llama.cpp) has made a GGUF file of each:
+
+```
+llama-server -m BACKBONE.gguf {" ".join(f"--lora {task}.gguf" for task in tasks)}
+```
+
+PEFT: `PeftModel.from_pretrained(backbone, "{tasks[0]}")`.
+"""
+    (folder / "README.md").write_text(text)
+
+
+@contextmanager
+def _written(folder: Path, last: str) -> Iterator[Path]:
+    """A folder to write into and to check in; its files appear in `folder` only if the block ends without an error."""
+    with replacing(folder, last=last) as staging, tempfile.TemporaryDirectory(dir=staging) as work:
+        yield Path(work)
+        for path in Path(work).iterdir():
+            shutil.move(path, staging / path.name)
+
+
+def _check(report: dict[str, Any], tolerance: float | None) -> None:
+    if tolerance is not None and not report["kl"] <= tolerance:
+        raise ExportError(
+            f"The exported {report['form']} of task {report['task']!r} does not answer as HFT does: mean KL "
+            f"{report['kl']:.2g} nats a token (tolerance {tolerance:g}), top-1 agreement {report['top1']:.3f}, largest "
+            f"difference of a logit {report['max_difference']:.3g}. Nothing was written."
+        )
+
+
+def _on_plain(plain: PreTrainedModel, factors: Any, tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
+    """The logits of a plain backbone with a path added beside its linears, as HFT computes it."""
+
+    def add(module: Any, args: Any, y: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        return y + (args[0] @ A.T.to(args[0])) @ B.T.to(args[0])
+
+    hooks = []
+    for name, (A_RI, B_OR) in factors.items():
+        linear = plain.base_model.get_submodule(name)
+        hooks.append(linear.register_forward_hook(lambda m, a, y, A=A_RI, B=B_OR: add(m, a, y, A, B)))
+    try:
+        return logits_of(plain.eval(), tokenizer, prompts)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _is_4bit(model: PreTrainedModel) -> bool:
+    return getattr(model, "is_loaded_in_4bit", False)
+
+
+@torch.no_grad()
+def _take_weights(plain: PreTrainedModel, backbone: PreTrainedModel) -> None:
+    """Overwrites the weights of a plain model by what the 4-bit weights of another stand for."""
+    for name, module in backbone.named_modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is not None:
+            from bitsandbytes.functional import dequantize_4bit
+
+            plain.get_submodule(name).weight.copy_(dequantize_4bit(weight.data, state))
