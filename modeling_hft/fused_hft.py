@@ -1,7 +1,9 @@
 """What the active path adds to one linear: its nodes and memory pages, fused into one pair of matrix products.
 
-B batch, T tokens, I/O in and out features, R rank of the whole path: the sum over its nodes and pages.
+B batch, T tokens, I/O in and out features, R rank of a whole path: the sum over its nodes and pages; K different tasks.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +12,32 @@ from torch import nn
 from .configuration_hft import HFTMemoryConfig
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTNodes
-from .path_hft import HFTPath, active_path
+from .path_hft import HFTPath, HFTTaskPath, active_path
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """Factors that were fused before.
+
+    Args:
+        made_of: place and version of all that they were made of.
+        memory: that itself, so that no other tensor can come to stand in its place.
+        factors: the result.
+    """
+
+    made_of: tuple[object, ...]
+    memory: tuple[torch.Tensor, ...]
+    factors: Pair
 
 
 class HFTFused:
     """Beside one frozen linear: y = W x + sum over the path's sources s of g_s * up_s (down_s x).
 
-    A source is a node (up B, down A) or a memory page (up V, down K).
+    A source is a node (up B, down A) or a memory page (up V, down K). Where nothing is trained, a task's concatenated and
+    scaled factors are kept until one of them changes.
 
     Args:
         nodes: the nodes beside the linear.
@@ -28,6 +49,8 @@ class HFTFused:
         self.nodes = nodes
         self.memory = memory
         self.config = config
+        self._kept: dict[str, _Kept] = {}  # by task
+        self._stack: tuple[list[Pair], Pair] | None = None  # of a mixed batch: what it was made of, and the result
 
     def on_linear(self, linear: nn.Module, args: tuple[torch.Tensor, ...], y_BTO: torch.Tensor) -> torch.Tensor | None:
         """The forward hook on the linear: adds the active path, or leaves the output as it is, bit for bit."""
@@ -46,29 +69,89 @@ class HFTFused:
         Returns:
             Tensor [B, T, O] in the input's dtype: (x A^T) (g B)^T.
         """
-        linear_pages = self.memory is not None and self.config.read == "linear"
-        pairs = [self.nodes.pair(node) for node in path.nodes]
-        if linear_pages:
-            pairs += [self.memory.pair(page) for page in path.pages]
-        down_RI = torch.cat([down for down, _ in pairs]).to(x_BTI)
-        up_OR = torch.cat([up for _, up in pairs], dim=1).to(x_BTI.device)
-        g_R = path.column_gates(self.nodes.layer, linear_pages).to(x_BTI.device)
-        # One path for all rows: scaled factors are those of an exported LoRA, to the bit. A path a row: g is [B, R], zero
-        # for the sources of other rows.
-        if g_R.dim() == 1:
-            added_BTO = F.linear(F.linear(x_BTI, down_RI), (up_OR * g_R).to(x_BTI.dtype))
+        if path.task_of_row_B is None:
+            (task,) = path.tasks
+            down_RI, up_OR = self.factors(task, x_BTI)
+            return self._with_top(F.linear(F.linear(x_BTI, down_RI), up_OR), x_BTI, task)
+        # A path a row: each row meets the factors of its own task only. Some decoders flatten rows and tokens into one axis.
+        rows_BTI = x_BTI.reshape(len(path.task_of_row_B), -1, x_BTI.shape[-1])
+        down_BRI, up_BOR = self._stacked([self.factors(task, x_BTI) for task in path.tasks])
+        if path.in_order:
+            down_BRI, up_BOR = down_BRI[: len(rows_BTI)], up_BOR[: len(rows_BTI)]
         else:
-            added_BTO = F.linear(_scale_rows(F.linear(x_BTI, down_RI), g_R), up_OR.to(x_BTI.dtype))
-        if self.memory is not None and not linear_pages:
-            for page, g in zip(path.pages, path.page_gates(self.nodes.layer).to(x_BTI.device).unbind(-1), strict=True):
-                read_BTO = self.memory.read_top(x_BTI, page, self.config.top_k)
-                added_BTO = added_BTO + _scale_rows(read_BTO, g if g.dim() == 0 else g[:, None])
+            rows_B = path.task_of_row_B.to(x_BTI.device)
+            down_BRI, up_BOR = down_BRI[rows_B], up_BOR[rows_B]
+        added_BTO = (rows_BTI @ down_BRI.mT) @ up_BOR.mT
+        if self.memory is not None and self.config.read == "topk":
+            for k, task in enumerate(path.tasks):
+                is_its_B11 = (path.task_of_row_B.to(x_BTI.device) == k)[:, None, None]
+                added_BTO = torch.where(is_its_B11, self._with_top(added_BTO, rows_BTI, task), added_BTO)
+        return added_BTO.reshape(*x_BTI.shape[:-1], -1)
+
+    def _stacked(self, pairs: list[Pair]) -> Pair:
+        """The factors of K tasks, padded to one rank: [K + 1, R, I] and [K + 1, O, R]; last the backbone's, which are 0.
+
+        The last stack is kept for the next pass: a batch is decoded many times with the same tasks.
+        """
+        if (
+            self._stack is not None
+            and len(self._stack[0]) == len(pairs)
+            and all(
+                a is b
+                for one, other in zip(self._stack[0], pairs, strict=True)
+                for a, b in zip(one, other, strict=True)
+            )
+        ):
+            return self._stack[1]
+        rank = max(len(down_RI) for down_RI, _ in pairs)
+        downs = [F.pad(down_RI, (0, 0, 0, rank - len(down_RI))) for down_RI, _ in pairs]
+        ups = [F.pad(up_OR, (0, rank - up_OR.shape[1])) for _, up_OR in pairs]
+        stack = (
+            torch.stack([*downs, torch.zeros_like(downs[0])]),
+            torch.stack([*ups, torch.zeros_like(ups[0])]),
+        )
+        if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._stack = (pairs, stack)
+        return stack
+
+    def factors(self, task: HFTTaskPath, like: torch.Tensor) -> Pair:
+        """A task's path as one pair: down [R, I] and up [O, R], gates multiplied in, in dtype and on the device of `like`.
+
+        These are the factors of an exported LoRA, to the bit.
+        """
+        pairs = [self.nodes.pair(node) for node in task.sources.nodes]
+        with_pages = self.memory is not None and self.config.read == "linear"
+        if with_pages:
+            pairs += [self.memory.pair(page) for page in task.sources.pages]
+        parts = [task.gates, *(factor for pair in pairs for factor in pair)]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
+            return self._fuse(task, pairs, with_pages, like)
+        # A change in place raises a tensor's version; another tensor is elsewhere in memory.
+        made_of = (like.dtype, like.device, *((part.data_ptr(), part._version) for part in parts))
+        kept = self._kept.get(task.task)
+        if kept is None or kept.made_of != made_of:
+            memory = tuple(part.detach() for part in parts)
+            kept = self._kept[task.task] = _Kept(made_of, memory, self._fuse(task, pairs, with_pages, like))
+        return kept.factors
+
+    def _fuse(
+        self,
+        task: HFTTaskPath,
+        pairs: list[Pair],
+        with_pages: bool,
+        like: torch.Tensor,
+    ) -> Pair:
+        down_RI = torch.cat([down for down, _ in pairs]).to(like)
+        up_OR = torch.cat([up for _, up in pairs], dim=1).to(like.device)
+        g_R = task.column_gates(self.nodes.layer, with_pages).to(like.device)
+        return down_RI, (up_OR * g_R).to(like.dtype)
+
+    def _with_top(self, added_BTO: torch.Tensor, x_BTI: torch.Tensor, task: HFTTaskPath) -> torch.Tensor:
+        """Adds what a task reads sparsely from its pages, if that is how they are read."""
+        if self.memory is None or self.config.read != "topk":
+            return added_BTO
+        gates_P = task.page_gates(self.nodes.layer).to(x_BTI.device)
+        for page, g in zip(task.sources.pages, gates_P.unbind(), strict=True):
+            read_BTO = self.memory.read_top(x_BTI, page, self.config.top_k)
+            added_BTO = added_BTO + (read_BTO * g).to(added_BTO.dtype)
         return added_BTO
-
-
-def _scale_rows(h_BTR: torch.Tensor, g_BR: torch.Tensor) -> torch.Tensor:
-    """Scales each row [T, R] of a batch by its own gates [R]. Some decoders flatten rows and tokens into one axis."""
-    if g_BR.dim() == 0:
-        return (h_BTR * g_BR).to(h_BTR.dtype)
-    scaled_BTR = h_BTR.reshape(len(g_BR), -1, h_BTR.shape[-1]) * g_BR[:, None]
-    return scaled_BTR.to(h_BTR.dtype).reshape(h_BTR.shape)

@@ -1,6 +1,6 @@
 """The gates: how much of each node and each memory page flows into a task, layer by layer.
 
-B batch, L layers, N sources that a task reads: nodes, then pages.
+L layers, N sources that a task reads: nodes, then pages.
 """
 
 from collections.abc import Mapping, Sequence
@@ -76,34 +76,6 @@ class HFTGates(nn.Module):
             for column, label in enumerate(sources[parent].labels()):
                 start_LN[:, labels.index(label)] += self.of(parent)[:, column].detach().to(start_LN) / len(parents)
         init.copy_(self.of(task), start_LN)
-
-    def of_rows(
-        self, rows: Sequence[str | None], sources: Mapping[str, HFTSources]
-    ) -> tuple[HFTSources, torch.Tensor]:
-        """The gates of a batch whose rows belong to different tasks.
-
-        Args:
-            rows: B names; None for the plain backbone.
-            sources: what each task among them reads.
-
-        Returns:
-            All that any row reads, N sources; and the gates [B, L, N], zero for what a row does not read.
-        """
-        union = HFTSources.union([sources[row] for row in rows if row is not None])
-        labels = union.labels()
-        tasks = tuple(dict.fromkeys(rows))
-        anything = next(self.parameters())  # for device and dtype
-        table_KLN = []
-        for task in tasks:
-            gates_LN = anything.new_zeros(self.num_layers, len(labels))
-            if task is not None:
-                columns = torch.tensor(
-                    [labels.index(label) for label in sources[task].labels()], device=anything.device
-                )
-                gates_LN = gates_LN.index_copy(1, columns, self.of(task))
-            table_KLN.append(gates_LN)
-        task_of_row_B = torch.tensor([tasks.index(row) for row in rows], device=anything.device)
-        return union, torch.stack(table_KLN)[task_of_row_B]
 
     @torch.no_grad()
     def shrink(self, task: str, columns: Sequence[int], amount: float) -> None:

@@ -30,7 +30,7 @@ from .gates_hft import HFTGates
 from .hierarchy_hft import BACKBONE, Hierarchy, nearest
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, beside, flat
-from .path_hft import HFTPath, keep_path, on_path
+from .path_hft import HFTPath, HFTTaskPath, keep_path, on_path
 from .refresh_hft import HFTRefreshing
 from .router_hft import HFTRoute, HFTRouter
 from .routing_hft import HFTRouting
@@ -110,18 +110,25 @@ class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTRouting, HFTStorage, PreTra
 
     def _path(self, task: Task, num_rows: int | None) -> HFTPath | None:
         rows = self._rows(task, num_rows)
+        names = [name for name in dict.fromkeys(rows) if name is not None]
+        if not names:
+            return None
+        paths = tuple(self._task_path(name) for name in names)
         if len(set(rows)) == 1:
-            if rows[0] is None:
-                return None
-            sources, gates = self.sources(rows[0]), self.hft_gates.of(rows[0])
-        else:
-            sources, gates = self.hft_gates.of_rows(rows, {row: self.sources(row) for row in set(rows) if row})
+            return HFTPath(paths)
+        places = [len(names) if row is None else names.index(row) for row in rows]
+        in_order = places == list(range(len(rows)))
+        return HFTPath(paths, torch.tensor(places, device=paths[0].gates.device), in_order)
+
+    def _task_path(self, task: str) -> HFTTaskPath:
+        sources = self.sources(task)
         ranks = [self.config.task(node)["rank"] for node in sources.nodes]
         num_node_columns = sum(ranks)
         ranks += [self.config.page(int(page))["slots"] for page in sources.pages]
+        gates_LN = self.hft_gates.of(task)
         source_of_column_R = [source for source, rank in enumerate(ranks) for _ in range(rank)]
-        columns = torch.tensor(source_of_column_R, device=gates.device)
-        return HFTPath(sources.nodes, sources.pages, gates, columns, num_node_columns)
+        columns = torch.tensor(source_of_column_R, device=gates_LN.device)
+        return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns)
 
     def _rows(self, task: Task, num_rows: int | None) -> list[str | None]:
         """The names in `task`, checked; one if it is one for all rows. None for the backbone."""

@@ -1,6 +1,6 @@
 """The path that a pass takes: which nodes and pages it reads, behind which gates; and how the linears get to know it.
 
-B batch, L layers, N nodes and P memory pages on the path, R rank of the whole path.
+B batch, L layers, N nodes and P memory pages that a task reads, R rank of its whole path.
 """
 
 import functools
@@ -11,34 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-
-@dataclass(frozen=True)
-class HFTPath:
-    """The sources that a batch reads.
-
-    Args:
-        nodes: names of the tasks whose nodes run, N of them.
-        pages: ids of the memory pages that are read, as text, P of them.
-        gates: [L, N + P] if all rows take the same path, or [B, L, N + P] with zeros for what is not on a row's path.
-        source_of_column_R: for each of the R columns of the fused factors, the place of its source, nodes first.
-        num_node_columns: how many of these columns belong to nodes.
-    """
-
-    nodes: tuple[str, ...]
-    pages: tuple[str, ...]
-    gates: torch.Tensor
-    source_of_column_R: torch.Tensor
-    num_node_columns: int
-
-    def column_gates(self, layer: int, with_pages: bool) -> torch.Tensor:
-        """One layer's gates, a number a column of the factors: [R] or [B, R], float32; the nodes' columns, or all."""
-        columns = self.source_of_column_R if with_pages else self.source_of_column_R[: self.num_node_columns]
-        return self.gates[..., layer, :][..., columns]
-
-    def page_gates(self, layer: int) -> torch.Tensor:
-        """One layer's gates on the pages: [P] or [B, P], float32."""
-        return self.gates[..., layer, len(self.nodes) :]
 
 
 @dataclass(frozen=True)
@@ -60,13 +32,49 @@ class HFTSources:
     def __len__(self) -> int:
         return len(self.nodes) + len(self.pages)
 
-    @classmethod
-    def union(cls, many: Sequence["HFTSources"]) -> "HFTSources":
-        """All that any of them reads, each once."""
-        return cls(
-            tuple(dict.fromkeys(node for one in many for node in one.nodes)),
-            tuple(dict.fromkeys(page for one in many for page in one.pages)),
-        )
+
+@dataclass(frozen=True)
+class HFTTaskPath:
+    """What one task reads, ready for the linears.
+
+    Args:
+        task: its name.
+        sources: N nodes and P pages.
+        gates: [L, N + P].
+        source_of_column_R: for each of the R columns of the fused factors, the place of its source, nodes first.
+        num_node_columns: how many of these columns belong to nodes.
+    """
+
+    task: str
+    sources: HFTSources
+    gates: torch.Tensor
+    source_of_column_R: torch.Tensor
+    num_node_columns: int
+
+    def column_gates(self, layer: int, with_pages: bool) -> torch.Tensor:
+        """One layer's gates, a number a column of the factors: [R], float32; the nodes' columns, or all."""
+        columns = self.source_of_column_R if with_pages else self.source_of_column_R[: self.num_node_columns]
+        return self.gates[layer][columns]
+
+    def page_gates(self, layer: int) -> torch.Tensor:
+        """One layer's gates on the pages: [P], float32."""
+        return self.gates[layer, len(self.sources.nodes) :]
+
+
+@dataclass(frozen=True)
+class HFTPath:
+    """The paths that a batch takes.
+
+    Args:
+        tasks: those that any row takes, each once.
+        task_of_row_B: for each row its place in `tasks`, and one more than the last for the plain backbone; None if all rows
+            take the only one.
+        in_order: whether the places are 0, 1, 2, ...: each row has a task of its own.
+    """
+
+    tasks: tuple[HFTTaskPath, ...]
+    task_of_row_B: torch.Tensor | None = None
+    in_order: bool = False
 
 
 class _ThreadState(threading.local):

@@ -166,6 +166,51 @@ def test_cached_decoding_is_the_full_pass(model):
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), full, rtol=1e-4, atol=1e-4)
 
 
+def test_kept_factors_are_used_and_never_stale(model, monkeypatch):
+    """Each way to change a parameter is seen; and what is kept is what would be made."""
+    from hft.fused_hft import HFTFused
+
+    made = []
+    fuse = HFTFused._fuse
+    monkeypatch.setattr(HFTFused, "_fuse", lambda self, task, *rest: made.append(task.task) or fuse(self, task, *rest))
+    x = prompts(3, 6)
+    rows = ["d", "f", None]
+
+    def fresh(task):
+        return bits(copy.deepcopy(model)(x, task=task).logits)  # with gradients: nothing is kept there
+
+    with torch.no_grad():
+        model(x, task="d")
+        model(x, task=rows)
+    assert sorted(set(made)) == ["d", "f"] and len(made) == 2 * 14
+    before = len(made)
+    A, B = model.hft_nodes["layers_1_mlp_up_proj"].pair("b")
+    _, V = model.hft_memory["layers_0_mlp_down_proj"].pair("1")
+    state = copy.deepcopy(model.state_dict())
+    for change in (
+        lambda: None,
+        lambda: B.mul_(1.5),
+        lambda: setattr(A, "data", A.data * 2),
+        lambda: V.add_(0.1),
+        lambda: model.hft_gates.of("d").mul_(0.9),
+        lambda: torch.optim.SGD([B], lr=0.1).step() if setattr(B, "grad", torch.ones_like(B)) is None else None,
+        lambda: model.load_state_dict(state),
+        lambda: model.seal(model.hierarchy.names),
+    ):
+        with torch.no_grad():
+            change()
+            kept = bits(model(x, task="d").logits), bits(model(x, task=rows).logits)
+        assert kept == (fresh("d"), fresh(rows))
+    with torch.no_grad():
+        before = len(made)
+        model(x, task="d")
+        assert len(made) == before
+    with torch.inference_mode():  # a cache of the one mode serves in the other
+        model(x, task="e")
+    with torch.no_grad():
+        assert bits(model(x, task="e").logits) == fresh("e")
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_recomputes_on_the_path_of_its_own_pass(model, reentrant):
     """Two forwards with different tasks before one backward: the recompute must not take the other's path, or none."""
