@@ -119,7 +119,7 @@ class HFTConfig(PreTrainedConfig):
         router_config: see `HFTRouterConfig`.
         tasks: one entry a task, in the order of creation: `{"name", "parents", "rank", "sealed", "pages", "borrows"}`: the
             ids of the memory pages that it reads, and the nodes that it reads beside its path. Without the others, a name is
-            an open root of rank `rank` that reads no page.
+            an open root of rank `rank` that reads no page. A saved, sealed task also has a `"hash"`, see `lineage`.
         pages: one entry a memory page: `{"id", "slots", "sealed", "writers"}`, the last being the tasks of its stage.
         rank: the rank R of the nodes of new tasks; 1 or more.
         target_modules: the linears that carry nodes: `"all-linear"` (every `nn.Linear` in a decoder layer), or a list of

@@ -1,5 +1,6 @@
 """What the slim files of an HFT model hold: nodes, memory pages and gates, by names that are a contract."""
 
+import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -63,10 +64,13 @@ class HFTSlimFiles:
     def _write_tasks(self, folder: Path) -> None:
         """Writes all tasks and pages into a folder that `replacing` gave."""
         write_tensors(self._gate_tensors(self.hierarchy.names), folder / SHARED_FILE)
-        for task in self.hierarchy.names:
-            write_tensors(self._node_tensors(task), folder / task_file(task))
         for page in self.config.pages:
             write_tensors(self._page_tensors(page["id"]), folder / page_file(page["id"]))
+        for task in self.hierarchy.names:  # parents first
+            write_tensors(self._node_tensors(task), folder / task_file(task))
+            entry = self.config.task(task)
+            if entry["sealed"]:
+                entry["hash"] = lineage(folder / task_file(task), [self.config.task(up) for up in entry["parents"]])
 
     def _node_tensors(self, task: str) -> dict[str, nn.Parameter]:
         """A task's node by the names that it has in its file, `layers.0.self_attn.q_proj.A`: a contract."""
@@ -124,6 +128,14 @@ class HFTSlimFiles:
         self.hft_router.config.tasks = list(saved.router_config.tasks)
         self._read_router(folder)
         self.set_trainable(self.config.open_tasks())
+
+
+def lineage(file: Path, parents: Iterable[Mapping[str, Any]]) -> str:
+    """What a sealed task is made of: SHA-256 over its file and the hashes of its parents' entries, in hexadecimal."""
+    digest = hashlib.sha256(file.read_bytes())
+    for parent in parents:
+        digest.update(parent["hash"].encode())
+    return digest.hexdigest()
 
 
 def read_gates(repo: str | os.PathLike, **download: Any) -> tuple[HFTConfig, dict[str, HFTGateTable]]:

@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--max_rank", type=int, help="cut the LoRA to this rank; the error is reported")
     export.add_argument("--load_in_4bit", action="store_true", help="hold the backbone in NF4, as it was trained")
 
+    merge = add("merge", help="unite two models that grew apart on the same backbone")
+    merge.add_argument("one", type=Path, help="folder of a slim HFT model")
+    merge.add_argument("other", type=Path, help="another one")
+    merge.add_argument("--out", type=Path, required=True, help="a new folder for the union")
+    merge.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help="a task of the other model")
+
     evaluate = add("eval", help="score a saved model on a recipe's data")
     evaluate.add_argument("model", help="folder or Hub id of an HFT model")
     evaluate.add_argument("--recipe", required=True, help="the recipe that describes the data")

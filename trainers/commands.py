@@ -147,6 +147,19 @@ def _load(model: str, load_in_4bit: bool):
     )
 
 
+def merge(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    import hft
+
+    from .merge import merge_models, parse_rename
+
+    config, _gates = hft.read_gates(args.other)
+    rename = dict(parse_rename(text, config.task_names()) for text in args.rename)
+    new = merge_models(args.one, args.other, args.out, rename)
+    config, _gates = hft.read_gates(args.out)
+    print(config.hierarchy().draw())
+    print(f"{len(new)} tasks came from {args.other}: {', '.join(new) or 'none'}. The union is in {args.out}")
+
+
 def serve(model: str, rest: Sequence[str]) -> int:
     """`transformers serve` looks an architecture up in the package transformers itself; there it finds HFT's, too."""
     import transformers

@@ -1,0 +1,122 @@
+"""Two models that grew apart become one, and nothing computes otherwise."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hft
+from hft.trainers.cli import main
+from hft.trainers.merge import merge_models
+
+from .test_model import prompts
+from .test_router import typical
+from .tiny import bits, fill, grow
+
+
+def branch(folder, tokenizer, out, names, seed, kinds=()):
+    """Grows a saved model by a task on `a`, another on that, and a root; all with pages of their own."""
+    model = hft.HFTForCausalLM.from_pretrained(folder)
+    first, second, root = names
+    for stage in ({first: ["a"], root: []}, {second: [first]}):
+        for name, parents in stage.items():
+            model.add_task(name, parents)
+        model.start_stage(stage)
+        fill(model, seed=seed, only_trainable=True)
+        model.seal(stage)
+    for name, kind in zip(names, kinds, strict=False):
+        model.add_routes(name, [typical(kind, s)[0].tolist() for s in range(16)])
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return model
+
+
+@pytest.fixture
+def grown_apart(backbones, tokenizer, tmp_path):
+    base = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": []}, rank=3, memory_config={"slots": 2}, router_config={"num_features": 64}
+    )
+    grow(base)
+    base.add_routes("a", [typical(0, s)[0].tolist() for s in range(16)])
+    base.save_pretrained(tmp_path / "base")
+    one = branch(tmp_path / "base", tokenizer, tmp_path / "one", ("b", "c", "r"), 5, kinds=(1, 2))
+    other = branch(tmp_path / "base", tokenizer, tmp_path / "other", ("x", "y", "s"), 6, kinds=(3, 4))
+    return one, other
+
+
+def test_every_task_keeps_its_bits(grown_apart, tmp_path):
+    one, other = grown_apart
+    assert merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "union") == ["x", "s", "y"]
+    union = hft.HFTForCausalLM.from_pretrained(tmp_path / "union")
+    assert union.hierarchy.names == ("a", "r", "s", "b", "x", "c", "y")
+    x = prompts(2, 6)
+    with torch.no_grad():
+        for model, tasks in ((one, "abcr"), (other, "axys")):
+            for task in tasks:
+                assert bits(union(x, task=task).logits) == bits(model(x, task=task).logits), task
+    assert [page["id"] for page in union.config.pages] == [1, 2, 3, 4, 5]
+    assert union.config.task("y")["pages"] == [
+        1,
+        4,
+        5,
+    ]  # the shared page, and those that the other model called 2 and 3
+    for kind, task in ((0, "a"), (1, "b"), (2, "c"), (3, "x"), (4, "y")):
+        assert union.route(typical(kind, 99))[0].task == task
+    union.add_task("both", ["c", "y"])  # and it grows on
+    union.start_stage(["both"])
+    union.save_pretrained(tmp_path / "again")
+    merge_models(tmp_path / "one", tmp_path / "one", tmp_path / "same")
+    assert hft.HFTForCausalLM.from_pretrained(tmp_path / "same").hierarchy.names == one.hierarchy.names
+
+
+def test_clashes_are_refused_or_renamed(grown_apart, tokenizer, tmp_path, capsys):
+    third = branch(tmp_path / "base", tokenizer, tmp_path / "third", ("b", "z", "r"), 9, kinds=(5,))
+    command = ["merge", str(tmp_path / "one"), str(tmp_path / "third"), "--out", str(tmp_path / "union")]
+    assert main(command) == 2
+    assert "Both models have a task 'b', and they are not the same" in capsys.readouterr().err
+    assert not (tmp_path / "union").exists()
+    assert main([*command, "--rename", "b=b2", "--rename", "r=r2"]) == 0
+    assert "3 tasks came from" in capsys.readouterr().out
+    union = hft.HFTForCausalLM.from_pretrained(tmp_path / "union")
+    assert union.hierarchy.parents("z") == ("b2",)
+    x = prompts(2, 6)
+    with torch.no_grad():
+        for name, old in (("b2", "b"), ("z", "z"), ("r2", "r")):
+            assert bits(union(x, task=name).logits) == bits(third(x, task=old).logits)
+    assert union.route(typical(5, 77))[0].task == "b2"
+    for more, message in (
+        (["--rename", "bb=c"], "--rename names the unknown task 'bb'. Did you mean 'b'?"),
+        (["--rename", "b"], "--rename takes OLD=NEW, not 'b'."),
+        (["--rename", "b=c", "--rename", "r=r2"], "The task 'c' is a duplicate"),
+        ([], "is not empty; choose a new folder."),
+    ):
+        out = "union" if "empty" in message else "other union"
+        assert main([*command[:-1], str(tmp_path / out), *more]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_lineage_is_checked(grown_apart, tmp_path, backbones):
+    entry = json.loads((tmp_path / "one/config.json").read_text())["tasks"][0]
+    assert re.fullmatch("[0-9a-f]{64}", entry["hash"])
+    tensors = load_file(tmp_path / "other/tasks/a.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "other/tasks/a.safetensors")
+    with pytest.raises(ValueError, match=r"a\.safetensors' is not the file that config\.json was written with"):
+        merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "union")
+    foreign = hft.HFTForCausalLM.from_backbone(backbones["qwen3"], {"q": []})
+    foreign.seal(["q"])
+    foreign.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(ValueError, match="The models differ in `backbone`"):
+        merge_models(tmp_path / "one", tmp_path / "foreign", tmp_path / "union")
+    foreign.add_task("open")
+    foreign.save_pretrained(tmp_path / "foreign")
+    with pytest.raises(ValueError, match=r"Task 'open' of .* is not sealed"):
+        merge_models(tmp_path / "one", tmp_path / "foreign", tmp_path / "union")
+
+
+def test_a_task_that_one_model_refreshed_is_refused(grown_apart, tmp_path):
+    path = tmp_path / "other/model.safetensors"
+    save_file({k: v * 0.5 if k.startswith("gates.a.") else v for k, v in load_file(path).items()}, path)
+    with pytest.raises(ValueError, match="The gates of task 'a' differ: it was refreshed in one of the two models"):
+        merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "union")

@@ -1,0 +1,207 @@
+"""Union: two models that grew apart on the same backbone become one, in which every task computes what it did."""
+
+import copy
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from hft.configuration_hft import HFTConfig
+from hft.files_hft import ROUTER_FILE, SHARED_FILE, page_file, replacing, task_file, write_tensors
+from hft.hierarchy_hft import nearest
+from hft.path_hft import HFTSources
+from hft.slim_hft import lineage, read_config
+
+
+def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | None = None) -> list[str]:
+    """Writes a slim model with the tasks of two slim models, without loading a backbone.
+
+    Tasks that both have, such as the ancestors from which both grew, must be the same by their lineage: their own files and
+    their parents'. All tasks keep their logits bit for bit. The router's sums are added, so prompts of tasks that both have
+    count twice.
+
+    Args:
+        one, other: folders of slim models, all of whose tasks are sealed.
+        out: a new or empty folder.
+        rename: names of `other`'s tasks -> new ones.
+
+    Returns:
+        The names of the tasks that came from `other`.
+
+    Raises:
+        ValueError: different backbones or settings, an open task, two different tasks of one name, or a file that is not
+            what its config says.
+        OSError: a missing file, or a folder that cannot be written.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"'{out}' is not empty; choose a new folder.")
+    first, second = read_config(str(one)), read_config(str(other))
+    _check_same_ground(one, first, other, second)
+    for folder, config in ((one, first), (other, second)):
+        _check_lineage(folder, config)
+    rename = dict(rename or {})
+    for name in rename:
+        second.task(name)
+    common = [
+        task["name"] for task in second.tasks if task["name"] not in rename and task["name"] in first.task_names()
+    ]
+    for name in common:
+        if first.task(name)["hash"] != second.task(name)["hash"]:
+            raise ValueError(
+                f"Both models have a task {name!r}, and they are not the same; give the second one's another name: "
+                f"--rename {name}=NEW."
+            )
+    page_ids = _match_pages(one, first, other, second)
+    config, gates = copy.deepcopy(first), load_file(one / SHARED_FILE)
+    for page in second.pages:
+        if page_ids[page["id"]] not in [known["id"] for known in config.pages]:
+            writers = [rename.get(writer, writer) for writer in page["writers"]]
+            config.pages.append({**page, "id": page_ids[page["id"]], "writers": writers})
+    their_gates, hierarchy = load_file(other / SHARED_FILE), second.hierarchy()
+    for task in second.tasks:
+        moved = _moved_entry(task, rename, page_ids)
+        labels = HFTSources.of(task, hierarchy.path(task["name"])).labels()
+        own = {
+            f"gates.{moved['name']}.{_moved(label, rename, page_ids)}": their_gates[f"gates.{task['name']}.{label}"]
+            for label in labels
+        }
+        if task["name"] not in common:
+            config.tasks.append(moved)
+            gates.update(own)
+        elif any(key not in gates or not torch.equal(gates[key], gate) for key, gate in own.items()):
+            raise ValueError(
+                f"The gates of task {task['name']!r} differ: it was refreshed in one of the two models. Refresh it in the "
+                "union instead."
+            )
+    config = HFTConfig.from_dict(config.to_dict())  # checks that it is a hierarchy
+    with replacing(out) as staging:
+        left_out = shutil.ignore_patterns("stage-*", ".writing-*", "config.json")
+        shutil.copytree(one, staging, dirs_exist_ok=True, ignore=left_out)
+        for name in second.task_names():
+            if name not in common:
+                shutil.copyfile(other / task_file(name), staging / task_file(rename.get(name, name)))
+        for old, now in page_ids.items():
+            (staging / page_file(now)).parent.mkdir(exist_ok=True)
+            shutil.copyfile(other / page_file(old), staging / page_file(now))
+        write_tensors(gates, staging / SHARED_FILE)
+        known = _merge_routers(one, first, other, second, rename)
+        if known:
+            write_tensors(known, staging / ROUTER_FILE)
+        saved = json.loads((one / "config.json").read_text())
+        saved.update(tasks=config.tasks, pages=config.pages)
+        saved["router_config"]["tasks"] = sorted(key.split(".", 1)[1] for key in known if key.startswith("cross."))
+        (staging / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+    return [rename.get(name, name) for name in second.task_names() if name not in common]
+
+
+def _moved_entry(task: Mapping[str, Any], rename: Mapping[str, str], page_ids: Mapping[int, int]) -> dict[str, Any]:
+    """A task's entry with the names and page ids of the union."""
+    return {
+        **task,
+        "name": rename.get(task["name"], task["name"]),
+        "parents": [rename.get(up, up) for up in task["parents"]],
+        "borrows": [rename.get(node, node) for node in task["borrows"]],
+        "pages": [page_ids[page_id] for page_id in task["pages"]],
+    }
+
+
+def _check_same_ground(one: Path, first: HFTConfig, other: Path, second: HFTConfig) -> None:
+    for folder, config in ((one, first), (other, second)):
+        if not config.slim:
+            raise ValueError(f"'{folder}' is saved in the full form; only slim models can be united.")
+        if config.open_tasks():
+            raise ValueError(
+                f"Task {config.open_tasks()[0]!r} of '{folder}' is not sealed; finish its training first."
+            )
+    for name in ("backbone", "backbone_revision", "target_modules"):
+        ours, theirs = getattr(first, name), getattr(second, name)
+        if ours != theirs:
+            raise ValueError(
+                f"The models differ in `{name}`: {ours!r} and {theirs!r}; only models on the same can be united."
+            )
+    for name in ("read", "top_k", "target_modules"):
+        ours, theirs = getattr(first.memory_config, name), getattr(second.memory_config, name)
+        if ours != theirs:
+            raise ValueError(f"The models' memories differ in `{name}`: {ours!r} and {theirs!r}.")
+
+
+def _check_lineage(folder: Path, config: HFTConfig) -> None:
+    for name in config.hierarchy().names:
+        task = config.task(name)
+        if lineage(folder / task_file(name), [config.task(up) for up in task["parents"]]) != task.get("hash"):
+            raise ValueError(
+                f"'{folder / task_file(name)}' is not the file that config.json was written with (its hash differs). "
+                "Copy or download the model again."
+            )
+
+
+def _match_pages(one: Path, first: HFTConfig, other: Path, second: HFTConfig) -> dict[int, int]:
+    """The second model's page ids -> ids in the union: the same for the same content, else new ones."""
+
+    def digest(folder: Path, page: Mapping[str, Any]) -> bytes:
+        return hashlib.sha256((folder / page_file(page["id"])).read_bytes()).digest()
+
+    known = {digest(one, page): page["id"] for page in first.pages}
+    next_id = 1 + max((page["id"] for page in first.pages), default=0)
+    ids = {}
+    for page in second.pages:
+        content = digest(other, page)
+        if content not in known:
+            known[content], next_id = next_id, next_id + 1
+        ids[page["id"]] = known[content]
+    return ids
+
+
+def _moved(label: str, rename: Mapping[str, str], page_ids: Mapping[int, int]) -> str:
+    """A source's name in the union."""
+    return f"page:{page_ids[int(label[5:])]}" if label.startswith("page:") else rename.get(label, label)
+
+
+def _merge_routers(
+    one: Path, first: HFTConfig, other: Path, second: HFTConfig, rename: Mapping[str, str]
+) -> dict[str, torch.Tensor]:
+    """The sums of both routers."""
+    parts = [
+        load_file(folder / ROUTER_FILE)
+        for folder, config in ((one, first), (other, second))
+        if config.router_config.tasks
+    ]
+    if len(parts) == 2:
+        ours, theirs = parts
+        if not torch.equal(ours["projection"], theirs["projection"]):
+            raise ValueError("The two routers use different random features; teach one of them anew with add_routes.")
+        ours["gram"] = ours["gram"] + theirs["gram"]
+        for key, tensor in theirs.items():
+            kind, _, task = key.partition(".")
+            key = f"{kind}.{rename.get(task, task)}"
+            if kind == "cross":
+                ours[key] = ours[key] + tensor if key in ours else tensor
+            elif kind == "held_out" and key not in ours:
+                ours[key] = tensor
+        return ours
+    if parts and not first.router_config.tasks:
+        return {
+            ".".join([kind, rename.get(task, task)]) if task else kind: tensor
+            for key, tensor in parts[0].items()
+            for kind, _, task in [key.partition(".")]
+        }
+    return parts[0] if parts else {}
+
+
+def parse_rename(text: str, names: list[str]) -> tuple[str, str]:
+    """`OLD=NEW` -> the two names.
+
+    Raises:
+        ValueError: another form, or an old name that is not there.
+    """
+    old, equals, new = text.partition("=")
+    if not equals or not new:
+        raise ValueError(f"--rename takes OLD=NEW, not {text!r}.")
+    if old not in names:
+        raise ValueError(f"--rename names the unknown task {old!r}. {nearest(old, names)}")
+    return old, new
