@@ -104,14 +104,14 @@ class HFTRouting:
 
     def _own_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """1 for the tokens of a prompt that are not the chat template's [B, T]."""
-        config = self.config.router_config
+        prefix, suffix = self.config.router_config.prefix or [], self.config.router_config.suffix or []
         place_BT = attention_mask.cumsum(1) - 1  # among the row's real tokens
         count_B1 = attention_mask.sum(1, keepdim=True)
         real_BT = attention_mask.bool()
         own_BT = real_BT
         for constant, index_BT in (
-            (config.prefix, place_BT),
-            (config.suffix, place_BT - count_B1 + len(config.suffix)),
+            (prefix, place_BT),
+            (suffix, place_BT - count_B1 + len(suffix)),
         ):
             if constant:
                 within_BT = real_BT & (index_BT >= 0) & (index_BT < len(constant))

@@ -9,7 +9,6 @@ accuracies on validation rows, options by likelihood.
 import itertools
 import random
 
-import torch
 from harness import cell, mean_accuracy, parser, prepare, read_rows, sample, score, todo, train_hft
 
 from hft.trainers import HFTTrainer
@@ -105,8 +104,6 @@ def main() -> None:
             tasks = score(model, tokenizer, validation, lambda task: task)
             gates = {task: {k: round(v, 4) for k, v in model.gates(task).mean().items()} for task in TREE}
             result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree, gates=gates, training=TRAINING)
-            del model
-            torch.accelerator.is_available() and torch.accelerator.empty_cache()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,214 @@
+"""The claim: HFT learns several tasks better than one LoRA for all, or one each, and forgets nothing.
+
+    python examples/benchmarks/quality.py --data DIR --tasks family --budget small    # goes on where it stopped
+
+A cell is a method at a learning rate with a seed. With seed 0 each method runs at every rate of the grid; the rate with the
+best average on validation rows is its own, and only that one runs with the further seeds. Test rows are scored in the same
+pass and looked at by `table.py` only, for the chosen rate.
+"""
+
+import gc
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from baselines import METHODS, Outcome, Setup
+from harness import RESULTS, cell, mean_accuracy, parser, prepare, read_cells, read_rows, sample, score, train_hft
+
+from hft.trainers.evaluation import score_options
+
+
+CL14 = {
+    **{"yelp": ["sst2"], "amazon": ["yelp"], "mnli": ["rte"], "cb": ["mnli"], "copa": [], "qqp": [], "rte": []},
+    **{
+        "imdb": ["sst2"],
+        "sst2": [],
+        "dbpedia": [],
+        "agnews": ["dbpedia"],
+        "multirc": ["boolq"],
+        "boolq": [],
+        "wic": [],
+    },
+}  # in the order of the benchmark's order 4
+FAMILY = ["yelp", "amazon", "mnli", "cb", "rte", "sst2"]
+UNSEEN = ["copa", "boolq"]  # never trained with `family`: what is left of general ability
+LOW_RESOURCE = ["cb", "copa", "rte", "wic"]
+GRID = (1e-3, 2e-3)
+BUDGETS: dict[str, dict[str, Any]] = {
+    "small": {"samples": 200, "eval_rows": 200, "max_input_tokens": 64, "batch": 8, "epochs": 1},
+    "full": {"samples": None, "eval_rows": None, "max_input_tokens": 200, "batch": 16, "epochs": 1},
+}
+RANK = 16
+
+
+def hierarchy(tasks: list[str]) -> dict[str, list[str]]:
+    """The hand-made one, of these tasks."""
+    return {task: [up for up in CL14[task] if up in tasks] for task in tasks}
+
+
+def hft(setup: Setup) -> Outcome:
+    """HFT with its hand-made hierarchy; the caller names the task."""
+    training = {**setup.training, "gate_learning_rate": 5e-2}
+    model = train_hft(
+        setup.backbone, setup.tokenizer, hierarchy(setup.order), setup.train, setup.seed, training, rank=setup.rank
+    )
+    own = sum(p.numel() for name, p in model.named_parameters() if name.startswith("hft_"))
+    return Outcome(lambda task: model, own, own, {"tree": model.hierarchy.draw()})
+
+
+ALL = {**METHODS, "hft": hft}
+
+
+def routed_score(model: Any, tokenizer: Any, rows: dict[str, list[dict]]) -> dict[str, Any]:
+    """Scores where the router names the task of each row."""
+    results = {}
+    for task, its in rows.items():
+        named = []
+        for begin in range(0, len(its), 16):
+            batch = tokenizer([row["prompt"] for row in its[begin : begin + 16]], return_tensors="pt", padding=True,
+                              padding_side="left").to(model.device)  # fmt: skip
+            named += [route.task for route in model.route(batch["input_ids"], batch["attention_mask"])]
+        right = 0.0
+        for name in set(named):
+            chosen = [row for row, its_name in zip(its, named, strict=True) if its_name == name]
+            right += sum(score_options(model, tokenizer, chosen, None if name == "backbone" else name)[0])
+        mean = right / len(its)
+        results[task] = {"accuracy": round(100 * mean, 2), "rows": len(its),
+                         "se": round(100 * (mean * (1 - mean) / len(its)) ** 0.5, 2),
+                         "found": round(100 * sum(name == task for name in named) / len(its), 2)}  # fmt: skip
+    return results
+
+
+@torch.inference_mode()
+def general_ability(model: Any, tokenizer: Any, rows: dict[str, list[dict]], texts: list[str]) -> dict[str, Any]:
+    """Perplexity a token on news passages, and accuracy on tasks that nothing was trained on; without any task's path."""
+    loss, tokens = 0.0, 0
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        loss += float(torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+        tokens += ids.shape[1] - 1
+    unseen = score(model, tokenizer, rows, lambda task: None)
+    return {"perplexity": round(float(torch.tensor(loss / tokens).exp()), 4), "unseen": unseen}
+
+
+def majority(rows: list[dict]) -> float:
+    """The share of the commonest answer, in %."""
+    answers = [row["completion"] for row in rows]
+    return round(100 * max(answers.count(answer) for answer in set(answers)) / len(answers), 2)
+
+
+class Benchmark:
+    """The data of a budget, and the cells of its result file."""
+
+    def __init__(self, args: Any):
+        self.budget, self.name = BUDGETS[args.budget], f"quality-{args.budget}-{args.tasks}"
+        self.tasks = {"family": FAMILY, "cl14": list(CL14)}.get(args.tasks) or args.tasks.split(",")
+        self.out: Path = args.out
+        self.backbone, self.tokenizer = prepare(args.backbone)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+
+        def read(task: str, split: str) -> list[dict]:
+            rows = read_rows(args.data, task, split, self.tokenizer, self.budget["max_input_tokens"])
+            random.Random(0).shuffle(rows)
+            return rows if split == "train" else rows[: self.budget["eval_rows"]]
+
+        self.rows = {split: {t: read(t, split) for t in self.tasks} for split in ("train", "validation", "test")}
+        self.unseen = {task: read(task, "validation") for task in UNSEEN if task not in self.tasks}
+        self.texts = [row["prompt"].split("\n", 2)[-1] for row in read("agnews", "validation")[:100]]
+
+    def run(self, method: str, rate: float, seed: int) -> None:
+        """One cell, if it is not there yet."""
+        setting = f"{method}@{rate:g}"
+        if any(
+            (done["name"], done["setting"], done["seed"]) == (self.name, setting, seed)
+            for done in read_cells(self.out)
+        ):
+            return
+        with cell(self.out, self.name, setting, seed) as result:
+            result.update(
+                method=method, learning_rate=rate, majority={t: majority(r) for t, r in self.rows["test"].items()}
+            )
+            just_learnt: dict[str, dict[str, float]] = {}
+
+            def after_task(task: str, model_of: Any) -> None:
+                for split in ("validation", "test"):
+                    rows = {task: self.rows[split][task]}
+                    its = score(model_of(task), self.tokenizer, rows, lambda task: None)
+                    just_learnt.setdefault(split, {})[task] = its[task]["accuracy"]
+
+            setup = Setup(
+                self.backbone,
+                self.tokenizer,
+                self.tasks,
+                {t: sample(self.rows["train"][t], self.budget["samples"], seed) for t in self.tasks},
+                RANK,
+                {
+                    "num_train_epochs": self.budget["epochs"],
+                    "per_device_train_batch_size": self.budget["batch"],
+                    "learning_rate": rate,
+                    "lr_scheduler_type": "linear",
+                    "warmup_steps": 3,
+                    "max_length": self.budget["max_input_tokens"] + 128,
+                },
+                seed,
+                after_task,
+            )
+            outcome = ALL[method](setup)
+            for split in ("validation", "test"):
+                scores = {}
+                for task, rows in self.rows[split].items():
+                    which = task if method == "hft" else None
+                    model = outcome.model_of(task)
+                    scores.update(score(model, self.tokenizer, {task: rows}, lambda _, which=which: which))
+                result[split] = {"ap": mean_accuracy(scores), "tasks": scores}
+                if split in just_learnt:  # without the last task, which nothing came after
+                    old = list(just_learnt[split])[:-1]
+                    lost = [just_learnt[split][task] - scores[task]["accuracy"] for task in old]
+                    result[split].update(just_learnt=just_learnt[split], forgetting=round(sum(lost) / len(lost), 3))
+                if method == "hft":
+                    routed = routed_score(outcome.model_of(""), self.tokenizer, self.rows[split])
+                    result[split].update(routed={"ap": mean_accuracy(routed), "tasks": routed}, forgetting=0.0)
+            result.update(value=result["validation"]["ap"], trainable=outcome.trainable, stored=outcome.stored)
+            result.update(notes=outcome.notes)
+            model = outcome.model_of(self.tasks[-1])
+            if method != "single":  # one model a task: there is no one model to ask
+                result["general"] = general_ability(model, self.tokenizer, self.unseen, self.texts)
+            del model, outcome
+        gc.collect()
+
+    def best_rate(self, method: str) -> float:
+        """The rate with the best average on validation rows, seed 0."""
+        cells = [done for done in read_cells(self.out) if done["name"] == self.name and done["seed"] == 0]
+        return max((done for done in cells if done["method"] == method), key=lambda done: done["value"])[
+            "learning_rate"
+        ]
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0], "quality.jsonl")
+    arguments.add_argument("--tasks", default="family", help="cl14, family, or names by commas")
+    arguments.add_argument("--methods", default=",".join(ALL))
+    arguments.add_argument("--budget", default="small", choices=list(BUDGETS))
+    arguments.set_defaults(out=RESULTS / "quality.jsonl")
+    args = arguments.parse_args()
+    methods = args.methods.split(",")
+    for method in methods:
+        if method not in ALL:
+            raise SystemExit(f"Unknown method {method!r}; known: {', '.join(ALL)}.")
+    benchmark = Benchmark(args)
+    for method in methods:
+        for rate in GRID if method != "zero_shot" else GRID[:1]:
+            benchmark.run(method, rate, 0)
+    for seed in range(1, args.seeds):
+        for method in methods:
+            if method != "zero_shot":
+                benchmark.run(method, benchmark.best_rate(method), seed)
+    print(json.dumps({method: benchmark.best_rate(method) for method in methods}))
+
+
+if __name__ == "__main__":
+    main()

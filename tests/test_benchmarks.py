@@ -1,0 +1,90 @@
+"""The benchmarks' own maths, and (slow) each method for a few steps on a tiny backbone, by the real entry point."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+BENCHMARKS = Path(__file__).parent.parent / "examples/benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import summary  # noqa: E402
+from baselines import METHODS, orthogonality  # noqa: E402
+from harness import cell, read_cells, todo  # noqa: E402
+
+
+def test_olora_penalty_by_hand():
+    new = [torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[1.0, 1.0]])]
+    old = [
+        [torch.tensor([[3.0, -1.0]]), torch.tensor([[1.0, -1.0]])],
+        [torch.tensor([[0.0, 1.0]]), torch.tensor([[2.0, 0.0]])],
+    ]
+    # |1*3| + |2*-1| + |1-1|, and |0| + |2| + |2|
+    assert float(orthogonality(new, old)) == (3 + 2 + 0) + (0 + 2 + 2)
+    assert float(orthogonality(new, [])) == 0.0
+
+
+def test_a_cell_is_run_once_and_whole_or_not_at_all(tmp_path):
+    out = tmp_path / "cells.jsonl"
+    with cell(out, "x", "one", 0) as result:
+        result["value"] = 1.5
+    with pytest.raises(KeyboardInterrupt), cell(out, "x", "two", 0) as result:
+        result["value"] = 2.5
+        raise KeyboardInterrupt
+    (line,) = read_cells(out)
+    assert (line["name"], line["setting"], line["seed"], line["value"]) == ("x", "one", 0, 1.5)
+    assert {"seconds", "machine", "versions"} <= line.keys()
+    assert list(todo(out, "x", ["one", "two"], 2)) == [("two", 0), ("one", 1), ("two", 1)]
+
+
+def test_headline_figures_come_from_pairs_of_seeds(tmp_path, monkeypatch):
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    values = {"full": [60, 64, 62], "flat": [59, 60], "no_gates": [50]}
+    lines = [
+        json.dumps({"name": "ablation-200", "setting": setting, "seed": seed, "value": value})
+        for setting, its in values.items()
+        for seed, value in enumerate(its)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    figures = summary.headline()
+    assert figures == {"ablation.full_minus_flat": 2.5, "ablation.full_minus_flat_se": 1.5}  # gaps of 1 and 4
+
+
+def test_the_summary_is_one_flat_json_object():
+    done = subprocess.run([sys.executable, BENCHMARKS / "summary.py", "--json"], capture_output=True, text=True)
+    figures = json.loads(done.stdout)
+    assert figures and all(isinstance(value, int | float) for value in figures.values())
+
+
+@pytest.mark.slow
+def test_each_method_runs(backbones, tmp_path):
+    for task in ("sst2", "yelp", "agnews", "copa", "boolq"):
+        (tmp_path / "data" / task).mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            rows = [
+                {
+                    "instruction": f"{task}?",
+                    "options": ["yes", "no"],
+                    "input": f"t {i}",
+                    "output": ["yes", "no"][i % 2],
+                }
+                for i in range(6)
+            ]
+            with gzip.open(tmp_path / "data" / task / f"{split}.jsonl.gz", "wt") as file:
+                file.write("\n".join(json.dumps(row) for row in rows))
+    out = tmp_path / "quality.jsonl"
+    command = [sys.executable, BENCHMARKS / "quality.py", "--data", tmp_path / "data", "--tasks", "sst2,yelp",
+               "--seeds", "1", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = read_cells(out)
+    assert {cell["method"] for cell in cells} == {*METHODS, "hft"}
+    for line in cells:
+        assert set(line["test"]["tasks"]) == {"sst2", "yelp"} and 0 <= line["test"]["ap"] <= 100
+        sees_a_sequence = line["method"].startswith(("sequential", "olora", "osf", "hft"))
+        assert ("forgetting" in line["test"]) == sees_a_sequence
