@@ -73,10 +73,9 @@ class HFTRouting:
         """
         if input_ids.shape[-1] == 0:
             raise ValueError(f"`input_ids` has the shape {list(input_ids.shape)}: there are no tokens to route by.")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         longest = self.config.text_config.max_position_embeddings
-        input_ids, attention_mask = input_ids[:, -longest:], attention_mask[:, -longest:]
+        input_ids = input_ids[:, -longest:]
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -longest:]
         num_layers = self.config.text_config.num_hidden_layers
         layers = next(m for m in self.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
         caught: list[torch.Tensor] = []
