@@ -3,11 +3,12 @@
 import contextlib
 import copy
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import ResolvedRevision
+from huggingface_hub import CommitInfo, HfApi, ResolvedRevision
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
@@ -257,6 +258,33 @@ class HFTStorage(HFTSlimFiles):
         if push_to_hub:
             self.push_to_hub(repo_id, **hub)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload HFT model",
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+    ) -> CommitInfo:
+        """Uploads the slim form in one commit: all its files, or none. What the Hub has already is not sent again.
+
+        Args:
+            repo_id: made if it is missing.
+            commit_message: of the commit.
+            private: whether a new repository is private.
+            token: to use instead of the one that you logged in with.
+            revision: a branch that exists; `main` by default.
+
+        Raises:
+            ValueError: a backbone in a folder of this machine, which nobody else could load.
+            HfHubHTTPError: no permission, or the Hub fails; then nothing has changed there.
+        """
+        check_shareable(self.config)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, commit_message, private, token, revision)
+
     def _write_config_and_code(self, folder: os.PathLike, slim: bool) -> None:
         config = copy.deepcopy(self.config)
         config.slim = slim
@@ -270,6 +298,36 @@ class HFTStorage(HFTSlimFiles):
         config.save_pretrained(folder)
         if self.can_generate():
             self.generation_config.save_pretrained(folder)
+
+
+def check_shareable(config: HFTConfig) -> None:
+    """Raises ValueError if others could not load the model, since its backbone is a folder of this machine."""
+    if config.backbone is None or os.path.isdir(config.backbone):
+        raise ValueError(
+            f"The backbone is '{config.backbone}', a folder of this machine: others could not load the model. Build it on a "
+            "Hub id, or set `backbone` in its config to the id that the folder came from."
+        )
+
+
+def upload(
+    folder: str | os.PathLike,
+    repo_id: str,
+    commit_message: str,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+) -> CommitInfo:
+    """Makes a folder's files the newest commit of a model repository; arguments as for `push_to_hub`."""
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message,
+        revision=revision,
+        ignore_patterns=["stage-*", ".writing-*"],
+        delete_patterns=["tasks/*.safetensors", "pages/*.safetensors"],  # of tasks that were removed
+    )
 
 
 def _commit(repo: str, download: Mapping[str, Any]) -> str | None:

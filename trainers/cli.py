@@ -106,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", type=Path, required=True, help="a new folder for the union")
     merge.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help="a task of the other model")
 
+    push = add("push", help="upload a saved model to the Hub in one commit")
+    push.add_argument("model", type=Path, help="folder of an HFT model")
+    push.add_argument("repo_id", help="me/my-hft; made if it is missing")
+    push.add_argument("--private", action="store_true", help="if the repository is made, make it private")
+    push.add_argument("--message", default="Upload HFT model", help="the commit's")
+
     evaluate = add("eval", help="score a saved model on a recipe's data")
     evaluate.add_argument("model", help="folder or Hub id of an HFT model")
     evaluate.add_argument("--recipe", required=True, help="the recipe that describes the data")

@@ -160,6 +160,16 @@ def merge(args: argparse.Namespace, _: dict[str, Any]) -> None:
     print(f"{len(new)} tasks came from {args.other}: {', '.join(new) or 'none'}. The union is in {args.out}")
 
 
+def push(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    import hft
+    from hft.storage_hft import check_shareable, upload
+
+    config, _gates = hft.read_gates(args.model)
+    check_shareable(config)
+    commit = upload(args.model, args.repo_id, args.message, args.private)
+    print(f"{len(config.tasks)} tasks are in {commit.repo_url}, commit {commit.oid}")
+
+
 def serve(model: str, rest: Sequence[str]) -> int:
     """`transformers serve` looks an architecture up in the package transformers itself; there it finds HFT's, too."""
     import transformers

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -18,6 +17,7 @@ from trl import SFTTrainer
 
 from hft.files_hft import replacing
 from hft.modeling_hft import HFTForCausalLM
+from hft.storage_hft import check_shareable, upload
 
 from .checkpoints import RunFolder
 from .curriculum import BlockSampler, Mastery, Stage, open_stages
@@ -359,14 +359,17 @@ class HFTTrainer(SFTTrainer):
             self.init_hf_repo(token=token)
         if not self.is_world_process_zero():
             return ""
+        check_shareable(self.model.config)
         with tempfile.TemporaryDirectory() as folder:
             self._save(folder)
             write_model_card(self.model, Path(folder))
-            commit = HfApi(token=token or self.args.hub_token).upload_folder(
-                repo_id=self.hub_model_id,
-                folder_path=folder,
-                commit_message=commit_message,
-                revision=kwargs.get("revision"),
+            commit = upload(
+                folder,
+                self.hub_model_id,
+                commit_message,
+                self.args.hub_private_repo,
+                token or self.args.hub_token,
+                kwargs.get("revision"),
             )
         return str(commit)
 

@@ -1,0 +1,177 @@
+"""Pushing to a real HTTP hub on loopback, and loading from it where this package cannot be imported."""
+
+import json
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from .hub import Hub, serving
+from .test_storage import run_clean
+
+
+BUILD = """
+    import sys, torch, hft
+    from transformers import AutoTokenizer
+    torch.manual_seed(0)
+    model = hft.HFTForCausalLM.from_backbone("me/base", {"a": [], "b": ["a"]}, rank=2, memory_config={"slots": 2})
+    for level in model.hierarchy.levels():
+        model.start_stage(level)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.2)
+        model.seal(level)
+    model.add_routes("a", [[5, 6, 7 + i] for i in range(9)])
+    x = torch.tensor([[5, 6, 7]])
+"""
+
+PUSH = (
+    BUILD
+    + """
+    model.push_to_hub("me/hft", private=True, commit_message="two tasks")
+    print(float(model(x, task="b").logits.double().sum()))
+    model.add_task("c", ["b"])
+    model.start_stage(["c"])
+    model.seal(["c"])
+    input()
+    model.push_to_hub("me/hft", commit_message="one more")
+"""
+)
+
+LOAD = """
+    import sys
+    sys.modules["hft"] = None
+    import torch
+    from transformers import AutoModel, AutoModelForCausalLM
+    revision = sys.argv[1] if len(sys.argv) > 1 else "main"
+    model = AutoModelForCausalLM.from_pretrained("me/hft", trust_remote_code=True, revision=revision)
+    AutoModel.from_pretrained("me/hft", trust_remote_code=True, revision=revision)
+    print(float(model(torch.tensor([[5, 6, 7]]), task="b").logits.double().sum()), len(model.hierarchy))
+"""
+
+
+@pytest.fixture
+def hub(backbones):
+    made = Hub()
+    made.publish("me/base", backbones["llama"])
+    return made
+
+
+def environment(tmp_path, address, token="good"):
+    return {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_ENDPOINT": address,
+            "HF_TOKEN": token, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}  # fmt: skip
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def last(hub, repo) -> tuple[str, Path]:
+    """The newest commit of a repository, and its files."""
+    return list(hub.commits[repo].items())[-1]
+
+
+def test_push_load_add_a_task_push_again(hub, tmp_path):
+    first_push = PUSH.replace("    input()\n", "    sys.exit()\n")
+    with serving(hub) as address:
+        around = environment(tmp_path, address)
+        expected = run_clean(first_push, tmp_path, **around).split()[0]
+        first, folder = last(hub, "me/hft")
+        assert hub.private["me/hft"] and hub.messages[first] == "two tasks"
+        weights = {"model.safetensors", "router.safetensors", "pages/1.safetensors", "pages/2.safetensors",
+                   "tasks/a.safetensors", "tasks/b.safetensors"}  # fmt: skip
+        assert {name for name in files(folder) if name.endswith(".safetensors")} == weights
+        assert run_clean(LOAD, tmp_path, **around).split() == [expected, "2"]
+
+        hub.received.clear()
+        run_clean(PUSH.replace("    input()\n", ""), tmp_path, **around)
+        second, folder = last(hub, "me/hft")
+        assert hub.messages[second] == "one more"
+        sizes = {name: (folder / name).stat().st_size for name in files(folder)}
+        # the new task, its stage's page, and the gates; not the sealed tasks, their pages, nor what the router knows
+        assert sorted(hub.received) == sorted(
+            sizes[name] for name in ("tasks/c.safetensors", "pages/3.safetensors", "model.safetensors")
+        )
+        assert run_clean(LOAD, tmp_path, **around).split() == [expected, "3"]
+        assert run_clean(LOAD, tmp_path, first, **around).split() == [expected, "2"]  # pinned
+    offline = {**around, "HF_HUB_OFFLINE": "1"}
+    assert run_clean(LOAD, tmp_path, **offline).split() == [expected, "3"]  # the hub is gone
+    saved = json.loads((folder / "config.json").read_text())
+    assert saved["backbone"] == "me/base" and len(saved["backbone_revision"]) == 40
+    for name in files(folder):
+        if not name.endswith(".safetensors"):
+            assert str(tmp_path) not in (folder / name).read_text(), name
+
+
+@pytest.mark.parametrize("fails", ["/lfs/", "/commit/", "preupload"])
+def test_a_hub_that_fails_in_the_middle_has_no_half_model(hub, tmp_path, fails):
+    code = (
+        BUILD
+        + """
+    from huggingface_hub.errors import HfHubHTTPError
+    try:
+        model.push_to_hub("me/hft")
+        print("pushed")
+    except HfHubHTTPError as error:
+        print("failed", error.response.status_code)
+    """
+    )
+    with serving(hub) as address:
+        around = environment(tmp_path, address)
+        hub.fails = fails
+        assert run_clean(textwrap.dedent(code), tmp_path, **around).split() == ["failed", "507"]
+        assert files(last(hub, "me/hft")[1]) == {".gitattributes"}
+        hub.fails = None
+        assert run_clean(textwrap.dedent(code), tmp_path, **around).split() == ["pushed"]  # the next push repairs
+        assert run_clean(LOAD, tmp_path, **around).split()[1] == "2"
+
+
+def test_a_wrong_token(hub, tmp_path):
+    code = (
+        BUILD
+        + """
+    try:
+        model.push_to_hub("me/hft")
+    except Exception as error:
+        print(type(error).__name__, "401" in str(error))
+    """
+    )
+    with serving(hub) as address:
+        found = run_clean(textwrap.dedent(code), tmp_path, **environment(tmp_path, address, token="bad"))
+    assert found.split()[-1] == "True" and "me/hft" not in hub.commits
+
+
+def test_the_command_and_the_trainer(hub, tmp_path):
+    code = (
+        BUILD
+        + """
+    from datasets import Dataset
+    from hft.trainers import HFTTrainer, HFTTrainingConfig
+    from hft.trainers.cli import main
+    model.save_pretrained(sys.argv[1])
+    assert main(["push", sys.argv[1], "me/by-command", "--private", "--message", "hello"]) == 0
+    model.add_task("t")
+    args = HFTTrainingConfig(output_dir=sys.argv[2], max_steps=1, push_to_hub=True, hub_model_id="me/by-trainer", bf16=False,
+                             report_to="none", save_strategy="steps", save_steps=1)
+    rows = Dataset.from_list([{"prompt": "1", "completion": " 2"}] * 2)
+    trainer = HFTTrainer(model, args, train_dataset={"t": rows}, processing_class=AutoTokenizer.from_pretrained("me/base"))
+    trainer.train()
+    trainer.push_to_hub()
+    """
+    )
+    with serving(hub) as address:
+        run_clean(
+            textwrap.dedent(code),
+            tmp_path,
+            str(tmp_path / "m"),
+            str(tmp_path / "run"),
+            **environment(tmp_path, address),
+        )
+    commit, _ = last(hub, "me/by-command")
+    assert hub.messages[commit] == "hello" and hub.private["me/by-command"]
+    _, folder = last(hub, "me/by-trainer")
+    names = files(folder)
+    assert {"README.md", "tokenizer.json", "tasks/t.safetensors", "config.json"} <= names
+    assert not [name for name in names if name.startswith("stage-") or "optimizer" in name]
+    card = (folder / "README.md").read_text()
+    assert "base_model: me/base" in card and str(tmp_path) not in card
