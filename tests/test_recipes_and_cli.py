@@ -63,6 +63,11 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
     assert main([*command, "--task", "cb", "--task", "sst2"]) == 0
     report = json.loads(scores.read_text())
     assert list(report["tasks"]) == ["cb", "sst2"] and report["split"] == "validation"
+    assert "with its path          routed" in capsys.readouterr().out
+    assert report["tasks"]["cb"].keys() == {
+        "rows",
+        *(c + e for c in ("backbone", "hft", "routed") for e in ("", "_se")),
+    }
     assert report["tasks"]["cb"]["rows"] == 3 and 0 <= report["tasks"]["cb"]["hft"] <= 100
 
     capsys.readouterr()

@@ -211,17 +211,21 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
         raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     results = {}
-    print(f"{'task':<16}{'rows':>6}{'backbone':>16}{'with its path':>18}")
+    columns: dict[str, tuple[str, str | None]] = {"backbone": ("backbone", BACKBONE), "hft": ("with its path", "")}
+    if model.hft_router.tasks():
+        columns["routed"] = ("routed", None)
+    print(f"{'task':<16}{'rows':>6}" + "".join(f"{title:>16}" for title, _ in columns.values()))
     for task in tasks:
         rows = load_task(recipe, task, args.split, tokenizer)
         data = EvalSet(list(rows), max_new_tokens=recipe.max_new_tokens)
         cells = {}
-        for column, active in (("backbone", BACKBONE), ("hft", task)):
+        for column, (_, active) in columns.items():
+            active = task if active == "" else active
             scores = score_task(model, tokenizer, data, active, args.batch_size, progress=f"{task}, {column}")
             cells[column], cells[f"{column}_se"] = mean_and_error(scores)
         results[task] = {"rows": len(rows), **cells}
-        before, after = (f"{cells[c]:.1f} ± {cells[f'{c}_se']:.1f}" for c in ("backbone", "hft"))
-        print(f"{task:<16}{len(rows):>6}{before:>16}{after:>18}", flush=True)
+        shown = (f"{cells[column]:.1f} ± {cells[f'{column}_se']:.1f}" for column in columns)
+        print(f"{task:<16}{len(rows):>6}" + "".join(f"{text:>16}" for text in shown), flush=True)
     if args.out:
         text = json.dumps(
             {"model": args.model, "split": args.split, "metric": "exact match", "tasks": results}, indent=2
