@@ -34,7 +34,6 @@ CL14 = {
 }  # in the order of the benchmark's order 4
 FAMILY = ["yelp", "amazon", "mnli", "cb", "rte", "sst2"]
 UNSEEN = ["copa", "boolq"]  # never trained with `family`: what is left of general ability
-LOW_RESOURCE = ["cb", "copa", "rte", "wic"]
 GRID = (1e-3, 2e-3)
 BUDGETS: dict[str, dict[str, Any]] = {
     "small": {"samples": 200, "eval_rows": 200, "max_input_tokens": 64, "batch": 8, "epochs": 1},

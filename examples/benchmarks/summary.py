@@ -43,6 +43,46 @@ def ablation() -> dict[str, float]:
     return figures
 
 
+def quality() -> dict[str, float]:
+    """Average performance and forgetting on test rows of each method at its own learning rate, and HFT against others."""
+    from table import LOW_RESOURCE, METHODS, chosen
+
+    figures: dict[str, float] = {}
+    for budget, tasks in (("small", "family"), ("small", "cl14"), ("full", "family"), ("full", "cl14")):
+        cells, prefix = read(f"quality-{budget}-{tasks}"), f"quality.{budget}.{tasks}"
+        if not cells:
+            continue
+        of: dict[str, dict[int, dict]] = {}
+        for method in METHODS:
+            routed = method.endswith("_routed")
+            its = chosen(cells, method.removesuffix("_routed"))
+            if not its:
+                continue
+            of[method] = {cell["seed"]: cell for cell in its}
+            ap = [(cell["test"]["routed"] if routed else cell["test"])["ap"] for cell in its]
+            figures[f"{prefix}.ap_{method}"] = round(statistics.mean(ap), 3)
+            if len(ap) > 1:
+                figures[f"{prefix}.ap_{method}_se"] = round(statistics.stdev(ap) / len(ap) ** 0.5, 3)
+            if lost := [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]:
+                figures[f"{prefix}.forgetting_{method}"] = round(statistics.mean(lost), 3)
+        for other in ("joint", "single"):
+            if "hft" in of and other in of:
+                seeds = of["hft"].keys() & of[other].keys()
+                gaps = [of["hft"][seed]["test"]["ap"] - of[other][seed]["test"]["ap"] for seed in seeds]
+                figures[f"{prefix}.hft_minus_{other}"] = round(statistics.mean(gaps), 3)
+        if budget == "small" and "hft" in of and "single" in of:
+            low = [
+                of["hft"][seed]["test"]["tasks"][task]["accuracy"]
+                - of["single"][seed]["test"]["tasks"][task]["accuracy"]
+                for seed in of["hft"].keys() & of["single"].keys()
+                for task in LOW_RESOURCE
+                if task in of["hft"][seed]["test"]["tasks"]
+            ]
+            if low:
+                figures["quality.small.hft_minus_single_low_resource"] = round(statistics.mean(low), 3)
+    return figures
+
+
 def routing() -> dict[str, float]:
     """The router on the test rows of all fourteen tasks, in %."""
     cells = {setting: cell for (setting, _), cell in read("routing-test").items()}
@@ -64,7 +104,7 @@ def speed() -> dict[str, float]:
 
 def headline() -> dict[str, float]:
     """All figures of which there are results."""
-    return {**ablation(), **routing(), **speed()}
+    return {**ablation(), **quality(), **routing(), **speed()}
 
 
 def main() -> None:

@@ -1,0 +1,95 @@
+"""The README's tables, made from the committed result files; a test compares them.
+
+python examples/benchmarks/table.py ablation
+python examples/benchmarks/table.py quality --budget small --tasks family
+"""
+
+import argparse
+import statistics
+from collections.abc import Mapping
+
+from summary import difference, read
+
+
+ABLATION = {
+    "full": "the full method",
+    "no_memory": "without memory",
+    "topk": "memory read sparsely (top-k)",
+    "no_gates": "all gates stay at 1",
+    "flat": "without parents",
+    "random_parents": "random parents",
+    "reversed": "every edge turned round",
+    "sequential": "a stage's tasks one after another",
+}
+LOW_RESOURCE = ("cb", "copa", "rte", "wic")
+METHODS = {
+    "zero_shot": "the backbone",
+    "single": "one LoRA a task",
+    "joint": "joint LoRA",
+    "joint_wide": "joint LoRA, as many parameters as HFT",
+    "sequential": "sequential LoRA",
+    "sequential_replay": "sequential LoRA, 2 % replay",
+    "olora": "O-LoRA",
+    "osf": "OSF (backbone in bfloat16)",
+    "arrow": "Arrow over one LoRA a task",
+    "hft": "HFT, task ids given",
+    "hft_routed": "HFT, routed",
+}
+
+
+def mean_se(values: list[float]) -> str:
+    """`mean ± standard error`, the latter with two values or more."""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else mean
+
+
+def ablation() -> str:
+    """Settings in rows: mean accuracy over seven tasks, and how much the full method is above it on the same seeds."""
+    cells = read("ablation-200")
+    lines = ["| setting | seeds | mean accuracy of seven tasks | full method minus this |", "|---|---|---|---|"]
+    for setting, title in ABLATION.items():
+        values = [cell["value"] for (name, _), cell in sorted(cells.items()) if name == setting]
+        if values:
+            gap = difference(cells, "full", setting) if setting != "full" else None
+            shown = f"{gap[0]:+.1f} ± {gap[1]:.1f}" if gap else ""
+            lines.append(f"| {title} | {len(values)} | {mean_se(values)} | {shown} |")
+    return "\n".join(lines)
+
+
+def quality(budget: str, tasks: str) -> str:
+    """Methods in rows, each at its own learning rate: average performance on test rows, forgetting, parameters to keep."""
+    cells = read(f"quality-{budget}-{tasks}")
+    lines = ["| method | seeds | average (test) | forgetting | stored parameters |", "|---|---|---|---|---|"]
+    for method, title in METHODS.items():
+        its = chosen(cells, method.removesuffix("_routed"))
+        if not its:
+            continue
+        routed = method.endswith("_routed")
+        values = [(cell["test"]["routed"] if routed else cell["test"])["ap"] for cell in its]
+        lost = [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]
+        forgetting, stored = mean_se(lost) if lost else "", f"{its[0]['stored'] / 1e6:.1f} M"
+        lines.append(f"| {title} | {len(its)} | {mean_se(values)} | {forgetting} | {stored} |")
+    return "\n".join(lines)
+
+
+def chosen(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
+    """A method's cells at the learning rate that was best on validation rows with seed 0, by seed."""
+    its = [cell for cell in cells.values() if cell["method"] == method]
+    tuning = [cell for cell in its if cell["seed"] == 0]
+    if not tuning:
+        return []
+    rate = max(tuning, key=lambda cell: cell["value"])["learning_rate"]
+    return sorted((cell for cell in its if cell["learning_rate"] == rate), key=lambda cell: cell["seed"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", choices=["ablation", "quality"])
+    parser.add_argument("--budget", default="small")
+    parser.add_argument("--tasks", default="family")
+    args = parser.parse_args()
+    print(ablation() if args.table == "ablation" else quality(args.budget, args.tasks))
+
+
+if __name__ == "__main__":
+    main()
