@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .gates_hft import HFTGateTable
+from .padding_hft import left_padded
 
 
 @dataclass(frozen=True)
@@ -173,16 +174,10 @@ class HFTRefreshing:
 
     def _row_losses(self, task: str, rows: Sequence[Mapping[str, Sequence[int]]]) -> list[torch.Tensor]:
         """The mean loss of each row's labels. Rows are padded on the left, so that all answers end together."""
-        length = max(len(row["input_ids"]) for row in rows)
         device = self.get_input_embeddings().weight.device
-
-        def padded(key: str, filler: int) -> torch.Tensor:
-            return torch.tensor([[filler] * (length - len(row[key])) + list(row[key]) for row in rows], device=device)
-
-        ids_BT, labels_BT = padded("input_ids", 0), padded("labels", -100)
-        mask_BT = torch.tensor(
-            [[0] * (length - len(row["input_ids"])) + [1] * len(row["input_ids"]) for row in rows], device=device
-        )
+        ids_BT, mask_BT = left_padded([row["input_ids"] for row in rows], device)
+        labels_BT, _ = left_padded([row["labels"] for row in rows], device, filler=-100)
+        length = ids_BT.shape[1]
         first = int((labels_BT != -100).any(0).int().argmax())
         keep = min(length - first, length - 1)  # positions that some row is scored on
         logits_BTV = self(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .padding_hft import left_padded
 from .path_hft import on_path
 from .router_hft import HFTRoute
 
@@ -44,22 +45,22 @@ class HFTRouting:
             ValueError: an unknown task, or fewer than two prompts.
         """
         self.hierarchy.check(task)
+        if len(prompts) < 2:
+            raise ValueError(f"The router got {len(prompts)} prompts of task {task!r}; give two or more.")
+        features_ND = self.features_of(prompts, batch_size)
+        held_out_N = torch.arange(len(prompts)) % 4 == 0
+        self.hft_router.add(task, features_ND[~held_out_N], features_ND[held_out_N])
+
+    def features_of(self, prompts: Sequence[Sequence[int]], batch_size: int = 16) -> torch.Tensor:
+        """The features [N, D] of N prompts, given as token ids, computed in batches of similar length; on the CPU."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        features: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
+        device = self.get_input_embeddings().weight.device
+        features_ND = torch.zeros(len(prompts), self.config.text_config.hidden_size)
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
-            length = max(len(prompts[i]) for i in chosen)
-            device = self.get_input_embeddings().weight.device
-            ids = [[0] * (length - len(prompts[i])) + list(prompts[i]) for i in chosen]
-            mask = [[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen]
-            batch = self.prompt_features(torch.tensor(ids, device=device), torch.tensor(mask, device=device))
-            for i, f_D in zip(chosen, batch.cpu(), strict=True):
-                features[i] = f_D
-        held_out = features[::4]
-        learnt = [f_D for i, f_D in enumerate(features) if i % 4]
-        if not learnt:
-            raise ValueError(f"The router got {len(prompts)} prompts of task {task!r}; give two or more.")
-        self.hft_router.add(task, torch.stack(learnt), torch.stack(held_out))
+            ids_BT, mask_BT = left_padded([prompts[i] for i in chosen], device)
+            features_ND[chosen] = self.prompt_features(ids_BT, mask_BT).cpu()
+        return features_ND
 
     @torch.no_grad()
     def prompt_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -86,8 +86,8 @@ def main() -> None:
     def features(form: str) -> dict[str, torch.Tensor]:
         found = {}
         for task, split in rows:
-            found[task, split] = features_of(model, [encode(question(row, task, form)) for row in rows[task, split]])
-        return {**found, "general": features_of(model, general)}
+            found[task, split] = model.features_of([encode(question(row, task, form)) for row in rows[task, split]])
+        return {**found, "general": model.features_of(general)}
 
     def run(found: dict, **config) -> dict:
         router = HFTRouter(hft.HFTRouterConfig(**config), model.config.text_config.hidden_size, 30)
@@ -127,21 +127,6 @@ def main() -> None:
     for form, seed in todo(args.out, f"routing-{args.split}", list(FORMS), 1):
         with cell(args.out, f"routing-{args.split}", form, seed) as result:
             result.update(run(features(form)))
-
-
-def features_of(model: hft.HFTForCausalLM, prompts: list[list[int]]) -> torch.Tensor:
-    """The features [N, D] of prompts, in batches of similar length."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = torch.empty(len(prompts), model.config.text_config.hidden_size)
-    for begin in range(0, len(order), 16):
-        chosen = order[begin : begin + 16]
-        length = max(len(prompts[i]) for i in chosen)
-        ids = torch.tensor([[0] * (length - len(prompts[i])) + prompts[i] for i in chosen], device=model.device)
-        mask = torch.tensor(
-            [[0] * (length - len(prompts[i])) + [1] * len(prompts[i]) for i in chosen], device=model.device
-        )
-        found[chosen] = model.prompt_features(ids, mask).cpu()
-    return found
 
 
 if __name__ == "__main__":
