@@ -144,6 +144,8 @@ class HFTTasks:
             self.hft_router.remove(task)
         self.config.tasks = tasks
         self.config.pages = [page for page in self.config.pages if page["id"] in read]
+        for page in self.config.pages:
+            page["writers"] = [writer for writer in page["writers"] if writer not in removed]
         self.hierarchy = self.config.hierarchy()
         return removed
 

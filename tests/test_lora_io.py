@@ -257,3 +257,11 @@ def test_what_borrows_a_node_depends_on_it(sealed):
         ValueError, match=r"Task 'c' cannot be removed: e, f, d depend on it|e, d, f|e.*d.* depend on it"
     ):
         sealed.remove_task("c")
+
+
+def test_a_stage_goes_on_without_a_task_that_was_removed(backbones):
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": []})
+    model.start_stage(["a", "b"])
+    model.remove_task("b")
+    model.seal(["a"])
+    assert model.config.pages == [{"id": 1, "slots": 8, "sealed": True, "writers": ["a"]}]

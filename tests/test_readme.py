@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,11 @@ def test_the_recipes_numbers():
         cells = (f"{row[name]:.1f} ± {row[f'{name}_se']:.1f}" for name in ("backbone", "hft"))
         assert f"| {task} | {row['rows']} | {' | '.join(cells)} |" in README
     assert f"{report['train_seconds'] / 60:.0f} minutes" in README
+
+
+def test_the_ablations_table():
+    command = [sys.executable, ROOT / "examples/benchmarks/table.py", "ablation"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() in README
 
 
 def test_the_routers_numbers():

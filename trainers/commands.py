@@ -219,13 +219,13 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
         rows = load_task(recipe, task, args.split, tokenizer)
         data = EvalSet(list(rows), max_new_tokens=recipe.max_new_tokens)
         cells = {}
-        for column, (_, active) in columns.items():
-            active = task if active == "" else active
-            scores = score_task(model, tokenizer, data, active, args.batch_size, progress=f"{task}, {column}")
+        for column, (_title, active) in columns.items():
+            which = task if active == "" else active
+            scores = score_task(model, tokenizer, data, which, args.batch_size, progress=f"{task}, {column}")
             cells[column], cells[f"{column}_se"] = mean_and_error(scores)
         results[task] = {"rows": len(rows), **cells}
-        shown = (f"{cells[column]:.1f} ± {cells[f'{column}_se']:.1f}" for column in columns)
-        print(f"{task:<16}{len(rows):>6}" + "".join(f"{text:>16}" for text in shown), flush=True)
+        shown = [f"{cells[column]:.1f} ± {cells[f'{column}_se']:.1f}" for column in columns]
+        print(f"{task:<16}{len(rows):>6}" + "".join(text.rjust(16) for text in shown), flush=True)
     if args.out:
         text = json.dumps(
             {"model": args.model, "split": args.split, "metric": "exact match", "tasks": results}, indent=2

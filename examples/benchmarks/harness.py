@@ -143,11 +143,24 @@ def train_hft(
     return model
 
 
-def score(model: Any, tokenizer: Any, rows: Mapping[str, list[dict]], task_of: Callable[[str], str | None]) -> dict:
-    """Accuracy (%) with its standard error and loss (nats an answer) of each task, options by likelihood."""
+def score(
+    model: Any,
+    tokenizer: Any,
+    rows: Mapping[str, list[dict]],
+    task_of: Callable[[str], str | None],
+    right_of: dict[str, list[float]] | None = None,
+) -> dict:
+    """Accuracy (%) with its standard error and loss (nats an answer) of each task, options by likelihood.
+
+    Args:
+        task_of: task -> whose path to take; None for the plain model.
+        right_of: gets, for each task, whether each row was right.
+    """
     results = {}
     for task, its_rows in rows.items():
         right, loss = score_options(model, tokenizer, its_rows, task_of(task))
+        if right_of is not None:
+            right_of[task] = right
         mean = sum(right) / len(right)
         results[task] = {
             "accuracy": round(100 * mean, 2),

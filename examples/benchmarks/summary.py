@@ -90,6 +90,10 @@ def routing() -> dict[str, float]:
     for form, key in (("as they are", ""), ("shared", "_shared_instruction"), ("stripped", "_stripped")):
         if form in cells:
             figures[f"routing.accuracy{key}"] = cells[form]["value"]
+    trained = [cell for cell in read("quality-small-cl14").values() if cell["method"] == "hft"]
+    if trained:
+        gaps = [cell["test"]["routed"]["ap"] - cell["test"]["ap"] for cell in trained]
+        figures["routing.ap_routed_minus_given"] = round(statistics.mean(gaps), 3)
     if "as they are" in cells:
         figures["routing.false_activation_general"] = cells["as they are"]["false_activation"]
     return figures
