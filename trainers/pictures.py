@@ -30,7 +30,7 @@ def draw_hierarchy(hierarchy: Hierarchy, gates: Mapping[str, HFTGateTable], path
 
     place = _places(hierarchy)
     width = 1 + max(x for x, _ in place.values())
-    figure = Figure(figsize=(max(5.0, 1.9 * width), 1.1 + 1.3 * (1 + len(hierarchy.levels()))), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 1.9 * width), 1.1 + 1.3 * (1 + len(hierarchy.levels()))))
     axes = figure.subplots()
     axes.set_axis_off()
     for task in hierarchy.names:
@@ -61,7 +61,7 @@ def draw_hierarchy(hierarchy: Hierarchy, gates: Mapping[str, HFTGateTable], path
             bbox=dict(boxstyle="round,pad=0.4", facecolor="white" if name != BACKBONE else "0.9", edgecolor="black"),
         )
     axes.margins(0.15, 0.12)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
 def _places(hierarchy: Hierarchy) -> dict[str, tuple[float, float]]:
