@@ -90,3 +90,11 @@ def test_the_flat_loop_and_the_trainer_learn_the_same(backbones, tokenizer, tmp_
     for name, weight in loop_weights.items():
         torch.testing.assert_close(weight, trainer_weights[name], rtol=1e-5, atol=1e-6, msg=name)
     assert snapshot(by_loop) != snapshot(model())
+
+
+def test_a_shelf_of_loras(backbones, tmp_path, monkeypatch, capsys):
+    arguments = ["--backbone", str(backbones["llama"]), "--out", str(tmp_path), "--max_steps", "1"]
+    run("shelf_of_loras.py", monkeypatch, *arguments)
+    lines = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split(" -> ")[1].split(" ")[0] for line in lines[:3]] == ["shout", "spell", "count"]
+    assert hft.HFTForCausalLM.from_pretrained(tmp_path / "model").hierarchy.names == ("shout", "spell", "count")

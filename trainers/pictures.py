@@ -26,7 +26,7 @@ def draw_hierarchy(hierarchy: Hierarchy, gates: Mapping[str, HFTGateTable], path
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("A picture needs matplotlib: pip install matplotlib.") from error
+        raise ImportError("A picture needs matplotlib: pip install 'modeling-hft[plot]'.") from error
 
     place = _places(hierarchy)
     width = 1 + max(x for x, _ in place.values())
