@@ -45,38 +45,48 @@ OPTIONS = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 4, "num_trai
            "lr_scheduler_type": "constant", "gradient_accumulation_steps": 1}  # fmt: skip
 
 
-def mastering(backbones, tokenizer, folder, hierarchy, patience=1, memory=None, **options):
-    train = {task: rows(10 * i, 6) for i, task in enumerate(hierarchy)}
-    # e is asked for other answers than it learns, so it soon gets no better; a for its own.
-    checks = {task: rows(10 * i + (3 if task == "e" else 0), 6) for i, task in enumerate(hierarchy)}
-    return make(backbones, tokenizer, folder, hierarchy, train, checks, cls=Watching, mastery_patience=patience,
-                memory=memory, **{**OPTIONS, **options})  # fmt: skip
+def mastering(backbones, tokenizer, folder, hierarchy, cls=Watching, memory=None, **options):
+    sets = {task: rows(10 * i, 6) for i, task in enumerate(hierarchy)}
+    options = {**OPTIONS, "mastery_patience": 99, **options}
+    return make(backbones, tokenizer, folder, hierarchy, sets, sets, cls=cls, memory=memory, **options)
 
 
-def test_a_mastered_task_leaves_and_its_siblings_learn_as_if_it_had_stayed(backbones, tokenizer, tmp_path):
-    off = {"read": "off"}  # else they would meet in the page
-    trainer = mastering(backbones, tokenizer, tmp_path / "1", {"a": [], "e": []}, memory=off)
+@pytest.fixture
+def e_is_mastered(monkeypatch):
+    """The rules are tested above; here e is mastered at its evaluation after step 4, whatever its loss."""
+
+    def observe(self, task, step, loss, accuracy):
+        if task != "e" or step < 4 or "e" in self.mastered:
+            return ""
+        self.mastered[task] = step
+        return "as told"
+
+    monkeypatch.setattr(Mastery, "observe", observe)
+
+
+def test_a_mastered_task_leaves_and_its_siblings_learn_as_if_it_had_stayed(
+    backbones, tokenizer, tmp_path, monkeypatch, e_is_mastered
+):
+    options = {"hierarchy": {"a": [], "e": []}, "memory": {"read": "off"}}  # else they would meet in the page
+    trainer = mastering(backbones, tokenizer, tmp_path / "1", **options)
     output = trainer.train()
-    assert "e" in trainer.mastery.mastered
+    assert trainer.mastery.mastered == {"e": 4}
     skipped = [task for task, was_mastered in trainer.taken if was_mastered]
-    assert skipped
-    planned = 2 * 3 * 4
-    assert output.metrics["saved_steps"] == len(skipped) + planned - output.global_step
-    if "a" not in trainer.mastery.mastered:
-        whole = mastering(backbones, tokenizer, tmp_path / "2", {"a": [], "e": []}, patience=99, memory=off)
-        whole.train()
-        for name, parameter in trainer.model.task_parameters("a").items():
-            assert bits(parameter) == bits(whole.model.task_parameters("a")[name]), name
-        different = [name for name, p in trainer.model.task_parameters("e").items()
-                     if bits(p) != bits(whole.model.task_parameters("e")[name])]  # fmt: skip
-        assert different
+    turns = BlockSampler({"a": 6, "e": 6}, 2, trainer.args.seed).turns_after(4, 24)
+    assert skipped == ["e"] * turns.count("e") and len(skipped) > 3
+    assert output.global_step == 24 and output.metrics["saved_steps"] == len(skipped)
     assert trainer.model.config.sealed_tasks() == ["a", "e"]
+    monkeypatch.undo()
+    whole = mastering(backbones, tokenizer, tmp_path / "2", **options)
+    assert whole.train().metrics["saved_steps"] == 0
+    for task, same in (("a", True), ("e", False)):
+        ours, theirs = trainer.model.task_parameters(task), whole.model.task_parameters(task)
+        assert all(bits(ours[name]) == bits(theirs[name]) for name in ours) == same
 
 
 def test_the_stage_ends_when_all_are_mastered(backbones, tokenizer, tmp_path):
-    trainer = mastering(
-        backbones, tokenizer, tmp_path, {"a": [], "e": [], "b": ["a"]}, patience=None, mastery_accuracy=1e-9
-    )
+    hierarchy = {"a": [], "e": [], "b": ["a"]}
+    trainer = mastering(backbones, tokenizer, tmp_path, hierarchy, mastery_patience=None, mastery_accuracy=1e-9)
     output = trainer.train()
     first, second = 2, 2  # the first evaluation of each stage
     assert output.global_step == first + second
@@ -84,27 +94,22 @@ def test_the_stage_ends_when_all_are_mastered(backbones, tokenizer, tmp_path):
     assert trainer.model.config.open_tasks() == []
 
 
-def test_resumed_after_mastery_is_as_uninterrupted(backbones, tokenizer, tmp_path):
-    hierarchy, off = {"a": [], "e": []}, {"read": "off"}
-    whole = mastering(backbones, tokenizer, tmp_path / "whole", hierarchy, memory=off)
-    expected = whole.train()
-    steps = [step for step in whole.mastery.mastered.values()]
-    stop_at = min(steps) + 3
-
+def test_resumed_after_mastery_is_as_uninterrupted(backbones, tokenizer, tmp_path, e_is_mastered):
     class Killed(Watching):
         def training_step(self, *args, **kwargs):
-            if self.state.global_step == stop_at:
+            if self.state.global_step == 7:
                 raise KeyboardInterrupt
             return super().training_step(*args, **kwargs)
 
-    cut = mastering(backbones, tokenizer, tmp_path / "cut", hierarchy, memory=off)
-    cut.__class__ = Killed
+    hierarchy = {"a": [], "e": []}
+    whole = mastering(backbones, tokenizer, tmp_path / "whole", hierarchy)
+    expected = whole.train()
     with pytest.raises(KeyboardInterrupt):
-        cut.train()
-    resumed = mastering(backbones, tokenizer, tmp_path / "cut", hierarchy, memory=off)
+        mastering(backbones, tokenizer, tmp_path / "cut", hierarchy, cls=Killed).train()
+    resumed = mastering(backbones, tokenizer, tmp_path / "cut", hierarchy)
     output = resumed.train(resume_from_checkpoint=True)
-    assert resumed.mastery.mastered == whole.mastery.mastered
-    assert output.metrics["saved_steps"] == expected.metrics["saved_steps"]
+    assert resumed.mastery.mastered == whole.mastery.mastered == {"e": 4}
+    assert output.metrics["saved_steps"] == expected.metrics["saved_steps"] > 3
     assert snapshot(resumed.model) == snapshot(whole.model)
 
 

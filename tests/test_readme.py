@@ -46,6 +46,9 @@ def test_the_routers_numbers():
         cell = json.loads(line)
         numbers = " | ".join(f"{cell[key]:.1f} %" for key in ("value", "likeliest", "false_activation"))
         assert f" | {numbers} |" in README, cell["setting"]
+    cells = [json.loads(line) for line in (RESULTS / "quality.jsonl").read_text().splitlines()]
+    test = next(cell for cell in cells if (cell["name"], cell["method"]) == ("quality-small-cl14", "hft"))["test"]
+    assert f"was {test['ap']:.1f} with the task given and {test['routed']['ap']:.1f} routed" in README
 
 
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)h][^)]*)\)", README))
