@@ -124,6 +124,9 @@ class HFTFused:
         if with_pages:
             pairs += [self.memory.pair(page) for page in task.sources.pages]
         parts = [task.gates, *(factor for pair in pairs for factor in pair)]
+        if any(part.requires_grad for part in parts):
+            self._kept.clear()  # a fused optimizer may change them without raising their versions
+            return self._fuse(task, pairs, with_pages, like)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
             return self._fuse(task, pairs, with_pages, like)
         # A change in place raises a tensor's version; another tensor is elsewhere in memory.

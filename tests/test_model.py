@@ -170,6 +170,7 @@ def test_kept_factors_are_used_and_never_stale(model, monkeypatch):
     """Each way to change a parameter is seen; and what is kept is what would be made."""
     from hft.fused_hft import HFTFused
 
+    model.requires_grad_(False)
     made = []
     fuse = HFTFused._fuse
     monkeypatch.setattr(HFTFused, "_fuse", lambda self, task, *rest: made.append(task.task) or fuse(self, task, *rest))
@@ -205,6 +206,16 @@ def test_kept_factors_are_used_and_never_stale(model, monkeypatch):
         before = len(made)
         model(x, task="d")
         assert len(made) == before
+    # A fused optimizer changes parameters without raising their versions.
+    own = list(model.learning_parameters("d").values())
+    for parameter in own:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(own, lr=0.1, fused=True)
+    model(x, labels=x, task="d").loss.backward()
+    optimizer.step()
+    model.requires_grad_(False)
+    with torch.no_grad():
+        assert bits(model(x, task="d").logits) == fresh("d")
     with torch.inference_mode():  # a cache of the one mode serves in the other
         model(x, task="e")
     with torch.no_grad():
