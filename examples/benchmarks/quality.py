@@ -177,7 +177,7 @@ class Benchmark:
                     result[split].update(just_learnt=just_learnt[split], forgetting=round(sum(lost) / len(lost), 3))
                 if method == "hft":
                     routed = routed_score(outcome.model_of(""), self.tokenizer, self.rows[split], right)
-                    result[split].update(routed={"ap": mean_accuracy(routed), "tasks": routed}, forgetting=0.0)
+                    result[split].update(routed={"ap": mean_accuracy(routed), "tasks": routed})
             result.update(value=result["validation"]["ap"], trainable=outcome.trainable, stored=outcome.stored)
             result.update(notes=outcome.notes)
             model = outcome.model_of(self.tasks[-1])
