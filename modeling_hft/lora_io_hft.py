@@ -7,6 +7,7 @@ https://arxiv.org/abs/2106.09685). I/O in and out features, R rank.
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +210,6 @@ def _check_plain(repo: str | os.PathLike, config: dict[str, Any]) -> None:
 
 def _of_pattern(pattern: dict[str, float] | None, linear: str, default: float) -> float:
     """PEFT's `alpha_pattern`: the first key that the end of the linear's name matches."""
-    import re
-
     for key, value in (pattern or {}).items():
         if re.match(rf"(.*\.)?({key})$", linear):
             return value

@@ -261,7 +261,8 @@ class HFTTrainer(SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it owns."""
-        if self._task_names[int(inputs["task"][0])] in self.mastery.mastered:
+        mastered = self.mastery.mastered
+        if mastered and self._task_names[int(inputs["task"][0])] in mastered:  # reading the id makes a GPU wait
             # The step passes without computing, so that order, schedule and resuming stay what they are.
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, *args, **kwargs)

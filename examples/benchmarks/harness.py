@@ -6,12 +6,10 @@ to say. A cell that is in the file is not run again, so a run that was cut off g
 
 import argparse
 import contextlib
-import ctypes
 import json
 import os
 import platform
 import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +24,7 @@ from transformers.utils import logging
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers.cli import keep_freed_memory
 from hft.trainers.demo_backbone import find_backbone
 from hft.trainers.evaluation import score_options
 
@@ -66,11 +65,9 @@ def use_cpu_well() -> None:
     TRL scores all positions on a CPU, and only those with a label on a GPU; the loss is the same. It concerns all methods
     alike, and saves a quarter of each step.
     """
-    if torch.accelerator.is_available() or not sys.platform.startswith("linux"):
+    if torch.accelerator.is_available():
         return
-    with contextlib.suppress(AttributeError):  # a libc without it
-        for setting in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(setting, 2**31 - 1)
+    keep_freed_memory()
     import trl.trainer.utils
 
     trl.trainer.utils._use_triton = lambda device: True
