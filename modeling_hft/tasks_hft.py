@@ -43,6 +43,8 @@ class HFTTasks:
         """
         if name in self.hierarchy:
             raise ValueError(f"The task {name!r} is a duplicate: this model has one; choose another name.")
+        if name in self.config.left_out:
+            raise ValueError(f"The task {name!r} is in the whole of which this model is a part; choose another name.")
         rank = self.config.rank if rank is None else rank
         if rank < 1:
             raise ValueError(f"`rank` of task {name!r} is {rank}; a node needs a rank of 1 or more.")
