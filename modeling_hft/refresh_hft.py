@@ -83,6 +83,7 @@ class HFTRefreshing:
         Raises:
             ValueError: an unknown or open task, or fewer than two rows to learn from or to validate on.
         """
+        self._check_unfolded()
         entry = self.config.sealed_task(task)
         rows = list(dataset)
         checks = list(validation) if validation is not None else rows[::3]

@@ -80,6 +80,7 @@ class HFTRouting:
         Raises:
             ValueError: prompts without tokens.
         """
+        self._check_unmerged()  # it looks at the backbone's own features
         if input_ids.shape[-1] == 0:
             raise ValueError(f"`input_ids` has the shape {list(input_ids.shape)}: there are no tokens to route by.")
         longest = self.config.text_config.max_position_embeddings

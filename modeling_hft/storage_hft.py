@@ -232,6 +232,7 @@ class HFTStorage(HFTSlimFiles):
                 place of the whole.
             TypeError: an unknown argument.
         """
+        self._check_unmerged()
         if unknown := kwargs.keys() - _SAVE_ARGUMENTS:
             odd = min(unknown)
             raise TypeError(
