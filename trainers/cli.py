@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return commands.serve(args.model, rest)
         if rest and args.command != "train":
             raise ValueError(f"`hft {args.command}` does not know {rest[0]!r}; see `hft {args.command} --help`.")
+        if args.command == "doctor":
+            from .doctor import doctor
+
+            return doctor()
         overrides = _overrides(rest)
         keep_freed_memory()
         getattr(commands, args.command)(args, overrides)
@@ -58,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = add("demo", help="six small tasks on a real 4-bit model in minutes; no network needed")
     demo.add_argument("--out", default="hft-demo", help="folder for report.json and the model (hft-demo)")
+
+    add("doctor", help="what this machine has, whether it works, and what to install")
 
     train = add(
         "train",
