@@ -128,6 +128,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--batch_size", type=int, default=16)
     evaluate.add_argument("--out", help="write the scores to this JSON file")
 
+    report = add("report", help="one HTML page of a run, with its pictures, and who helps whom")
+    report.add_argument(
+        "model", type=Path, help="folder of an HFT model; report.html and pictures/ are written into it"
+    )
+    report.add_argument("--recipe", help="measure anew on its validation rows: who contributes what, who answers")
+    report.add_argument("--data", help="folder with <task>/<split>.jsonl.gz, instead of the recipe's data")
+    report.add_argument("--samples", type=int, default=32, help="validation rows a task to measure on (32)")
+    report.add_argument("--batch_size", type=int, default=16)
+
     generate = add("generate", help="answer prompts with a saved model")
     generate.add_argument("model", help="folder or Hub id of an HFT model")
     generate.add_argument("prompt", nargs="*", help="one or more prompts; without any, one a line of standard input")
