@@ -129,6 +129,7 @@ def gates_chart(tables: Sequence[HFTGateTable]) -> Any:
         axes.tick_params(length=0, labelsize=8)
         axes.set_title(table.task, fontsize=9, loc="left")
     panels[-1].set_xlabel("layer")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=list(panels), label="|gate|", shrink=0.8)
     return figure
 
