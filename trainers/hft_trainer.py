@@ -99,6 +99,7 @@ class HFTTrainer(HFTSharing, SFTTrainer):
         self.mastery = Mastery([])  # of the stage
         self.log_history: list[dict[str, float]] = []  # of all stages; `state.log_history` holds the last one's
         self._root = Path(args.output_dir)
+        args.run_name = args.run_name or self._root.name  # trackers that start anew at each stage go on with it
         self._checked: set[str] = set()  # tasks whose gradients were seen to reach every parameter
         # TRL casts whatever is trainable on a 4-bit model to bfloat16; each stage makes its own trainable.
         model.set_trainable([])
