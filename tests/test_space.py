@@ -238,5 +238,7 @@ def test_an_exchange_in_a_browser(app, loaded, url, browser):
     who, plain = ask("zz xxx zzzz", 2)
     assert who.startswith("backbone (your choice; the router says b: probability ")
     assert printable(plain) == printable(expected(app, loaded, "zz xxx zzzz", "backbone")) != printable(routed)
+    fetched = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert fetched and all(name.startswith(url) for name in fetched), "the page needs something from outside"
     ours = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE" and url in entry["message"]]
     assert not ours

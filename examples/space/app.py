@@ -7,7 +7,6 @@ On a GPU the backbone is held in NF4 if bitsandbytes is installed, else in bfloa
 
 import argparse
 import contextlib
-import importlib
 import os
 import threading
 from collections.abc import Iterator
@@ -37,17 +36,14 @@ def load(name: str) -> tuple[Any, Any]:
         OSError: no model there.
     """
     with contextlib.suppress(ImportError):
-        importlib.import_module("hft")
+        import hft  # noqa: F401
     kind = AutoConfig.from_pretrained(name, trust_remote_code=True).model_type
     if kind != "hft":
         raise ValueError(f"'{name}' is a plain {kind!r} without tasks; name an HFT model.")
-    options: dict[str, Any] = {"dtype": torch.bfloat16}
-    if torch.cuda.is_available():
-        options["device_map"] = "auto"
-        if is_bitsandbytes_available():
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-            )
+    on_gpu, nf4 = torch.cuda.is_available(), None
+    if on_gpu and is_bitsandbytes_available():
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    options = {"dtype": torch.bfloat16, "device_map": "auto" if on_gpu else None, "quantization_config": nf4}
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, **options)
     return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=True)
 
@@ -56,16 +52,16 @@ def tokenize(model: Any, tokenizer: Any, message: str, system: str) -> dict[str,
     """A message as `input_ids` and `attention_mask` [1, T], in the chat template if there is one."""
     if not message.strip():
         raise gr.Error("The message is empty; type one.")
-    in_chat = tokenizer.chat_template is not None
-    if in_chat:
+    if tokenizer.chat_template is None:
+        batch = tokenizer(message, return_tensors="pt")
+    else:
         chat = [{"role": "system", "content": system}] if system else []
         chat.append({"role": "user", "content": message})
-        message = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    batch = tokenizer(message, add_special_tokens=not in_chat, return_tensors="pt").to(model.device)
+        batch = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     num_tokens, longest = batch["input_ids"].shape[1], model.config.text_config.max_position_embeddings
     if num_tokens >= longest:
         raise gr.Error(f"The message makes {num_tokens} tokens; this model takes up to {longest - 1}. Shorten it.")
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    return {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
 
 
 def decide(model: Any, inputs: dict[str, torch.Tensor], choice: str) -> tuple[str, str, dict[str, float]]:
@@ -117,21 +113,16 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
         gr.Markdown(f"## {name}\nEach message is answered by itself: what was said before is not read again.")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                choices = [ROUTER, BACKBONE, *model.hierarchy.names]
-                choice = gr.Radio(choices, value=ROUTER, label="Who shall answer", elem_id="choice")
-                bars = gr.Label(
-                    label="Which task, says the router", num_top_classes=4, show_heading=False, visible=False
-                )
-                system = gr.Textbox(os.environ.get("HFT_SYSTEM", ""), label="System message", elem_id="system",
-                                    info="The one that the tasks were trained with; empty: the chat template's own.",
-                                    visible=tokenizer.chat_template is not None)  # fmt: skip
+                names = [ROUTER, BACKBONE, *model.hierarchy.names]
+                choice = gr.Radio(names, value=ROUTER, label="Who shall answer", elem_id="choice")
+                bars = gr.Label(label="The router's guess", num_top_classes=4, show_heading=False, visible=False)
+                info = "The one that the tasks were trained with; empty: the chat template's own."
+                system = gr.Textbox(os.environ.get("HFT_SYSTEM", ""), label="System message", info=info)
                 with gr.Accordion("The tasks", open=False):
                     gr.Markdown(f"```\n{model.hierarchy.draw()}\n```")
-            with gr.Column(scale=3):
-                # As it is: Markdown would eat the stars of "2 * 3 * 4".
-                chat = gr.Chatbot(
-                    elem_id="chat", show_label=False, render_markdown=False, buttons=["copy"], height="65vh"
-                )
+            with gr.Column(scale=3):  # not as Markdown, which would eat the stars of "2 * 3 * 4"
+                options = {"render_markdown": False, "show_label": False, "buttons": ["copy"], "height": "65vh"}
+                chat = gr.Chatbot(elem_id="chat", **options)
                 gr.ChatInterface(answer, chatbot=chat, additional_inputs=[choice, system], additional_outputs=bars)
     return page
 
