@@ -13,12 +13,12 @@ from huggingface_hub import ModelCard
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
-from hft.trainers.evaluation import EvalSet
+from hft.trainers.evaluation import EvalSet, score_options
 from hft.trainers.interference import advice, contributions, cross_scores, switched_off
 from hft.trainers.metrics import OPTIONS
 from hft.trainers.model_card import write_model_card
 from hft.trainers.report import write_report
-from hft.trainers.run_record import RunRecord
+from hft.trainers.run_record import RunRecord, as_score
 from tests.tiny import grow, snapshot
 
 
@@ -27,7 +27,7 @@ TREE = {"a": [], "b": ["a"], "c": []}
 
 def rows_of(task: str) -> list[dict]:
     return [
-        {"prompt": f"{task} {i}: ", "completion": "yes" if i % 2 else "no", "options": ["yes", "no"]} for i in range(8)
+        {"prompt": f"{task} {i}: ", "completion": "yes" if i % 4 else "no", "options": ["yes", "no"]} for i in range(8)
     ]
 
 
@@ -58,6 +58,10 @@ def test_the_record_of_a_run(run):
     assert [sorted(stage["scores"]) for stage in record.stages] == [["a", "c"], ["a", "b", "c"]]
     first, last = (stage["scores"] for stage in record.stages)
     assert {task: last[task] for task in first} == first  # nothing forgotten
+    for task, score in last.items():
+        right = score_options(run.model, run.processing_class, rows_of(task), task)[0]
+        assert score == {"score": 100 * sum(right) / 8, "se": pytest.approx(as_score(right)["se"]), "rows": 8}
+    assert last != record.before  # something was learnt
     assert record.measures()["forgetting"] == 0.0 == record.measures()["backward_transfer"]
     assert record.data["a"] == {"rows": 8, "metric": "options"}
     assert any("a_loss" in entry for entry in record.stages[0]["log"])
