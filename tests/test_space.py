@@ -220,7 +220,7 @@ def test_an_exchange_in_a_browser(app, loaded, url, browser):
         box.send_keys(message + "\n")
         until(lambda: len(find("#chat .bot .title")) == number, "somebody answers")
         text, since = "", time.monotonic()
-        while time.monotonic() < since + 2:  # the answer has stopped growing
+        while time.monotonic() < since + (3 if text else 60):  # until the answer has stopped growing
             time.sleep(0.2)
             now = find("#chat .bot .message.thought")[-1].get_attribute("textContent")
             text, since = (now, time.monotonic()) if now != text else (text, since)
