@@ -169,11 +169,7 @@ vLLM, all at once (a request names one by `"model": "{tasks[0]}"`):
 vllm serve {backbone} --enable-lora {limits} --lora-modules {modules}
 ```
 
-llama-server, after `convert_lora_to_gguf.py` (llama.cpp) has made a GGUF file of each:
-
-```
-llama-server -m BACKBONE.gguf {" ".join(f"--lora {task}.gguf" for task in tasks)}
-```
+llama-server reads GGUF files instead, which `hft export MODEL FOLDER --all --to gguf` writes.
 
 PEFT: `PeftModel.from_pretrained(backbone, "{tasks[0]}")`.
 """

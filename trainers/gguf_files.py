@@ -115,7 +115,7 @@ def write_lora(factors: Factors, config: PreTrainedConfig, path: Path, name: str
     writer = _writer(path, config, GGUFType.ADAPTER, name)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, float(alpha))
-    writer.add_string(Keys.Adapter.LORA_TASK_NAME, task)
+    writer.add_string("adapter.lora.task_name", task)  # gguf 0.17 has no name for this key
     for linear, (A_RI, B_OR) in factors.items():
         key = f"model.{linear}.weight"
         B_OR = _to_rotary_pairs(key, B_OR.float().cpu() * (len(A_RI) / alpha), config).contiguous()
