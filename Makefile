@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 OUT ?= hft-demo
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow test-llama lint install clean
 
 # Installed again only when the requirements or TORCH change.
 INSTALLED := .venv/.installed-$(shell echo "$(TORCH)" | cksum | cut -d' ' -f1)
@@ -28,6 +28,11 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# llama.cpp itself runs the exported files; pip compiles it, which takes a C++ compiler, cmake and some patience.
+test-llama: install
+	$(BIN)/python -m pip install --quiet --editable ".[llama]"
+	$(BIN)/python -m pytest tests/test_gguf.py
 
 lint: install
 	$(BIN)/ruff format --check .

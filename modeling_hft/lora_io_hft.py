@@ -21,11 +21,14 @@ from .files_hft import replacing, write_tensors
 from .nodes_hft import beside, flat
 
 
+# What a LoRA adds at each linear, by its name within the decoder: A [R, I] and B [O, R].
+Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]
+
 # The ranks that vLLM serves (`max_lora_rank`); others it refuses.
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def path_factors(model: PreTrainedModel, task: str) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def path_factors(model: PreTrainedModel, task: str) -> Factors:
     """A task's path at each linear as one pair of factors: A [R, I] and B [O, R], the gates in B, in the backbone's dtype.
 
     Nodes and pages whose gates are 0 at all layers are left out.
@@ -75,6 +78,20 @@ def shrink_rank(A_RI: torch.Tensor, B_OR: torch.Tensor, rank: int) -> tuple[torc
     return A.to(A_RI.dtype), B.to(B_OR.dtype), error
 
 
+def cut_path(factors: Factors, max_rank: int | None) -> tuple[Factors, float]:
+    """A path of at most `max_rank` at each linear (None: as it is), and the largest relative error at any.
+
+    Raises:
+        ValueError: a rank below 1.
+    """
+    if max_rank is None:
+        return factors, 0.0
+    if max_rank < 1:
+        raise ValueError(f"`max_rank` is {max_rank}; it must be 1 or more.")
+    cut = {name: shrink_rank(A_RI, B_OR, max_rank) for name, (A_RI, B_OR) in factors.items()}
+    return {name: (A_RI, B_OR) for name, (A_RI, B_OR, _) in cut.items()}, max(error for _, _, error in cut.values())
+
+
 def served_rank(rank: int) -> int:
     """The next rank that vLLM takes.
 
@@ -111,15 +128,9 @@ def export_lora(
     """
     from peft import LoraConfig
 
-    if max_rank is not None and max_rank < 1:
-        raise ValueError(f"`max_rank` is {max_rank}; it must be 1 or more.")
-    factors = path_factors(model, task)
-    path_rank = max(len(A_RI) for A_RI, _ in factors.values())
-    error = 0.0
-    if max_rank is not None and path_rank > max_rank:
-        cut = {name: shrink_rank(A_RI, B_OR, max_rank) for name, (A_RI, B_OR) in factors.items()}
-        factors = {name: (A_RI, B_OR) for name, (A_RI, B_OR, _) in cut.items()}
-        error = max(its_error for _, _, its_error in cut.values())
+    whole = path_factors(model, task)
+    factors, error = cut_path(whole, max_rank)
+    path_rank = max(len(A_RI) for A_RI, _ in whole.values())
     rank = served_rank(max(len(A_RI) for A_RI, _ in factors.values()))
     prefix = f"base_model.model.{model.backbone.base_model_prefix}"
     tensors = {}
@@ -142,9 +153,7 @@ def export_lora(
     return {"rank": rank, "path_rank": path_rank, "svd_error": error}
 
 
-def read_lora(
-    repo: str | os.PathLike, model: PreTrainedModel, **download: Any
-) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def read_lora(repo: str | os.PathLike, model: PreTrainedModel, **download: Any) -> Factors:
     """The factors of a plain PEFT LoRA for a model's backbone, its scaling multiplied into B.
 
     Args:

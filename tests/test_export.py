@@ -89,6 +89,7 @@ def test_the_command(grown, tokenizer, tmp_path, capsys):
         assert (tmp_path / f"all/{task}/adapter_config.json").exists()
     notes = (tmp_path / "all/README.md").read_text()
     assert "--enable-lora --max-lora-rank 16 --max-loras 2 --lora-modules a=a b=b" in notes
+    assert "--all --to gguf" in notes and ".gguf" not in notes
     assert main(["export", str(folder), str(tmp_path / "cut"), "--task", "b", "--max_rank", "4"]) == 0
     assert re.search(r"rank 10 in 8, cut with an error of 0\.\d+", capsys.readouterr().out)
     assert main(["export", str(folder), str(tmp_path / "whole"), "--task", "a", "--to", "merged"]) == 0

@@ -51,6 +51,14 @@ def test_the_routers_numbers():
     assert f"was {test['ap']:.1f} with the task given and {test['routed']['ap']:.1f} routed" in README
 
 
+def test_the_ggufs_numbers():
+    plain, *loras = json.loads((RESULTS / "export-gguf.json").read_text())["reports"]
+    highest = max(report["llama_cpp"]["kl"] for report in loras)
+    words = f"up to {highest:.4f} nats away with a LoRA and {plain['llama_cpp']['kl']:.4f} without one"
+    assert words in README.replace("\n", " ")
+    assert all(report["max_difference"] == 0 for report in [plain, *loras])
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\(([^)h][^)]*)\)", README))
 def test_links_lead_somewhere(link):
     assert (ROOT / link).exists()

@@ -97,11 +97,15 @@ def _parser() -> argparse.ArgumentParser:
     export = add("export", help="write tasks as plain LoRAs or whole models, checked against HFT")
     export.add_argument("model", help="folder or Hub id of an HFT model")
     export.add_argument("out", type=Path, help="folder to write to; with --all, a folder a task in it")
-    export.add_argument("--task", help="which task")
+    export.add_argument("--task", help="which task; with --to gguf also backbone")
     export.add_argument("--all", action="store_true", help="all tasks, as LoRAs")
     export.add_argument(
-        "--to", default="peft", choices=["peft", "merged"], help="a PEFT LoRA, or a whole 16-bit model"
+        "--to",
+        default="peft",
+        choices=["peft", "merged", "gguf"],
+        help="a PEFT LoRA, a whole 16-bit model, or a LoRA for llama.cpp",
     )
+    export.add_argument("--merged", action="store_true", help="with --to gguf: a whole model for llama.cpp")
     export.add_argument("--onto", default="backbone", choices=["backbone", "dequantized"], help="merged onto what")
     export.add_argument("--max_rank", type=int, help="cut the LoRA to this rank; the error is reported")
     export.add_argument("--load_in_4bit", action="store_true", help="hold the backbone in NF4, as it was trained")

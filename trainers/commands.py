@@ -108,35 +108,67 @@ def export(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
     import hft
+    from hft.hierarchy_hft import BACKBONE
 
-    from .export import export_merged, export_peft, write_serving_notes
+    from .export import write_serving_notes
 
     if args.all == (args.task is not None):
         raise ValueError("Give one task by --task, or --all.")
-    if args.all and args.to != "peft":
+    if args.all and (args.merged or args.to == "merged"):
         raise ValueError("--all writes LoRAs; a merged model is written for one --task at a time.")
+    if args.merged and args.to != "gguf":
+        raise ValueError("--merged goes with --to gguf; a whole model for transformers is --to merged.")
     config, _gates = hft.read_gates(args.model)
-    if args.task is not None:
+    if args.task is not None and (args.to, args.task) != ("gguf", BACKBONE):
         config.hierarchy().check(args.task)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     model = _load(args.model, args.load_in_4bit)
-    reports = []
-    for task in model.hierarchy.names if args.all else [args.task]:
+    tasks, reports = model.hierarchy.names, []
+    for task in [args.task] if not args.all else [BACKBONE, *tasks] if args.to == "gguf" else tasks:
         folder = args.out / task if args.all else args.out
-        if args.to == "peft":
-            report = export_peft(model, tokenizer, task, folder, args.max_rank)
-            rank = f"rank {report['path_rank']} in {report['rank']}"
-            rank += f", cut with an error of {report['svd_error']:.3f}" if report["svd_error"] else ""
-        else:
-            report, rank = export_merged(model, tokenizer, task, folder, args.onto), f"merged onto the {args.onto}"
+        report, what = _export_one(args, model, tokenizer, task, folder)
         reports.append(report)
-        print(
-            f"{folder}: {task}, {rank}; read again: logits differ by {report['max_difference']:.3g}, KL {report['kl']:.2g}, "
-            f"same first choice at {100 * report['top1']:.1f} % of positions"
-        )
+        print(f"{folder}: {task}, {what}; read again: {_agreement(report)}")
+        if "llama_cpp" in report:
+            print(f"  in llama.cpp: {_agreement(report['llama_cpp'])}")
+    if args.all and args.to == "gguf":
+        from .gguf_export import write_llama_notes
+
+        write_llama_notes(args.out, config.backbone, tasks)
+    elif args.all:
+        write_serving_notes(args.out, config.backbone, tasks, [report["rank"] for report in reports])
     if args.all:
-        write_serving_notes(args.out, config.backbone, model.hierarchy.names, [report["rank"] for report in reports])
         print(f"How to serve them: {args.out / 'README.md'}")
+
+
+def _export_one(args: argparse.Namespace, model: Any, tokenizer: Any, task: str, folder: Path) -> tuple[dict, str]:
+    """One task in one form: its report, and what was written in words."""
+    from hft.hierarchy_hft import BACKBONE
+
+    from .export import export_merged, export_peft
+
+    if args.to == "merged":
+        return export_merged(model, tokenizer, task, folder, args.onto), f"merged onto the {args.onto}"
+    if args.to == "peft":
+        report = export_peft(model, tokenizer, task, folder, args.max_rank)
+        what = f"rank {report['path_rank']} in {report['rank']}"
+    else:
+        from .gguf_export import export_gguf_lora, export_gguf_model
+
+        if args.merged or task == BACKBONE:
+            report = export_gguf_model(model, tokenizer, task, folder, args.onto)
+            return report, f"a whole model in {report['dtype'].removeprefix('torch.')}, on the {args.onto}"
+        backbone = args.out / BACKBONE / f"{BACKBONE}.gguf" if args.all else None
+        report = export_gguf_lora(model, tokenizer, task, folder, args.max_rank, backbone)
+        what = f"a LoRA of rank {report['rank']}"
+    return report, what + (f", cut with an error of {report['svd_error']:.3f}" if report["svd_error"] else "")
+
+
+def _agreement(report: dict[str, Any]) -> str:
+    return (
+        f"logits differ by {report['max_difference']:.3g}, KL {report['kl']:.2g}, "
+        f"same first choice at {100 * report['top1']:.1f} % of positions"
+    )
 
 
 def _load(model: str, load_in_4bit: bool):

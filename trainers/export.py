@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.files_hft import replacing
-from hft.lora_io_hft import export_lora, path_factors
+from hft.lora_io_hft import Factors, export_lora, path_factors
 
 
 # What any model can be asked, where nothing better is given.
@@ -94,7 +94,7 @@ def export_peft(
         ValueError: as `export_lora`.
     """
     ours = logits_of(model, tokenizer, prompts, task=task)
-    with _written(folder, "adapter_config.json") as staging:
+    with written(folder, "adapter_config.json") as staging:
         report = export_lora(model, task, staging, max_rank)
         # PEFT stands its layers into the backbone in memory and takes them out again, so nothing is loaded twice.
         peft = PeftModel.from_pretrained(model.backbone, staging)
@@ -105,7 +105,7 @@ def export_peft(
             model._finish()
         agreement = compare(ours, theirs)
         report = {"task": task, "form": "peft", **report, **asdict(agreement), "prompts": len(prompts)}
-        _check(report, tolerance if report["svd_error"] == 0 else None)
+        check(report, tolerance if report["svd_error"] == 0 else None)
         (staging / "export.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -138,28 +138,20 @@ def export_merged(
         ExportError: outside the tolerance; the files are removed.
         ValueError: an unknown task, or an `onto` that is neither.
     """
-    if onto not in ("backbone", "dequantized"):
-        raise ValueError(f"`onto` is {onto!r}; it is 'backbone' or 'dequantized'.")
     factors = path_factors(model, task)
-    config = model.config
-    dtype = torch.bfloat16 if model.backbone.dtype == torch.float32 and _is_4bit(model) else model.backbone.dtype
-    plain = AutoModelForCausalLM.from_pretrained(config.backbone, revision=config.backbone_revision, dtype=dtype)
-    if onto == "dequantized":
-        _take_weights(plain, model.backbone)
-    ours = _on_plain(plain, factors, tokenizer, prompts)
-    with torch.no_grad():
-        for name, (A_RI, B_OR) in factors.items():
-            weight_OI = plain.base_model.get_submodule(name).weight
-            weight_OI.copy_((weight_OI.float() + B_OR.float().cpu() @ A_RI.float().cpu()).to(weight_OI.dtype))
-    with _written(folder, "config.json") as staging:
+    plain = plain_backbone(model, onto)
+    ours = on_plain(plain, factors, tokenizer, prompts)
+    add_path(plain, factors)
+    with written(folder, "config.json") as staging:
         plain.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
+        dtype = plain.dtype
         del plain
         read = AutoModelForCausalLM.from_pretrained(staging, dtype=dtype)
         agreement = compare(ours, logits_of(read.eval(), tokenizer, prompts))
         report = {"task": task, "form": "merged", "onto": onto, "dtype": str(dtype), **asdict(agreement)}
         report["prompts"] = len(prompts)
-        _check(report, tolerance)
+        check(report, tolerance)
         (staging / "export.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -177,19 +169,44 @@ vLLM, all at once (a request names one by `"model": "{tasks[0]}"`):
 vllm serve {backbone} --enable-lora {limits} --lora-modules {modules}
 ```
 
-llama-server, after `convert_lora_to_gguf.py` (llama.cpp) has made a GGUF file of each:
-
-```
-llama-server -m BACKBONE.gguf {" ".join(f"--lora {task}.gguf" for task in tasks)}
-```
+llama-server reads GGUF files instead, which `hft export MODEL FOLDER --all --to gguf` writes.
 
 PEFT: `PeftModel.from_pretrained(backbone, "{tasks[0]}")`.
 """
     (folder / "README.md").write_text(text)
 
 
+def plain_backbone(model: PreTrainedModel, onto: str = "backbone") -> PreTrainedModel:
+    """The backbone by itself in 16 bit (in float32 if the model holds it so), on the CPU.
+
+    Args:
+        model: an HFT model.
+        onto: `"backbone"`: the weights of the backbone's repository; `"dequantized"`: what the 4-bit weights of this model
+            stand for.
+
+    Raises:
+        ValueError: an `onto` that is neither.
+    """
+    if onto not in ("backbone", "dequantized"):
+        raise ValueError(f"`onto` is {onto!r}; it is 'backbone' or 'dequantized'.")
+    config = model.config
+    dtype = torch.bfloat16 if model.backbone.dtype == torch.float32 and _is_4bit(model) else model.backbone.dtype
+    plain = AutoModelForCausalLM.from_pretrained(config.backbone, revision=config.backbone_revision, dtype=dtype)
+    if onto == "dequantized":
+        _take_weights(plain, model.backbone)
+    return plain
+
+
+@torch.no_grad()
+def add_path(plain: PreTrainedModel, factors: Factors) -> None:
+    """Adds a path to the weights of a plain backbone, in place."""
+    for name, (A_RI, B_OR) in factors.items():
+        weight_OI = plain.base_model.get_submodule(name).weight
+        weight_OI.copy_((weight_OI.float() + B_OR.float().cpu() @ A_RI.float().cpu()).to(weight_OI.dtype))
+
+
 @contextmanager
-def _written(folder: Path, last: str) -> Iterator[Path]:
+def written(folder: Path, last: str) -> Iterator[Path]:
     """A folder to write into and to check in; its files appear in `folder` only if the block ends without an error."""
     with replacing(folder, last=last) as staging, tempfile.TemporaryDirectory(dir=staging) as work:
         yield Path(work)
@@ -197,7 +214,12 @@ def _written(folder: Path, last: str) -> Iterator[Path]:
             shutil.move(path, staging / path.name)
 
 
-def _check(report: dict[str, Any], tolerance: float | None) -> None:
+def check(report: dict[str, Any], tolerance: float | None) -> None:
+    """Lets a report within the tolerance pass; None lets all pass.
+
+    Raises:
+        ExportError: outside of it.
+    """
     if tolerance is not None and not report["kl"] <= tolerance:
         raise ExportError(
             f"The exported {report['form']} of task {report['task']!r} does not answer as HFT does: mean KL "
@@ -206,7 +228,7 @@ def _check(report: dict[str, Any], tolerance: float | None) -> None:
         )
 
 
-def _on_plain(plain: PreTrainedModel, factors: Any, tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
+def on_plain(plain: PreTrainedModel, factors: Factors, tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
     """The logits of a plain backbone with a path added beside its linears, as HFT computes it."""
 
     def add(module: Any, args: Any, y: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
