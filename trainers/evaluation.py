@@ -121,7 +121,13 @@ def score_task(
     return [data.score(answer, row) for answer, row in zip(answers, data.rows, strict=True)]
 
 
-@torch.inference_mode()
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
+    """The token ids of a prompt as `generate` gets it: a string, or messages with the template's call for an answer."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
 def score_options(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -137,19 +143,35 @@ def score_options(
     Args:
         model: an HFT model, or any causal language model if `task` is None.
         tokenizer: its tokenizer.
-        rows: {"prompt", "completion", "options"}, all strings; `completion` is one of the options.
+        rows: {"prompt", "completion", "options"}: strings or messages; the answer is one of the options.
         task: whose path to take; None for the plain backbone.
         batch_size: prompts at once.
 
     Returns:
         1.0 or 0.0 a row; and the loss a row: -log p(right option and end of text | prompt), in nats.
     """
+    found = option_likelihoods(model, tokenizer, rows, task, batch_size)
+    answers = [row["options"].index(reference(row)) for row in rows]
+    right = [float(its.index(max(its)) == answer) for its, answer in zip(found, answers, strict=True)]
+    return right, [-its[answer] for its, answer in zip(found, answers, strict=True)]
+
+
+@torch.inference_mode()
+def option_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    task: str | None,
+    batch_size: int = 32,
+) -> list[list[float]]:
+    """log p(option and end of text | prompt) of each option of each row, in nats; arguments as for `score_options`."""
     which = {} if task is None else {"task": task}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))
-    right, loss = [0.0] * len(rows), [0.0] * len(rows)
+    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    found: list[list[float]] = [[] for _ in rows]
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
-        ids = [tokenizer(rows[i]["prompt"])["input_ids"] for i in chosen]
+        ids = [prompts[i] for i in chosen]
         length = max(map(len, ids))
         pad = tokenizer.eos_token_id  # masked
         prompt_BT = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=model.device)
@@ -189,10 +211,9 @@ def score_options(
             total_B = (log_BTV.gather(-1, tail_BT[..., None])[..., 0] * known_BT).sum(1)
             has_option = torch.tensor([option < len(rows[i]["options"]) for i in chosen])
             likelihood[has_option, option] = total_B.cpu()[has_option]
-        for i, row in zip(chosen, likelihood, strict=True):
-            answer = rows[i]["options"].index(rows[i]["completion"])
-            right[i], loss[i] = float(row.argmax() == answer), -float(row[answer])
-    return right, loss
+        for i, its in zip(chosen, likelihood.tolist(), strict=True):
+            found[i] = its[: len(rows[i]["options"])]
+    return found
 
 
 def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:
