@@ -297,6 +297,9 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     shown = capsys.readouterr().out
     assert "Next: hft train" in shown and "Why (gain" in shown
     tree = yaml.safe_load((tmp_path / "plan.yaml").read_text())["hierarchy"]
+    num_levels = len(hft.Hierarchy(tree).levels())
+    assert f"\n{2 * num_levels} optimizer steps.\n" in shown and "Peak of a step with rows of 96 tokens" in shown
+    assert f"# {2 * num_levels} optimizer steps." in (tmp_path / "plan.yaml").read_text()
     assert set(tree) == {"same", "copy", "sign"}
     for task, parents in tree.items():
         for other in set(tree) - {task}:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 import hft
 
 from .pictures import check_picture, draw_plan
-from .plan_report import DEFAULTS, as_recipe, as_text, summary_of, tasks_in
+from .plan_report import DEFAULTS, as_recipe, as_text, estimates, summary_of, tasks_in
 from .probes import ProbeSettings, plan_hierarchy
 from .recipes import Recipe, load_task, read_recipe
 
@@ -43,8 +43,10 @@ def find_plan(args: argparse.Namespace) -> None:
     if args.model is not None:
         print("\n".join(summary_of(found, task) for task in data))
         return
+    costs = estimates(found, recipe, model, {task: len(rows) for task, rows in data.items()})
+    print("\nWhat it would take:\n" + "\n".join(costs))
     partial = Path(f"{args.yaml}.partial")
-    partial.write_text(as_recipe(found, recipe), encoding="utf-8")
+    partial.write_text(as_recipe(found, recipe, costs), encoding="utf-8")
     os.replace(partial, args.yaml)
     print(f"\nThe recipe is in {args.yaml}. Next: hft train {args.yaml}")
 
