@@ -75,7 +75,7 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch):
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     figures = summary.planner()
     assert figures["planner.parent_regret_points"] == pytest.approx((0 + 2 + 3) / 3, abs=1e-3)
-    assert figures["planner.rank_correlation"] == pytest.approx(1 - 6 * (0 + 1 + 1 + 1 + 1 + 0) / (6 * 35), abs=1e-3)
+    assert figures["planner.rank_correlation"] == pytest.approx(1 - 6 * (0 + 1 + 1 + 4 + 4 + 0) / (6 * 35), abs=1e-3)
     assert figures["planner.ap_found_minus_hand"] == 2.5 and figures["planner.ap_found_minus_hand_se"] == 0.5
 
 

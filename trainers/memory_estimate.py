@@ -70,7 +70,7 @@ def estimate_memory(
 ) -> MemoryEstimate:
     """Estimates the peak of a step of bfloat16 or NF4 training with AdamW.
 
-    Shapes are the model's own, and what autograd keeps is counted in a pass over tensors without memory, so that it holds for
+    Shapes are the model's own, and what autograd keeps is counted in a pass over tensors without memory, which holds for
     any decoder; attention is counted as PyTorch's fused kernel, on a batch with padding (whose mask is a tensor).
 
     Args:
