@@ -73,10 +73,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="a YAML file, or the name of one that ships with the package: cl14-small")
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
 
-    plan = add("plan", help="draw a saved model's hierarchy, with its gates")
-    plan.add_argument("--model", required=True, help="folder or Hub id of an HFT model")
-    plan.add_argument("--task", help="also print all gates of this task, layer by layer")
+    plan = add("plan", help="draw a saved model's hierarchy; with --data, find one for tasks")
+    plan.add_argument("--model", help="folder or Hub id of an HFT model; with --data: where new tasks are to stand")
+    plan.add_argument("--data", type=Path, help="a folder with <task>/train.jsonl.gz, or a recipe: find a hierarchy")
+    plan.add_argument("--task", help="also print all gates of this task; with --data: plan only this one")
     plan.add_argument("--out", type=Path, help="draw it into this .png, .svg or .pdf file, too")
+    plan.add_argument("--recipe", help="with --data, a folder: backbone and settings; its hierarchy is ignored")
+    plan.add_argument(
+        "--yaml", type=Path, default=Path("plan.yaml"), help="with --data: write this recipe (plan.yaml)"
+    )
+    plan.add_argument("--backbone", help="with --data: Hub id or folder, instead of the recipe's")
+    plan.add_argument("--steps", type=int, default=24, help="with --data: optimizer steps of a pilot (24)")
+    plan.add_argument("--rows", type=int, default=48, help="with --data: rows a task that losses are measured on (48)")
+    plan.add_argument("--max_parents", type=int, default=2, help="with --data: parents of a task, at most (2)")
 
     refresh = add("refresh", help="let an old task learn anew what to let in; kept only if it helps")
     refresh.add_argument("model", help="folder of an HFT model; changed only if it helps")

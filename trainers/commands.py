@@ -51,6 +51,12 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
 
 def plan(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    if args.data is not None:
+        from .plan_command import find_plan
+
+        return find_plan(args)
+    if args.model is None:
+        raise ValueError("Give --data, a folder or recipe to find a hierarchy for, or --model, to draw a saved one.")
     import hft
 
     from .pictures import draw_hierarchy

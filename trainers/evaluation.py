@@ -154,7 +154,6 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> li
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
-@torch.inference_mode()
 def score_options(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -186,10 +185,25 @@ def score_options(
                 f"The answer {reference(row)!r} is not among the options {row.get('options')}; the metric 'options' needs "
                 "rows with a list `options` that holds the answer."
             )
+    found = option_likelihoods(model, tokenizer, rows, task, batch_size)
+    answers = [row["options"].index(reference(row)) for row in rows]
+    right = [float(its.index(max(its)) == answer) for its, answer in zip(found, answers, strict=True)]
+    return right, [-its[answer] for its, answer in zip(found, answers, strict=True)]
+
+
+@torch.inference_mode()
+def option_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    task: str | None,
+    batch_size: int = 32,
+) -> list[list[float]]:
+    """log p(option and end of text | prompt) of each option of each row, in nats; arguments as for `score_options`."""
     which = {} if task is None else {"task": task}
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
-    right, loss = [0.0] * len(rows), [0.0] * len(rows)
+    found: list[list[float]] = [[] for _ in rows]
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
         ids = [prompts[i] for i in chosen]
@@ -232,10 +246,9 @@ def score_options(
             total_B = (log_BTV.gather(-1, tail_BT[..., None])[..., 0] * known_BT).sum(1)
             has_option = torch.tensor([option < len(rows[i]["options"]) for i in chosen])
             likelihood[has_option, option] = total_B.cpu()[has_option]
-        for i, row in zip(chosen, likelihood, strict=True):
-            answer = rows[i]["options"].index(reference(rows[i]))
-            right[i], loss[i] = float(row.argmax() == answer), -float(row[answer])
-    return right, loss
+        for i, its in zip(chosen, likelihood.tolist(), strict=True):
+            found[i] = its[: len(rows[i]["options"])]
+    return found
 
 
 def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:

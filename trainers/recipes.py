@@ -275,7 +275,7 @@ def _from_description(spec: Mapping[str, Any], task: str, split: str) -> Dataset
 
 
 def to_chat(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_input_tokens: int | None) -> dict[str, Any]:
-    """{instruction, options, input, output} -> a user's message and an assistant's."""
+    """{instruction, options, input, output} -> a user's message, an assistant's, and the options."""
     passage = row["input"].strip()
     if max_input_tokens is not None:
         tokens = tokenizer(passage, add_special_tokens=False)["input_ids"]
@@ -285,4 +285,5 @@ def to_chat(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_input_t
     return {
         "prompt": [{"role": "user", "content": f"{row['instruction']}{options}\n{passage}"}],
         "completion": [{"role": "assistant", "content": row["output"]}],
+        "options": row["options"],
     }
