@@ -16,13 +16,14 @@ import hft
 from hft.lora_io_hft import path_factors
 from hft.trainers import HFTTrainer, HFTTrainingConfig, gguf_export
 from hft.trainers.cli import main
-from hft.trainers.demo import TASKS, TEST_SEED, TRAIN_SEED, make_rows, scorer
+from hft.trainers.demo import TASKS, TEST_SEED, TRAIN_SEED, make_rows
 from hft.trainers.demo_backbone import find_backbone
 from hft.trainers.evaluation import generate_answers
 from hft.trainers.export import PROMPTS, ExportError, compare, logits_of
 from hft.trainers.gguf_export import export_gguf_lora, export_gguf_model, has_llama, llama_logits
 from hft.trainers.gguf_files import check_backbone, read_lora_gguf
 from hft.trainers.gguf_vocabulary import PRE_TOKENIZERS, pre_tokenizer_name
+from hft.trainers.metrics import find_metric
 
 from .conftest import ALPHABET, SPECIAL, TEMPLATE
 from .test_model import prompts
@@ -328,7 +329,7 @@ def test_llama_cpp_answers_a_trained_task_as_hft_does(tmp_path):
     ours = generate_answers(model.eval(), tokenizer, [row["prompt"] for row in test], "reverse")
 
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--all", "--to", "gguf"]) == 0
-    score = scorer(TASKS["reverse"])
+    score = find_metric(f"reasoning_gym:{TASKS['reverse'].family}")
     right = {}
     for lora in (None, str(tmp_path / "out/reverse/reverse.gguf")):
         llama = Llama(str(tmp_path / "out/backbone/backbone.gguf"), lora_path=lora, n_ctx=256, verbose=False)
