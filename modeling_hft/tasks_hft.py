@@ -130,7 +130,7 @@ class HFTTasks:
         if len(removed) > 1 and not cascade:
             raise ValueError(
                 f"Task {name!r} cannot be removed: {', '.join(removed[1:])} depend on it. Remove them first, or all with "
-                "cascade=True."
+                "cascade=True (`hft remove --cascade`)."
             )
         tasks = [entry for entry in self.config.tasks if entry["name"] not in removed]
         read = {page_id for entry in tasks for page_id in entry["pages"]}

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import hft
 from hft.lora_io_hft import path_factors, shrink_rank
+from hft.trainers.cli import main
 
 from .test_model import prompts
 from .tiny import BACKBONES, bits, fill, grow, snapshot
@@ -255,6 +256,20 @@ def test_removing_a_task_leaves_the_others_to_the_bit(sealed, tmp_path):
     fill(loaded, only_trainable=True)
     with pytest.raises(ValueError, match="Unknown task 'zz'"):
         loaded.remove_task("zz")
+
+
+def test_the_command_removes_a_task_and_its_files(sealed, tmp_path, capsys):
+    sealed.save_pretrained(tmp_path)
+    before = sealed(prompts(2, 5), task="a").logits
+    assert main(["remove", str(tmp_path), "--task", "b"]) == 2
+    assert "d depend on it" in capsys.readouterr().err and (tmp_path / "tasks/b.safetensors").exists()
+    assert main(["remove", str(tmp_path), "--task", "nothing"]) == 2
+    assert main(["remove", str(tmp_path), "--task", "b", "--cascade"]) == 0
+    assert "Removed b, d" in capsys.readouterr().out
+    left = hft.HFTForCausalLM.from_pretrained(tmp_path)
+    assert {path.stem for path in (tmp_path / "tasks").iterdir()} == set(left.hierarchy.names)
+    assert {"b", "d"}.isdisjoint(left.hierarchy.names)
+    assert torch.equal(left(prompts(2, 5), task="a").logits, before)
 
 
 def test_what_borrows_a_node_depends_on_it(sealed):

@@ -125,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--out", type=Path, required=True, help="a new folder for the union")
     merge.add_argument("--rename", action="append", default=[], metavar="OLD=NEW", help="a task of the other model")
 
+    remove = add("remove", help="remove a task from a saved model")
+    remove.add_argument("model", type=Path, help="folder of a slim HFT model; changed")
+    remove.add_argument("--task", required=True, help="which task")
+    remove.add_argument("--cascade", action="store_true", help="also all that depends on it")
+
     push = add("push", help="upload a saved model to the Hub in one commit")
     push.add_argument("model", type=Path, help="folder of an HFT model")
     push.add_argument("repo_id", help="me/my-hft; made if it is missing")

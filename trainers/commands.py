@@ -201,6 +201,23 @@ def merge(args: argparse.Namespace, _: dict[str, Any]) -> None:
     print(f"{len(new)} tasks came from {args.other}: {', '.join(new) or 'none'}. The union is in {args.out}")
 
 
+def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    import hft
+    from hft.files_hft import page_file, task_file
+
+    config, _gates = hft.read_gates(args.model)
+    config.hierarchy().check(args.task)
+    model = _load(str(args.model), load_in_4bit=False)
+    removed = model.remove_task(args.task, cascade=args.cascade)
+    model.save_pretrained(args.model)
+    config = model.config
+    kept = {*map(task_file, config.task_names()), *(page_file(page["id"]) for page in config.pages)}
+    for path in (*args.model.glob("tasks/*.safetensors"), *args.model.glob("pages/*.safetensors")):
+        if str(path.relative_to(args.model)) not in kept:
+            path.unlink()  # after the config, which no longer names it
+    print(f"Removed {', '.join(removed)}; {len(config.tasks)} tasks are left in {args.model}")
+
+
 def push(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
     from hft.storage_hft import check_shareable, upload
