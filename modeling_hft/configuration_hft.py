@@ -1,6 +1,7 @@
 """The configuration of an HFT model: a picture of its hierarchy, readable in config.json."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -127,6 +128,7 @@ class HFTConfig(PreTrainedConfig):
         backbone: the Hub id or the folder of the backbone's weights.
         backbone_revision: the commit of `backbone` that the tasks were trained on; `None` for a folder.
         slim: whether the weight files hold the tasks only (`True`) or the backbone too.
+        left_out: in a part of a model (see `only`), the tasks of the whole that it lacks, with their parents.
         format_version: the layout of the files, see `FORMAT_VERSION`.
 
     Raises:
@@ -153,6 +155,7 @@ class HFTConfig(PreTrainedConfig):
     backbone: str | None = None
     backbone_revision: str | None = None
     slim: bool = True
+    left_out: dict[str, list[str]] | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs):
@@ -167,6 +170,7 @@ class HFTConfig(PreTrainedConfig):
         defaults = {"parents": [], "rank": self.rank, "sealed": False, "pages": [], "borrows": []}
         self.tasks = [copy.deepcopy({**defaults, **task}) for task in self.tasks or []]
         self.pages = copy.deepcopy(self.pages or [])
+        self.left_out = copy.deepcopy(self.left_out or {})
         names = [task["name"] for task in self.tasks]
         for name in names:
             if names.count(name) > 1:
@@ -180,9 +184,55 @@ class HFTConfig(PreTrainedConfig):
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self.hierarchy()  # raises if the tasks are no hierarchy
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """As transformers'; names in `tasks=[...]`, which auto classes hand over from `from_pretrained`, choose a part."""
+        chosen = kwargs.get("tasks")
+        if not isinstance(chosen, str) and not (chosen and all(isinstance(task, str) for task in chosen)):
+            return super().from_dict(config_dict, **kwargs)
+        del kwargs["tasks"]
+        made = super().from_dict(config_dict, **kwargs)
+        return (made[0].only(chosen), made[1]) if isinstance(made, tuple) else made.only(chosen)
+
+    def only(self, tasks: Sequence[str]) -> "HFTConfig":
+        """The config of a part of the model: these tasks, whatever they stand on, and the pages that all of them read.
+
+        Args:
+            tasks: names of sealed tasks.
+
+        Raises:
+            ValueError: an unknown or open task, a string instead of a list, or a model saved in the full form.
+        """
+        if isinstance(tasks, str):
+            raise ValueError(f"`tasks` is the string {tasks!r}; give a list: [{tasks!r}].")
+        if not self.slim:
+            raise ValueError(
+                "`tasks` chooses files of a slim model, and this one is saved in the full form, all tasks in one file; "
+                "load it whole."
+            )
+        wanted, kept = list(tasks), set()
+        while wanted:
+            task = self.task(wanted.pop())
+            if not task["sealed"]:
+                raise ValueError(f"`tasks` names {task['name']!r}, which still trains; load the whole model to go on.")
+            if task["name"] not in kept:
+                kept.add(task["name"])
+                wanted += [*task["parents"], *task["borrows"]]
+        part = copy.deepcopy(self)
+        part.tasks = [task for task in part.tasks if task["name"] in kept]
+        read = {page_id for task in part.tasks for page_id in task["pages"]}
+        part.pages = [page for page in part.pages if page["id"] in read]
+        part.left_out.update({task["name"]: list(task["parents"]) for task in self.tasks if task["name"] not in kept})
+        return part
+
     def hierarchy(self) -> Hierarchy:
         """The tasks as a `Hierarchy`."""
         return Hierarchy({task["name"]: task["parents"] for task in self.tasks})
+
+    def whole_hierarchy(self) -> Hierarchy:
+        """The tasks and those that were left out."""
+        parents = {**self.left_out, **{task["name"]: task["parents"] for task in self.tasks}}
+        return Hierarchy({task: [up for up in its if up in parents] for task, its in parents.items()})
 
     def task_names(self) -> list[str]:
         """The names in the order of creation; a task's id is its place here."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers.utils import cached_file
 
 
@@ -87,12 +87,12 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 def read_tensors(
     repo: str | os.PathLike, filename: str, expected: Iterable[str], may_hold_more: bool = False, **download: Any
 ) -> dict[str, torch.Tensor]:
-    """Reads one safetensors file of a model and checks that it holds what it must.
+    """Reads tensors of one safetensors file of a model and checks that it holds what it must.
 
     Args:
         repo: a folder or a Hub id.
         filename: the file in it.
-        expected: the names that it must hold.
+        expected: the names that it must hold; no others are read.
         may_hold_more: whether others beside them are no error.
         download: `revision`, `token`, `cache_dir`, ... as for `transformers.utils.cached_file`.
 
@@ -105,16 +105,18 @@ def read_tensors(
         raise OSError(
             f"'{repo}' lists {filename} in its config.json, but the file is missing. Copy or download the model again."
         )
+    expected = set(expected)
     try:
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            held = set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in sorted(expected & held)}
     except (SafetensorError, OSError) as error:
         raise OSError(
             f"'{path}' is no whole safetensors file ({error}); it was cut short or damaged. Copy or download it again."
         ) from error
-    expected = set(expected)
-    if not expected <= tensors.keys() or (tensors.keys() != expected and not may_hold_more):
-        odd = sorted(expected - tensors.keys()) or sorted(tensors.keys() - expected)
-        what = "lacks" if expected - tensors.keys() else "holds the unexpected"
+    if expected - held or (held != expected and not may_hold_more):
+        odd = sorted(expected - held) or sorted(held - expected)
+        what = "lacks" if expected - held else "holds the unexpected"
         raise ValueError(
             f"'{path}' does not fit its config.json: it {what} {odd[0]!r} ({len(odd)} such). "
             "Is it a file of another model, or of another backbone?"

@@ -3,8 +3,6 @@
 B batch, T tokens, I/O in and out features, R rank of a whole path: the sum over its nodes and pages; K different tasks.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,44 +10,27 @@ from torch import nn
 from .configuration_hft import HFTMemoryConfig
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTNodes
-from .path_hft import HFTPath, HFTTaskPath, active_path
-
-
-Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Factors that were fused before.
-
-    Args:
-        made_of: place and version of all that they were made of.
-        memory: that itself, so that no other tensor can come to stand in its place.
-        factors: the result.
-    """
-
-    made_of: tuple[object, ...]
-    memory: tuple[torch.Tensor, ...]
-    factors: Pair
+from .path_hft import HFTPath, HFTTaskPath, Pair, active_path
 
 
 class HFTFused:
     """Beside one frozen linear: y = W x + sum over the path's sources s of g_s * up_s (down_s x).
 
     A source is a node (up B, down A) or a memory page (up V, down K). Where nothing is trained, a task's concatenated and
-    scaled factors are kept until one of them changes.
+    scaled factors are kept until one of them changes: see `HFTKept`.
 
     Args:
+        name: the linear's name within the decoder.
         nodes: the nodes beside the linear.
         memory: the pages beside it; None if this linear carries none.
         config: how pages are read.
     """
 
-    def __init__(self, nodes: HFTNodes, memory: HFTMemory | None, config: HFTMemoryConfig):
+    def __init__(self, name: str, nodes: HFTNodes, memory: HFTMemory | None, config: HFTMemoryConfig):
+        self.name = name
         self.nodes = nodes
         self.memory = memory
         self.config = config
-        self._kept: dict[str, _Kept] = {}  # by task
         self._stack: tuple[list[Pair], Pair] | None = None  # of a mixed batch: what it was made of, and the result
 
     def on_linear(self, linear: nn.Module, args: tuple[torch.Tensor, ...], y_BTO: torch.Tensor) -> torch.Tensor | None:
@@ -119,31 +100,18 @@ class HFTFused:
 
         These are the factors of an exported LoRA, to the bit.
         """
+        if task.kept is None:
+            return self._fuse(task, like)
+        pair = task.kept.get(self.name)
+        if pair is None or pair[0].dtype != like.dtype or pair[0].device != like.device:
+            pair = task.kept[self.name] = self._fuse(task, like)
+        return pair
+
+    def _fuse(self, task: HFTTaskPath, like: torch.Tensor) -> Pair:
         pairs = [self.nodes.pair(node) for node in task.sources.nodes]
         with_pages = self.memory is not None and self.config.read == "linear"
         if with_pages:
             pairs += [self.memory.pair(page) for page in task.sources.pages]
-        parts = [task.gates, *(factor for pair in pairs for factor in pair)]
-        if any(part.requires_grad for part in parts):
-            self._kept.clear()  # a fused optimizer may change them without raising their versions
-            return self._fuse(task, pairs, with_pages, like)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(part.is_inference() for part in parts):
-            return self._fuse(task, pairs, with_pages, like)
-        # A change in place raises a tensor's version; another tensor is elsewhere in memory.
-        made_of = (like.dtype, like.device, *((part.data_ptr(), part._version) for part in parts))
-        kept = self._kept.get(task.task)
-        if kept is None or kept.made_of != made_of:
-            memory = tuple(part.detach() for part in parts)
-            kept = self._kept[task.task] = _Kept(made_of, memory, self._fuse(task, pairs, with_pages, like))
-        return kept.factors
-
-    def _fuse(
-        self,
-        task: HFTTaskPath,
-        pairs: list[Pair],
-        with_pages: bool,
-        like: torch.Tensor,
-    ) -> Pair:
         down_RI = torch.cat([down for down, _ in pairs]).to(like)
         up_OR = torch.cat([up for _, up in pairs], dim=1).to(like.device)
         g_R = task.column_gates(self.nodes.layer, with_pages).to(like.device)

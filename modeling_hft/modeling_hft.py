@@ -25,12 +25,14 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_hft import HFTConfig
+from .folded_hft import HFTFolding
 from .fused_hft import HFTFused
 from .gates_hft import HFTGates
 from .hierarchy_hft import BACKBONE, Hierarchy, nearest
+from .kept_hft import HFTKept
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, beside, flat
-from .path_hft import HFTPath, HFTTaskPath, keep_path, on_path
+from .path_hft import HFTPath, HFTTaskPath, Pair, keep_path, on_path
 from .refresh_hft import HFTRefreshing
 from .router_hft import HFTRoute, HFTRouter
 from .routing_hft import HFTRouting
@@ -44,7 +46,7 @@ logger = logging.get_logger(__name__)
 Task = str | Sequence[str | None] | torch.Tensor
 
 
-class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTRouting, HFTStorage, PreTrainedModel):
+class HFTPreTrainedModel(HFTTasks, HFTFolding, HFTRefreshing, HFTRouting, HFTStorage, PreTrainedModel):
     """What `HFTModel` and `HFTForCausalLM` share: the backbone, the tasks, saving and loading."""
 
     config_class = HFTConfig
@@ -62,6 +64,7 @@ class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTRouting, HFTStorage, PreTra
         self.backbone = AutoModelForCausalLM.from_config(config.text_config)
         self._layer_of = adapted_linears(self.base_model, config.target_modules)
         self._hooks = []
+        self._kept = HFTKept()
         self.hierarchy: Hierarchy = config.hierarchy()
         self.hft_nodes = nn.ModuleDict()
         for name, layer in self._layer_of.items():
@@ -89,9 +92,10 @@ class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTRouting, HFTStorage, PreTra
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._fused = {}
         for name in self._layer_of:
             nodes, memory = self.hft_nodes[flat(name)], beside(self.hft_memory, name)
-            fused = HFTFused(nodes, memory, self.config.memory_config)
+            fused = self._fused[name] = HFTFused(name, nodes, memory, self.config.memory_config)
             self._hooks.append(self.base_model.get_submodule(name).register_forward_hook(fused.on_linear))
 
     def activate(self, task: Task | None, num_rows: int | None = None) -> AbstractContextManager[None]:
@@ -108,19 +112,35 @@ class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTRouting, HFTStorage, PreTra
         """
         return nullcontext() if task is None else on_path(self._path(task, num_rows))
 
-    def _path(self, task: Task, num_rows: int | None) -> HFTPath | None:
+    def _one_pass(self, task: Task | None, num_rows: int | None) -> AbstractContextManager[None]:
+        """As `activate`, for a single pass: parameters do not change within it, so what is right when it begins stays so."""
+        if task is None:
+            return nullcontext() if self._folded_path is None else on_path(self._folded_path)
+        return on_path(self._path(task, num_rows, is_one_pass=True))
+
+    def _path(self, task: Task, num_rows: int | None, is_one_pass: bool = False) -> HFTPath | None:
         rows = self._rows(task, num_rows)
+        if self._folded is not None:
+            return self._on_folded(rows)
         names = [name for name in dict.fromkeys(rows) if name is not None]
         if not names:
             return None
-        paths = tuple(self._task_path(name) for name in names)
+        paths = tuple(self._task_path(name, self._kept_factors(name, is_one_pass)) for name in names)
         if len(set(rows)) == 1:
             return HFTPath(paths)
         places = [len(names) if row is None else names.index(row) for row in rows]
         in_order = places == list(range(len(rows)))
         return HFTPath(paths, torch.tensor(places, device=paths[0].gates.device), in_order)
 
-    def _task_path(self, task: str) -> HFTTaskPath:
+    def _kept_factors(self, task: str, is_one_pass: bool) -> dict[str, Pair] | None:
+        """What linears may use again of earlier passes, and add to."""
+        if torch.compiler.is_compiling():
+            self._kept.clear()  # a compiled training step may change parameters without raising their versions
+            return None
+        factors = self._kept.of(task, self._read_parameters(task))
+        return factors if is_one_pass else None
+
+    def _task_path(self, task: str, kept: dict[str, Pair] | None) -> HFTTaskPath:
         sources = self.sources(task)
         ranks = [self.config.task(node)["rank"] for node in sources.nodes]
         num_node_columns = sum(ranks)
@@ -128,7 +148,7 @@ class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTRouting, HFTStorage, PreTra
         gates_LN = self.hft_gates.of(task)
         source_of_column_R = [source for source, rank in enumerate(ranks) for _ in range(rank)]
         columns = torch.tensor(source_of_column_R, device=gates_LN.device)
-        return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns)
+        return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns, kept)
 
     def _rows(self, task: Task, num_rows: int | None) -> list[str | None]:
         """The names in `task`, checked; one if it is one for all rows. None for the backbone."""
@@ -195,6 +215,7 @@ class HFTPreTrainedModel(HFTTasks, HFTRefreshing, HFTRouting, HFTStorage, PreTra
         self.backbone.set_output_embeddings(new_embeddings)
 
     def dequantize(self, *args: Any, **kwargs: Any):
+        self._check_unfolded()
         model = super().dequantize(*args, **kwargs)
         self._finish()
         return model
@@ -221,7 +242,7 @@ class HFTModel(HFTPreTrainedModel):
             task: a name, a name a row, or ids [B]; None for the plain backbone.
             kwargs: as for the backbone's decoder.
         """
-        with self.activate(task, _num_rows(input_ids, inputs_embeds)):
+        with self._one_pass(task, _num_rows(input_ids, inputs_embeds)):
             return self.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
             )
@@ -257,7 +278,7 @@ class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
         Returns:
             What the backbone returns: logits [B, T, V], the loss if there are labels, the cache.
         """
-        with self.activate(task, _num_rows(input_ids, inputs_embeds)):
+        with self._one_pass(task, _num_rows(input_ids, inputs_embeds)):
             return self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -297,6 +318,7 @@ class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
             config = kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
             named = vars(config).pop("task")  # transformers would keep it from `forward`
             task = named if task is None else task
+        task = self._folded if task is None else task
         prompts = inputs if inputs is not None else kwargs.get("input_ids")
         num_rows = _num_rows(prompts, kwargs.get("inputs_embeds"))
         if task is not None:

@@ -47,6 +47,10 @@ class HFTFactors(nn.Module):
         """The factors called `name`: [R, I] and [O, R]."""
         return self._parameters[f"{self.DOWN}_{name}"], self._parameters[f"{self.UP}_{name}"]
 
+    def pairs(self, names: Sequence[str]) -> list[nn.Parameter]:
+        """The factors of several, one after another."""
+        return [self._parameters[f"{letter}_{name}"] for name in names for letter in (self.DOWN, self.UP)]
+
     def names(self) -> list[str]:
         """What there is."""
         prefix = f"{self.DOWN}_"

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 
+Pair = tuple[torch.Tensor, torch.Tensor]  # down [R, I] and up [O, R]
+
+
 @dataclass(frozen=True)
 class HFTSources:
     """What a task reads: nodes, its own among them, and memory pages. Its gates have these columns, nodes first."""
@@ -43,6 +46,8 @@ class HFTTaskPath:
         gates: [L, N + P].
         source_of_column_R: for each of the R columns of the fused factors, the place of its source, nodes first.
         num_node_columns: how many of these columns belong to nodes.
+        kept: the fused factors that linears made on this path, by linear, and which are still right; linears add theirs.
+            None: they make them anew.
     """
 
     task: str
@@ -50,6 +55,7 @@ class HFTTaskPath:
     gates: torch.Tensor
     source_of_column_R: torch.Tensor
     num_node_columns: int
+    kept: dict[str, Pair] | None = None
 
     def column_gates(self, layer: int, with_pages: bool) -> torch.Tensor:
         """One layer's gates, a number a column of the factors: [R], float32; the nodes' columns, or all."""

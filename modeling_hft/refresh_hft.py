@@ -83,6 +83,7 @@ class HFTRefreshing:
         Raises:
             ValueError: an unknown or open task, or fewer than two rows to learn from or to validate on.
         """
+        self._check_unfolded()
         entry = self.config.sealed_task(task)
         rows = list(dataset)
         checks = list(validation) if validation is not None else rows[::3]
@@ -158,7 +159,7 @@ class HFTRefreshing:
                 if len(order) < batch_size:
                     order += torch.randperm(len(rows), generator=generator).tolist()
                 chosen, order = order[:batch_size], order[batch_size:]
-                loss = torch.stack(self._row_losses(task, [rows[i] for i in chosen])).mean()
+                loss = torch.stack(self.row_losses(task, [rows[i] for i in chosen])).mean()
                 (gates_LN.grad,) = torch.autograd.grad(loss, [gates_LN])
                 optimizer.step()
         gates_LN.grad = None
@@ -169,11 +170,22 @@ class HFTRefreshing:
         return [
             float(loss)
             for begin in range(0, len(rows), batch_size)
-            for loss in self._row_losses(task, rows[begin : begin + batch_size])
+            for loss in self.row_losses(task, rows[begin : begin + batch_size])
         ]
 
-    def _row_losses(self, task: str, rows: Sequence[Mapping[str, Sequence[int]]]) -> list[torch.Tensor]:
-        """The mean loss of each row's labels. Rows are padded on the left, so that all answers end together."""
+    def row_losses(self, task: str, rows: Sequence[Mapping[str, Sequence[int]]]) -> list[torch.Tensor]:
+        """The mean loss of each row's labels on a task's path, with gradients where they are on.
+
+        Rows are padded on the left, so that all answers end together, and only positions that some row is scored on meet the
+        head.
+
+        Args:
+            task: whose path; `"backbone"` for the plain backbone.
+            rows: tokenised {"input_ids": [T], "labels": [T]}, -100 where there is no loss.
+
+        Returns:
+            A scalar a row, in nats a token.
+        """
         device = self.get_input_embeddings().weight.device
         ids_BT, mask_BT = left_padded([row["input_ids"] for row in rows], device)
         labels_BT, _ = left_padded([row["labels"] for row in rows], device, filler=-100)

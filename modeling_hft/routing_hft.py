@@ -3,12 +3,14 @@
 B batch, T tokens, D hidden size.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from .hierarchy_hft import BACKBONE
 from .padding_hft import left_padded
 from .path_hft import on_path
 from .router_hft import HFTRoute
@@ -31,7 +33,13 @@ class HFTRouting:
         Returns:
             A decision a row, with names and probabilities.
         """
-        return self.hft_router.route(self.prompt_features(input_ids, attention_mask), self.hierarchy)
+        whole = self.config.whole_hierarchy()
+        return [
+            dataclasses.replace(route, task=BACKBONE, reason=f"it belongs to {route.task}, which is not loaded")
+            if route.task in self.config.left_out
+            else route
+            for route in self.hft_router.route(self.prompt_features(input_ids, attention_mask), whole)
+        ]
 
     def add_routes(self, task: str, prompts: Sequence[Sequence[int]], batch_size: int = 16) -> None:
         """Lets the router know a task by prompts of it. What it knows of other tasks stays.
@@ -72,6 +80,7 @@ class HFTRouting:
         Raises:
             ValueError: prompts without tokens.
         """
+        self._check_unmerged()  # it looks at the backbone's own features
         if input_ids.shape[-1] == 0:
             raise ValueError(f"`input_ids` has the shape {list(input_ids.shape)}: there are no tokens to route by.")
         longest = self.config.text_config.max_position_embeddings

@@ -109,6 +109,7 @@ class HFTSlimFiles:
             ValueError: if the folder's tasks are others.
             OSError: if a file is missing or cut short.
         """
+        self._check_unfolded()
         saved = HFTConfig.from_pretrained(folder)
 
         def shape(config: HFTConfig) -> list[tuple[Any, ...]]:

@@ -148,6 +148,7 @@ class HFTStorage(HFTSlimFiles):
         *model_args: Any,
         config: HFTConfig | None = None,
         backbone: str | os.PathLike | None = None,
+        tasks: Sequence[str] | None = None,
         **kwargs: Any,
     ):
         """Loads a saved HFT model, slim or full, as `PreTrainedModel.from_pretrained` does.
@@ -156,11 +157,14 @@ class HFTStorage(HFTSlimFiles):
             pretrained_model_name_or_path: Hub id or folder of the HFT model (not of a backbone: see `from_backbone`).
             config: read from the same place by default.
             backbone: where to take the backbone of a slim model from instead of where its config says.
+            tasks: only these sealed tasks of a slim model and what they stand on; no other task's file is read. The router
+                still knows the others, and has the plain backbone answer their prompts. All tasks by default.
             kwargs: as for transformers: `quantization_config`, `dtype`, `device_map`, `attn_implementation`, ...
 
         Raises:
             OSError: if a file is missing or cut short, or the backbone cannot be found.
-            ValueError: if files do not fit the config, or the repository is not an HFT model.
+            ValueError: if files do not fit the config, the repository is not an HFT model, or `tasks` names an unknown or
+                open one.
         """
         repo = os.fspath(pretrained_model_name_or_path)
         kwargs.pop("adapter_kwargs", None)  # carries this repository's commit, which is not the backbone's
@@ -168,13 +172,15 @@ class HFTStorage(HFTSlimFiles):
         info = kwargs.pop("output_loading_info", False)
         if config is None:
             config = read_config(repo, **download)
+        if tasks is not None:
+            config = config.only(tasks)
         if not config.slim:
             model, loading_info = cls._load_whole(repo, *model_args, config=config, **kwargs)
             model._read_router(repo, **download)
             return (model, loading_info) if info else model
 
         config = copy.deepcopy(config)
-        tasks, config.tasks, pages, config.pages = config.tasks, [], config.pages, []
+        entries, config.tasks, pages, config.pages = config.tasks, [], config.pages, []
         if backbone is not None:
             config.backbone, config.backbone_revision = os.fspath(backbone), None
         source = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
@@ -187,10 +193,10 @@ class HFTStorage(HFTSlimFiles):
                 f"The backbone '{config.backbone}' of the slim model '{repo}' could not be loaded: {error} "
                 "If it is elsewhere, say where: from_pretrained(..., backbone=...)."
             ) from error
-        model.config.tasks, model.config.pages = tasks, pages
+        model.config.tasks, model.config.pages = entries, pages
         model.hierarchy = model.config.hierarchy()
         model._make_room()
-        model._read_tasks(repo, tasks, pages, **download)
+        model._read_tasks(repo, entries, pages, **download)
         model._read_router(repo, **download)
         model._finish()
         model.config.name_or_path = repo
@@ -222,9 +228,11 @@ class HFTStorage(HFTSlimFiles):
 
         Raises:
             OSError: if the folder cannot be written.
-            ValueError: a slim form that could not name its backbone, or would overwrite it.
+            ValueError: a slim form that could not name its backbone, or would overwrite it; or a part of a model in the
+                place of the whole.
             TypeError: an unknown argument.
         """
+        self._check_unmerged()
         if unknown := kwargs.keys() - _SAVE_ARGUMENTS:
             odd = min(unknown)
             raise TypeError(
@@ -245,6 +253,7 @@ class HFTStorage(HFTSlimFiles):
             raise ValueError(
                 f"'{save_directory}' is the backbone's own folder, which would be overwritten; choose another."
             )
+        _check_keeps_others(self.config, save_directory)
         if is_main_process:
             # Weights of the other form, which a reader would take for this one's.
             stale = ("model-*-of-*.safetensors", "model.safetensors.index.json") if slim else (SHARED_FILE,)
@@ -277,7 +286,7 @@ class HFTStorage(HFTSlimFiles):
             revision: a branch that exists; `main` by default.
 
         Raises:
-            ValueError: a backbone in a folder of this machine, which nobody else could load.
+            ValueError: a backbone in a folder of this machine, which nobody else could load; or a part of a model.
             HfHubHTTPError: no permission, or the Hub fails; then nothing has changed there.
         """
         check_shareable(self.config)
@@ -300,8 +309,26 @@ class HFTStorage(HFTSlimFiles):
             self.generation_config.save_pretrained(folder)
 
 
+def _check_keeps_others(config: HFTConfig, folder: str | os.PathLike) -> None:
+    """Raises ValueError if a folder holds tasks that this part of a model was loaded without."""
+    if not config.left_out or not os.path.isfile(os.path.join(folder, "config.json")):
+        return
+    saved, _ = PreTrainedConfig.get_config_dict(folder)
+    if lost := sorted(task["name"] for task in saved.get("tasks", []) if task["name"] in config.left_out):
+        raise ValueError(
+            f"'{folder}' also holds {', '.join(lost)}, which this model was loaded without and which would be lost; save "
+            "to a new folder, and unite the two with `hft merge`."
+        )
+
+
 def check_shareable(config: HFTConfig) -> None:
-    """Raises ValueError if others could not load the model, since its backbone is a folder of this machine."""
+    """Raises ValueError if others could not load the model, since its backbone is a folder of this machine, or if it is a
+    part of one: in the place of the whole it would wipe out the rest."""
+    if config.left_out:
+        raise ValueError(
+            f"This is a part of a model (without {', '.join(sorted(config.left_out))}): "
+            "unite it with the whole (`hft merge`), or load the whole and use remove_task, and push that."
+        )
     if config.backbone is None or os.path.isdir(config.backbone):
         raise ValueError(
             f"The backbone is '{config.backbone}', a folder of this machine: others could not load the model. Build it on a "

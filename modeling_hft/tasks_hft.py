@@ -41,8 +41,11 @@ class HFTTasks:
         Raises:
             ValueError: a name that is taken or cannot be a file's, an unknown parent, or a rank below 1.
         """
+        self._check_unfolded()
         if name in self.hierarchy:
             raise ValueError(f"The task {name!r} is a duplicate: this model has one; choose another name.")
+        if name in self.config.left_out:
+            raise ValueError(f"The task {name!r} is in the whole of which this model is a part; choose another name.")
         rank = self.config.rank if rank is None else rank
         if rank < 1:
             raise ValueError(f"`rank` of task {name!r} is {rank}; a node needs a rank of 1 or more.")
@@ -118,6 +121,7 @@ class HFTTasks:
         Raises:
             ValueError: an unknown task, or one that others depend on.
         """
+        self._check_unfolded()
         self.hierarchy.check(name)
         removed = [name]
         for other in self.hierarchy.names:
@@ -255,6 +259,15 @@ class HFTTasks:
             if name != (task if column < len(sources.nodes) else own_page)
         ]
 
+    def _read_parameters(self, task: str) -> list[nn.Parameter]:
+        """All parameters that a task reads: its gates, and its sources' factors."""
+        sources = self.sources(task)
+        read = [self.hft_gates.of(task)]
+        for modules, names in ((self.hft_nodes, sources.nodes), (self.hft_memory, sources.pages)):
+            for factors in modules.values():
+                read += factors.pairs(names)
+        return read
+
     def task_parameters(self, task: str) -> dict[str, nn.Parameter]:
         """All that a task owns, its gates and its nodes, by the names of `named_parameters`."""
         self.hierarchy.check(task)
@@ -282,6 +295,7 @@ class HFTTasks:
         Raises:
             ValueError: if one of them is unknown or sealed.
         """
+        self._check_unfolded()
         tasks = list(tasks)
         for task in tasks:
             if self.config.task(task)["sealed"]:
@@ -303,6 +317,7 @@ class HFTTasks:
             ValueError: if one of them is unknown, or stands on a task that is not sealed, or writes a page together with a
                 task that would stay open.
         """
+        self._check_unfolded()
         tasks = sorted(tasks, key=self.hierarchy.level)
         for task in tasks:
             for parent in self.hierarchy.parents(task):

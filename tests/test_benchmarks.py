@@ -55,6 +55,30 @@ def test_headline_figures_come_from_pairs_of_seeds(tmp_path, monkeypatch):
     assert figures == {"ablation.full_minus_flat": 2.5, "ablation.full_minus_flat_se": 1.5}  # gaps of 1 and 4
 
 
+def test_the_planners_figures_by_hand(tmp_path, monkeypatch):
+    """Three children with two parents each; the plan takes the right one, the wrong one, and none."""
+    truth = {"a>x": 5, "b>x": 1, "a>y": 4, "b>y": 2, "a>z": 3, "b>z": -1}
+    gains = {"a>x": 0.6, "b>x": 0.1, "a>y": 0.2, "b>y": 0.3, "a>z": 0.05, "b>z": 0.0}
+    measures = {
+        "hierarchy": {"x": ["a"], "y": ["b"], "z": []},
+        "gains": {pair: [gain, 0.1] for pair, gain in gains.items()},
+    }
+    lines = []
+    for seed in range(2):
+        lines.append({"setting": "measures", "seed": seed, "value": 2, "measures": {"calibrated": measures}})
+        lines += [{"setting": f"alone: {child}", "seed": seed, "value": 50} for child in "xyz"]
+        lines += [{"setting": pair, "seed": seed, "value": 50 + gain} for pair, gain in truth.items()]
+        lines.append({"setting": "found", "seed": seed, "value": 60 + seed})
+    text = [json.dumps({"name": "planner", **line}) for line in lines]
+    text += [json.dumps({"name": "ablation-200", "setting": "full", "seed": seed, "value": 58}) for seed in range(2)]
+    (tmp_path / "p.jsonl").write_text("\n".join(text))
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    figures = summary.planner()
+    assert figures["planner.parent_regret_points"] == pytest.approx((0 + 2 + 3) / 3, abs=1e-3)
+    assert figures["planner.rank_correlation"] == pytest.approx(1 - 6 * (0 + 1 + 1 + 4 + 4 + 0) / (6 * 35), abs=1e-3)
+    assert figures["planner.ap_found_minus_hand"] == 2.5 and figures["planner.ap_found_minus_hand_se"] == 0.5
+
+
 def test_the_summary_is_one_flat_json_object():
     done = subprocess.run([sys.executable, BENCHMARKS / "summary.py", "--json"], capture_output=True, text=True)
     figures = json.loads(done.stdout)

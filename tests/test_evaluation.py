@@ -4,17 +4,10 @@ from datasets import Dataset
 
 import hft
 from hft.trainers.curriculum import BlockSampler, Stage, open_stages
-from hft.trainers.evaluation import (
-    EvalSet,
-    exact_match,
-    forgetting,
-    format_matrix,
-    generate_answers,
-    mean_and_error,
-    score_options,
-    score_task,
-)
+from hft.trainers.evaluation import EvalSet, generate_answers, mean_and_error, routes_of, score_options, score_task
+from hft.trainers.metrics import OPTIONS, exact_match, find_metric, metric_name, rouge_l
 from hft.trainers.task_data import OneTaskCollator, split_by_task
+from hft.trainers.transfer import average_performance, backward_transfer, forgetting, format_matrix, forward_transfer
 
 
 def test_forgetting_by_hand():
@@ -24,6 +17,70 @@ def test_forgetting_by_hand():
     )  # d was learnt last and cannot be forgotten
     assert forgetting(matrix[:1]) == 0.0
     assert forgetting([{"a": 1.0}, {"a": 1.0, "b": 0.0}]) == 0.0
+
+
+def test_transfer_by_hand():
+    matrix = [{"a": 90.0, "b": 50.0}, {"a": 70.0, "b": 60.0, "c": 80.0}]
+    assert average_performance(matrix) == 70.0
+    assert backward_transfer(matrix) == pytest.approx((-20 + 10) / 2)
+    assert backward_transfer(matrix, over="T") == pytest.approx((-20 + 10) / 3)
+    assert forgetting(matrix, over="T") == pytest.approx((20 - 10) / 3)
+    assert forward_transfer({"c": 30.0}, {"a": 1.0, "c": 20.0}) == 10.0
+    assert forward_transfer({}, {"a": 1.0}) == 0.0 == backward_transfer(matrix[:1])
+    with pytest.raises(ValueError, match="it is 'T-1'"):
+        forgetting(matrix, over="T-2")
+
+
+def test_metrics_by_name(monkeypatch):
+    row = {"completion": "the cat sat"}
+    assert find_metric("exact_match")("The cat sat ", row) == 1.0
+    assert find_metric("rouge_l") is rouge_l
+    assert rouge_l("a cat sat down", row) == pytest.approx(4 / 7)  # 2 words of 3 and of 4
+    assert find_metric("options") == OPTIONS == metric_name(OPTIONS)
+    assert find_metric("operator:contains")("abc", "b") is True
+    gym = find_metric("reasoning_gym:chain_sum")
+    entry = {"question": "1 + 2 =", "answer": "3", "metadata": {}}
+    assert gym(" 3\n", {"entry": entry}) == 1.0 and gym("The answer is 3", {"entry": entry}) == 0.0
+    assert metric_name(exact_match) == "exact match"
+    for name, message in (
+        ("exact_mach", "exact_match"),
+        ("no_module:f", "could not be imported"),
+        ("operator:nothing", "could not be imported"),
+        ("reasoning_gym:chain_sums", "no family 'chain_sums'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_metric(name)
+
+
+@pytest.mark.parametrize("task", ["d", "backbone"])
+def test_the_options_metric_takes_chat_rows_and_routes(model, tokenizer, task):
+    options = ["yes", "no", "so so"]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Is it {i}?"}],
+            "options": options,
+            "completion": [{"role": "assistant", "content": options[i % 3]}],
+        }
+        for i in range(6)
+    ]
+    scores = score_task(model, tokenizer, EvalSet(rows, OPTIONS), task, batch_size=4)
+    prompts = [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False) for row in rows
+    ]
+    plain = [
+        {"prompt": prompt, "options": options, "completion": row["completion"][0]["content"]}
+        for prompt, row in zip(prompts, rows, strict=True)
+    ]
+    assert scores == score_options(model, tokenizer, plain, None if task == "backbone" else task)[0]
+    model.add_routes("a", [tokenizer(prompt)["input_ids"] for prompt in prompts])
+    routed = score_task(model, tokenizer, EvalSet(rows, OPTIONS), None)
+    names = routes_of(model, tokenizer, rows)
+    alone = [
+        score_task(model, tokenizer, EvalSet([row], OPTIONS), name)[0] for row, name in zip(rows, names, strict=True)
+    ]
+    assert routed == alone
+    with pytest.raises(ValueError, match="not among the options"):
+        score_task(model, tokenizer, EvalSet([{**rows[0], "options": ["maybe"]}], OPTIONS), task)
 
 
 def test_the_matrix_as_text():

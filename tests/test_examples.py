@@ -88,7 +88,8 @@ def test_the_flat_loop_and_the_trainer_learn_the_same(backbones, tokenizer, tmp_
     HFTTrainer(by_trainer, args, train_dataset=data, processing_class=tokenizer).train()
     loop_weights, trainer_weights = dict(by_loop.named_parameters()), dict(by_trainer.named_parameters())
     for name, weight in loop_weights.items():
-        torch.testing.assert_close(weight, trainer_weights[name], rtol=1e-5, atol=1e-6, msg=name)
+        # Weights move by about 1e-2; where a gradient is next to nothing, Adam makes its rounding a thousandth of a step.
+        torch.testing.assert_close(weight, trainer_weights[name], rtol=1e-5, atol=1e-5, msg=name)
     assert snapshot(by_loop) != snapshot(model())
 
 

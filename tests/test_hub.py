@@ -1,6 +1,8 @@
 """Pushing to a real HTTP hub on loopback, and loading from it where this package cannot be imported."""
 
 import json
+import re
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -51,9 +53,11 @@ LOAD = """
 
 
 @pytest.fixture
-def hub(backbones):
+def hub(backbones, tmp_path):
+    base = shutil.copytree(backbones["llama"], tmp_path / "published")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
     made = Hub()
-    made.publish("me/base", backbones["llama"])
+    made.publish("me/base", base)
     return made
 
 
@@ -174,4 +178,8 @@ def test_the_command_and_the_trainer(hub, tmp_path):
     assert {"README.md", "tokenizer.json", "tasks/t.safetensors", "config.json"} <= names
     assert not [name for name in names if name.startswith("stage-") or "optimizer" in name]
     card = (folder / "README.md").read_text()
-    assert "base_model: me/base" in card and str(tmp_path) not in card
+    assert str(tmp_path) not in card + (folder / "run.json").read_text() + (folder / "report.html").read_text()
+    for line in ("base_model: me/base", "base_model_relation: adapter", "license: apache-2.0", '"me/by-trainer"'):
+        assert line in card, line
+    assert {"pictures/hierarchy.png", "report.html", "run.json"} <= names
+    assert set(re.findall(r"\]\((pictures/[^)]+)\)", card)) <= names

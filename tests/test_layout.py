@@ -69,3 +69,10 @@ def test_files_are_short():
         for path in (ROOT / folder).glob("*.py"):
             lines = len(path.read_text().splitlines())
             assert lines <= 390, f"{path} has {lines} lines; a file has one subject"
+
+
+def test_the_space_asks_for_what_the_package_asks_for():
+    declared = (ROOT / "pyproject.toml").read_text()
+    for line in (ROOT / "examples/space/requirements.txt").read_text().splitlines():
+        assert f'"{line}"' in declared, line
+    assert "\napp_file: app.py\n" in (ROOT / "examples/space/README.md").read_text()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import hft
-from hft.trainers.evaluation import format_matrix
+from hft.trainers.transfer import format_matrix
 
 
 ROOT = Path(__file__).parent.parent

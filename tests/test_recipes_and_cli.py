@@ -66,9 +66,20 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
     assert "with its path          routed" in capsys.readouterr().out
     assert report["tasks"]["cb"].keys() == {
         "rows",
+        "metric",
         *(c + e for c in ("backbone", "hft", "routed") for e in ("", "_se")),
     }
     assert report["tasks"]["cb"]["rows"] == 3 and 0 <= report["tasks"]["cb"]["hft"] <= 100
+
+    assert "After stage 1/2: " in shown and f"Pictures: open {tmp_path / 'run' / 'report.html'}" in shown
+    command = ["report", str(tmp_path / "run"), "--recipe", "cl14-small", "--data", str(data), "--samples", "2"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert "forgetting: 0.0" in shown and "The report is in" in shown
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["cross"].keys() == record["sources"].keys() == record["confusion"].keys() == record["before"].keys()
+    assert str(tmp_path) not in (tmp_path / "run/run.json").read_text() + (tmp_path / "run/README.md").read_text()
+    assert main(["report", str(tmp_path / "nowhere")]) in (1, 2)
 
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "run"), "hello", "you", "--task", "rte", "--max_new_tokens", "3"]) == 0

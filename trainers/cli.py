@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return commands.serve(args.model, rest)
         if rest and args.command != "train":
             raise ValueError(f"`hft {args.command}` does not know {rest[0]!r}; see `hft {args.command} --help`.")
+        if args.command == "doctor":
+            from .doctor import doctor
+
+            return doctor()
         overrides = _overrides(rest)
         keep_freed_memory()
         getattr(commands, args.command)(args, overrides)
@@ -59,6 +63,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = add("demo", help="six small tasks on a real 4-bit model in minutes; no network needed")
     demo.add_argument("--out", default="hft-demo", help="folder for report.json and the model (hft-demo)")
 
+    add("doctor", help="what this machine has, whether it works, and what to install")
+
     train = add(
         "train",
         help="train a recipe",
@@ -67,10 +73,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="a YAML file, or the name of one that ships with the package: cl14-small")
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
 
-    plan = add("plan", help="draw a saved model's hierarchy, with its gates")
-    plan.add_argument("--model", required=True, help="folder or Hub id of an HFT model")
-    plan.add_argument("--task", help="also print all gates of this task, layer by layer")
+    plan = add("plan", help="draw a saved model's hierarchy; with --data, find one for tasks")
+    plan.add_argument("--model", help="folder or Hub id of an HFT model; with --data: where new tasks are to stand")
+    plan.add_argument("--data", type=Path, help="a folder with <task>/train.jsonl.gz, or a recipe: find a hierarchy")
+    plan.add_argument("--task", help="also print all gates of this task; with --data: plan only this one")
     plan.add_argument("--out", type=Path, help="draw it into this .png, .svg or .pdf file, too")
+    plan.add_argument("--recipe", help="with --data, a folder: backbone and settings; its hierarchy is ignored")
+    plan.add_argument(
+        "--yaml", type=Path, default=Path("plan.yaml"), help="with --data: write this recipe (plan.yaml)"
+    )
+    plan.add_argument("--backbone", help="with --data: Hub id or folder, instead of the recipe's")
+    plan.add_argument("--steps", type=int, default=24, help="with --data: optimizer steps of a pilot (24)")
+    plan.add_argument("--rows", type=int, default=48, help="with --data: rows a task that losses are measured on (48)")
+    plan.add_argument("--max_parents", type=int, default=2, help="with --data: parents of a task, at most (2)")
 
     refresh = add("refresh", help="let an old task learn anew what to let in; kept only if it helps")
     refresh.add_argument("model", help="folder of an HFT model; changed only if it helps")
@@ -125,6 +140,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, help="rows a task, instead of the recipe's eval_samples")
     evaluate.add_argument("--batch_size", type=int, default=16)
     evaluate.add_argument("--out", help="write the scores to this JSON file")
+
+    report = add("report", help="one HTML page of a run, with its pictures, and who helps whom")
+    report.add_argument(
+        "model", type=Path, help="folder of an HFT model; report.html and pictures/ are written into it"
+    )
+    report.add_argument("--recipe", help="measure anew on its validation rows: who contributes what, who answers")
+    report.add_argument("--data", help="folder with <task>/<split>.jsonl.gz, instead of the recipe's data")
+    report.add_argument("--samples", type=int, default=32, help="validation rows a task to measure on (32)")
+    report.add_argument("--batch_size", type=int, default=16)
 
     generate = add("generate", help="answer prompts with a saved model")
     generate.add_argument("model", help="folder or Hub id of an HFT model")

@@ -1,8 +1,6 @@
 """What the command `hft` does, a function a command. Each imports what it needs, so that `hft --help` is there at once."""
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +20,8 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     import hft
 
     from . import HFTTrainer, HFTTrainingConfig
-    from .recipes import load_task, read_recipe
+    from .recipes import load_task, read_recipe, test_set
+    from .report import REPORT_FILE
 
     disable_progress_bars()  # seven short ones a task would hide the one that matters
     recipe = read_recipe(args.recipe, overrides)
@@ -33,21 +32,31 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     except OSError as error:
         raise OSError(f"The backbone '{recipe.backbone}' could not be loaded: {error}") from error
     data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
+    samples = recipe.stage_eval_samples
+    tests = {t: test_set(recipe, t, "validation", tokenizer, samples) for t in recipe.hierarchy} if samples else None
     model = hft.HFTForCausalLM.from_backbone(
         recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model
     )
     print(model.hierarchy.draw({task: f"{len(rows)} rows" for task, rows in data.items()}))
-    trainer = HFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
+    trainer = HFTTrainer(model, config, train_dataset=data, test_sets=tests, processing_class=tokenizer)
     output = trainer.train(resume_from_checkpoint=args.resume or config.resume_from_checkpoint)
     trainer.create_model_card()
     print(
         f"{output.global_step} steps in {output.metrics['train_runtime']:.0f} s; the model is in {config.output_dir}"
     )
+    if (page := Path(config.output_dir) / REPORT_FILE).exists():
+        print(f"Pictures: open {page}")
     where = f" --data {recipe.data}" if recipe.data else ""
     print(f"Next: hft eval {config.output_dir} --recipe {args.recipe}{where}")
 
 
 def plan(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    if args.data is not None:
+        from .plan_command import find_plan
+
+        return find_plan(args)
+    if args.model is None:
+        raise ValueError("Give --data, a folder or recipe to find a hierarchy for, or --model, to draw a saved one.")
     import hft
 
     from .pictures import draw_hierarchy
@@ -231,8 +240,10 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
     from hft.hierarchy_hft import BACKBONE
 
-    from .evaluation import EvalSet, mean_and_error, score_task
-    from .recipes import load_task, read_recipe
+    from .evaluation import mean_and_error, score_task
+    from .metrics import metric_name
+    from .recipes import read_recipe, test_set
+    from .run_record import write_json
 
     disable_progress_bars()
     overrides = {"data": args.data, "eval_samples": args.samples, "train_samples": args.samples}
@@ -252,23 +263,71 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
         columns["routed"] = ("routed", None)
     print(f"{'task':<16}{'rows':>6}" + "".join(f"{title:>16}" for title, _ in columns.values()))
     for task in tasks:
-        rows = load_task(recipe, task, args.split, tokenizer)
-        data = EvalSet(list(rows), max_new_tokens=recipe.max_new_tokens)
+        data = test_set(recipe, task, args.split, tokenizer)
         cells = {}
         for column, (_title, active) in columns.items():
             which = task if active == "" else active
             scores = score_task(model, tokenizer, data, which, args.batch_size, progress=f"{task}, {column}")
             cells[column], cells[f"{column}_se"] = mean_and_error(scores)
-        results[task] = {"rows": len(rows), **cells}
+        results[task] = {"rows": len(data.rows), "metric": metric_name(data.score), **cells}
         shown = [f"{cells[column]:.1f} ± {cells[f'{column}_se']:.1f}" for column in columns]
-        print(f"{task:<16}{len(rows):>6}" + "".join(text.rjust(16) for text in shown), flush=True)
+        print(f"{task:<16}{len(data.rows):>6}" + "".join(text.rjust(16) for text in shown), flush=True)
     if args.out:
-        text = json.dumps(
-            {"model": args.model, "split": args.split, "metric": "exact match", "tasks": results}, indent=2
-        )
-        partial = Path(f"{args.out}.partial")
-        partial.write_text(text + "\n")
-        os.replace(partial, args.out)
+        write_json(Path(args.out), {"model": args.model, "split": args.split, "tasks": results})
+
+
+def report(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    import hft
+
+    from .interference import advice
+    from .report import write_report
+    from .run_record import RunRecord
+
+    config, gates = hft.read_gates(args.model)
+    record = RunRecord.load(args.model)
+    if args.recipe is not None:
+        _measure(args, record)
+        record.save(args.model)
+    page = write_report(config, gates, record, args.model)
+    for name, value in record.measures().items():
+        print(f"{name.replace('_', ' ')}: {value:.1f}")
+    for sentence in advice({task["name"]: task["parents"] for task in config.tasks}, record.sources, record.cross):
+        print(sentence)
+    print(f"The report is in {page}; its pictures, as PNG and SVG, beside it in {page.parent / 'pictures'}")
+
+
+def _measure(args: argparse.Namespace, record: Any) -> None:
+    """What a report shows beyond a run's own record: contributions, scores on others' paths, the router's choices."""
+    from collections import Counter
+
+    from datasets import disable_progress_bars
+    from transformers import AutoTokenizer
+
+    import hft
+
+    from .evaluation import routes_of, score_task
+    from .interference import contributions, cross_scores
+    from .recipes import read_recipe, test_set
+    from .run_record import as_score
+
+    disable_progress_bars()
+    overrides = {"data": args.data, "eval_samples": args.samples}
+    recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
+    model = hft.HFTForCausalLM.from_pretrained(
+        str(args.model), quantization_config=recipe.quantization_config(), device_map="auto"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    tasks = [task for task in model.hierarchy.names if task in recipe.hierarchy]
+    if not tasks:
+        raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")
+    sets = {task: test_set(recipe, task, "validation", tokenizer, args.samples) for task in tasks}
+    for task, data in sets.items():
+        _whole, record.sources[task] = contributions(model, tokenizer, task, data, args.batch_size, True)
+        if model.hft_router.tasks():
+            record.confusion[task] = dict(Counter(routes_of(model, tokenizer, data.rows)))
+            routed = score_task(model, tokenizer, data, None, args.batch_size, f"{task}, routed")
+            record.routed[task] = as_score(routed)
+    record.cross = cross_scores(model, tokenizer, sets, args.batch_size, True)
 
 
 def generate(args: argparse.Namespace, _: dict[str, Any]) -> None:

@@ -1,15 +1,12 @@
 """`hft demo`: six verifiable tasks in three levels, on a real 4-bit model, in minutes and without a network."""
 
-import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +19,15 @@ from transformers.utils import logging
 
 import hft
 from hft.files_hft import replacing
-from hft.hierarchy_hft import BACKBONE
 
 from .demo_backbone import find_backbone
-from .evaluation import EvalSet, forgetting, format_matrix, mean_and_error, score_task
+from .evaluation import EvalSet
 from .hft_config import HFTTrainingConfig
 from .hft_trainer import HFTTrainer
+from .metrics import find_metric
+from .report import REPORT_FILE
+from .run_record import machine, versions, write_json
+from .transfer import forgetting, format_matrix
 
 
 @dataclass(frozen=True)
@@ -88,18 +88,6 @@ def make_rows(task: DemoTask, count: int, seed: int, seen: set[str]) -> list[dic
     return rows
 
 
-def scorer(task: DemoTask):
-    """1.0 where reasoning-gym's own scorer gives full marks; it also gives some for an answer inside a sentence."""
-    import reasoning_gym
-
-    family = reasoning_gym.create_dataset(task.family, size=1, seed=0, **task.settings)
-
-    def score(answer: str, row: Mapping[str, Any]) -> float:
-        return float(family.score_answer(answer.strip(), row["entry"]) >= 0.99)
-
-    return score
-
-
 def run_demo(out: Path) -> dict[str, Any]:
     """Trains, evaluates, saves and loads again; prints what it does.
 
@@ -132,7 +120,8 @@ def run_demo(out: Path) -> dict[str, Any]:
         seen: set[str] = set()
         rows = make_rows(task, task.train, TRAIN_SEED, seen)
         train[name] = Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
-        test[name] = EvalSet(make_rows(task, NUM_TEST, TEST_SEED, seen), scorer(task), task.max_new_tokens)
+        metric = find_metric(f"reasoning_gym:{task.family}")
+        test[name] = EvalSet(make_rows(task, NUM_TEST, TEST_SEED, seen), metric, task.max_new_tokens)
 
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -148,24 +137,11 @@ def run_demo(out: Path) -> dict[str, Any]:
     )
     print("The hierarchy, each task with the rows that it learns from:\n")
     print(model.hierarchy.draw({name: f"({len(train[name])} x {task.family})" for name, task in TASKS.items()}))
-    print("\nBefore: the backbone on questions of each task")
-    before = _score_all(model, tokenizer, test, list(TASKS), on_path=False)
-
-    matrix: list[dict[str, float]] = []
-
-    class DemoTrainer(HFTTrainer):
-        """Answers the questions of all tasks learnt so far after each stage."""
-
-        def _train_stage(self, stage, checkpoint, **kwargs):
-            output = super()._train_stage(stage, checkpoint, **kwargs)
-            learnt = model.config.sealed_tasks()
-            print(f"After {stage}")
-            matrix.append(_score_all(model, tokenizer, test, learnt, on_path=True))
-            return output
-
+    print()
     args = HFTTrainingConfig(
         output_dir=str(out / "model"),
         per_device_train_batch_size=8,
+        per_device_eval_batch_size=32,
         num_train_epochs=1,
         learning_rate=3e-3,
         warmup_steps=3,
@@ -175,11 +151,12 @@ def run_demo(out: Path) -> dict[str, Any]:
         max_length=256,
         disable_tqdm=False,
     )
-    trainer = DemoTrainer(model, args, train_dataset=train, processing_class=tokenizer)
+    trainer = HFTTrainer(model, args, train_dataset=train, test_sets=test, processing_class=tokenizer)
     trainer.train()
     trainer.create_model_card()
 
-    after = matrix[-1]
+    matrix = trainer.record.matrix()
+    before, after = {task: score["score"] for task, score in trainer.record.before.items()}, matrix[-1]
     print("\nAccuracy (%) on held-out questions\n")
     print(f"{'task':<16}{'before':>8}{'after':>8}")
     for name in TASKS:
@@ -199,33 +176,17 @@ def run_demo(out: Path) -> dict[str, Any]:
         "train_questions": {name: len(rows) for name, rows in train.items()},
         "hierarchy": {name: list(task.parents) for name, task in TASKS.items()},
         "backbone": source,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in ("modeling-hft", "torch", "transformers", "trl", "bitsandbytes")},
+        "machine": machine(),
+        "versions": versions(),
     }
-    partial = out / "report.json.partial"
-    partial.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(partial, out / "report.json")
+    write_json(out / "report.json", report)
     print(f"\nMean gain over the backbone: {report['mean_gain_points']:.1f} points")
     print(f"Forgetting: {report['forgetting']:.3f} points (from the answers generated after each stage)")
     print(f"Loaded again as remote code in a fresh process: logits differ by {difference}")
     print(f"{report['seconds']:.0f} s; the model is in {out / 'model'}, the numbers in {out / 'report.json'}")
+    if (page := out / "model" / REPORT_FILE).exists():
+        print(f"Pictures: open {page}")
     return report
-
-
-def _score_all(
-    model: hft.HFTForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    test: Mapping[str, EvalSet],
-    tasks: list[str],
-    on_path: bool,
-) -> dict[str, float]:
-    """Task -> its accuracy in percent."""
-    results = {}
-    for task in tasks:
-        scores = score_task(model, tokenizer, test[task], task if on_path else BACKBONE, 32, f"answering {task}")
-        results[task] = mean_and_error(scores)[0]
-        print(f"  {task:<16}{results[task]:>6.1f} %", flush=True)
-    return results
 
 
 _RELOAD = """

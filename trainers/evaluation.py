@@ -1,28 +1,19 @@
-"""Answers that a model generates, their scores, and what a sequence of stages did to them."""
+"""Answers that a model generates or chooses, and their scores."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hft.hierarchy_hft import BACKBONE
 
-Row = Mapping[str, Any]
+from .metrics import OPTIONS, Metric, Row, exact_match, reference
+
+
 Messages = Sequence[Mapping[str, str]]
-
-
-def exact_match(answer: str, row: Row) -> float:
-    """1.0 if the answer is the row's, but for case and outer white space, else 0.0."""
-    return float(answer.strip().lower() == reference(row).strip().lower())
-
-
-def reference(row: Row) -> str:
-    """The right answer in a prompt-completion row."""
-    completion = row["completion"]
-    return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +22,13 @@ class EvalSet:
 
     Args:
         rows: prompt-completion rows, as TRL takes them: strings, or lists of messages.
-        score: an answer and its row -> a number from 0 to 1.
+        score: an answer and its row -> a number from 0 to 1; or `OPTIONS`, to choose the likeliest of each row's "options"
+            instead of generating. See `find_metric`.
         max_new_tokens: where an answer is cut off.
     """
 
     rows: Sequence[Row]
-    score: Callable[[str, Row], float] = exact_match
+    score: Metric | str = exact_match
     max_new_tokens: int = 16
 
 
@@ -116,12 +108,52 @@ def score_task(
     progress: str | None = None,
 ) -> list[float]:
     """The score of each row of a task's test set; arguments as for `generate_answers`."""
+    if data.score == OPTIONS:
+        return _score_options_on(model, tokenizer, data.rows, task, batch_size, progress)
     prompts = [row["prompt"] for row in data.rows]
     answers = generate_answers(model, tokenizer, prompts, task, data.max_new_tokens, batch_size, progress)
     return [data.score(answer, row) for answer, row in zip(answers, data.rows, strict=True)]
 
 
-@torch.inference_mode()
+def _score_options_on(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    task: str | None,
+    batch_size: int,
+    progress: str | None,
+) -> list[float]:
+    """`score_options` for a task as `generate` names it: `"backbone"`, or None for the router's choice of each row."""
+    names = [task] * len(rows) if task is not None else routes_of(model, tokenizer, rows)
+    scores = [0.0] * len(rows)
+    was_training = model.training
+    model.eval()
+    bar = tqdm(total=len(rows), desc=progress, disable=progress is None, leave=False)
+    for name in dict.fromkeys(names):
+        places = [i for i, other in enumerate(names) if other == name]
+        chosen = [rows[i] for i in places]
+        right, _loss = score_options(model, tokenizer, chosen, None if name == BACKBONE else name, batch_size)
+        for i, score in zip(places, right, strict=True):
+            scores[i] = score
+        bar.update(len(places))
+    bar.close()
+    model.train(was_training)
+    return scores
+
+
+def routes_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
+    """Which task, or `"backbone"`, the router finds for the prompt of each row."""
+    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    return [route.task for route in model.hft_router.route(model.features_of(prompts), model.hierarchy)]
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
+    """A prompt's token ids as `generate` gets them; messages end with the template's call for an answer."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+
 def score_options(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -137,19 +169,44 @@ def score_options(
     Args:
         model: an HFT model, or any causal language model if `task` is None.
         tokenizer: its tokenizer.
-        rows: {"prompt", "completion", "options"}, all strings; `completion` is one of the options.
+        rows: {"prompt", "completion", "options"}: strings or messages; the answer is one of the options.
         task: whose path to take; None for the plain backbone.
         batch_size: prompts at once.
 
     Returns:
         1.0 or 0.0 a row; and the loss a row: -log p(right option and end of text | prompt), in nats.
+
+    Raises:
+        ValueError: a row without options, or whose answer is none of them.
     """
+    for row in rows:
+        if reference(row) not in (row.get("options") or ()):
+            raise ValueError(
+                f"The answer {reference(row)!r} is not among the options {row.get('options')}; the metric 'options' needs "
+                "rows with a list `options` that holds the answer."
+            )
+    found = option_likelihoods(model, tokenizer, rows, task, batch_size)
+    answers = [row["options"].index(reference(row)) for row in rows]
+    right = [float(its.index(max(its)) == answer) for its, answer in zip(found, answers, strict=True)]
+    return right, [-its[answer] for its, answer in zip(found, answers, strict=True)]
+
+
+@torch.inference_mode()
+def option_likelihoods(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    task: str | None,
+    batch_size: int = 32,
+) -> list[list[float]]:
+    """log p(option and end of text | prompt) of each option of each row, in nats; arguments as for `score_options`."""
     which = {} if task is None else {"task": task}
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["prompt"]))
-    right, loss = [0.0] * len(rows), [0.0] * len(rows)
+    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    found: list[list[float]] = [[] for _ in rows]
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
-        ids = [tokenizer(rows[i]["prompt"])["input_ids"] for i in chosen]
+        ids = [prompts[i] for i in chosen]
         length = max(map(len, ids))
         pad = tokenizer.eos_token_id  # masked
         prompt_BT = torch.tensor([[pad] * (length - len(row)) + row for row in ids], device=model.device)
@@ -189,10 +246,9 @@ def score_options(
             total_B = (log_BTV.gather(-1, tail_BT[..., None])[..., 0] * known_BT).sum(1)
             has_option = torch.tensor([option < len(rows[i]["options"]) for i in chosen])
             likelihood[has_option, option] = total_B.cpu()[has_option]
-        for i, row in zip(chosen, likelihood, strict=True):
-            answer = rows[i]["options"].index(rows[i]["completion"])
-            right[i], loss[i] = float(row.argmax() == answer), -float(row[answer])
-    return right, loss
+        for i, its in zip(chosen, likelihood.tolist(), strict=True):
+            found[i] = its[: len(rows[i]["options"])]
+    return found
 
 
 def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:
@@ -200,30 +256,3 @@ def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:
     mean = sum(scores) / len(scores)
     variance = sum((score - mean) ** 2 for score in scores) / max(len(scores) - 1, 1)
     return 100 * mean, 100 * math.sqrt(variance / len(scores))
-
-
-def forgetting(matrix: Sequence[Mapping[str, float]]) -> float:
-    """How much of the best score that each task ever had since it was learnt is gone at the end, averaged over tasks.
-
-    The forgetting measure of Chaudhry et al. 2018 (https://arxiv.org/abs/1801.10112, section 3), with the maximum over all
-    stages from the one that learnt the task to the last but one; over the tasks learnt before the last stage.
-
-    Args:
-        matrix: a row a stage, in order: the tasks learnt so far -> their scores.
-
-    Returns:
-        In the unit of the scores; 0.0 if no task was learnt before the last stage.
-    """
-    old = [task for task in matrix[-1] if any(task in row for row in matrix[:-1])]
-    lost = [max(row[task] for row in matrix[:-1] if task in row) - matrix[-1][task] for task in old]
-    return sum(lost) / len(lost) if lost else 0.0
-
-
-def format_matrix(matrix: Sequence[Mapping[str, float]], names: Sequence[str]) -> str:
-    """The task-by-stage matrix as text: a row a stage, a column a task, a dash where the task is not learnt yet."""
-    width = max(6, *(len(name) for name in names))
-    lines = [" " * 14 + "  ".join(name.rjust(width) for name in names)]
-    for stage, row in enumerate(matrix, start=1):
-        cells = [f"{row[name]:.1f}" if name in row else "-" for name in names]
-        lines.append(f"after stage {stage} " + "  ".join(cell.rjust(width) for cell in cells))
-    return "\n".join(lines)

@@ -1,8 +1,7 @@
 """`HFTTrainer`: TRL's SFTTrainer, once a stage, bottom-up."""
 
 import contextlib
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,23 @@ from trl import SFTTrainer
 
 from hft.files_hft import replacing
 from hft.modeling_hft import HFTForCausalLM
-from hft.storage_hft import check_shareable, upload
 
 from .checkpoints import RunFolder
 from .curriculum import BlockSampler, Mastery, Stage, open_stages
+from .evaluation import EvalSet
 from .hft_config import HFTTrainingConfig
 from .progress import StagePrinter, StageProgress
-from .report import write_model_card
 from .routes import learn_routes
+from .sharing import HFTSharing
 from .stage_callback import StageCallback
+from .stage_scores import check_sets
 from .task_data import OneTaskCollator, TaskDatasets, check_labels, split_by_task, tag_rows
 
 
 logger = logging.get_logger(__name__)
 
 
-class HFTTrainer(SFTTrainer):
+class HFTTrainer(HFTSharing, SFTTrainer):
     """Trains the open tasks of an HFT model level by level and seals each level.
 
     Unlike `SFTTrainer`, it takes a dataset a task; `train` runs one training a stage, with a fresh optimizer and schedule,
@@ -46,6 +46,8 @@ class HFTTrainer(SFTTrainer):
             SFTTrainer takes, and another one for each task if need be.
         eval_dataset: the same for evaluation; optional, and not every task needs one. Its losses are logged as
             `eval_<task>_loss`.
+        test_sets: `{task: EvalSet}`: what tasks answer before the first stage (the plain backbone), as their stage begins,
+            and after each stage that learnt them or came later. Scores are logged, and kept in the folder's `run.json`.
         kwargs: as for `SFTTrainer`.
 
     Raises:
@@ -62,6 +64,7 @@ class HFTTrainer(SFTTrainer):
         args: HFTTrainingConfig | None = None,
         train_dataset: TaskDatasets | Dataset | None = None,
         eval_dataset: TaskDatasets | Dataset | None = None,
+        test_sets: Mapping[str, EvalSet] | None = None,
         **kwargs: Any,
     ):
         args = HFTTrainingConfig() if args is None else args
@@ -81,6 +84,8 @@ class HFTTrainer(SFTTrainer):
             raise ValueError("`train_dataset` is missing; give a Dataset a task: {name: Dataset}.")
         self._task_names: list[str] = model.config.task_names()
         self._train_sets = self._open_sets(model, split_by_task(train_dataset, self._task_names, "train_dataset"))
+        self._test_sets = dict(test_sets or {})
+        check_sets(self._test_sets, self._task_names)
         eval_sets = split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset is not None else {}
         for task in self._train_sets if args.has_mastery() else ():
             if task not in eval_sets:
@@ -94,6 +99,7 @@ class HFTTrainer(SFTTrainer):
         self.mastery = Mastery([])  # of the stage
         self.log_history: list[dict[str, float]] = []  # of all stages; `state.log_history` holds the last one's
         self._root = Path(args.output_dir)
+        args.run_name = args.run_name or self._root.name  # trackers that start anew at each stage go on with it
         self._checked: set[str] = set()  # tasks whose gradients were seen to reach every parameter
         # TRL casts whatever is trainable on a 4-bit model to bfloat16; each stage makes its own trainable.
         model.set_trainable([])
@@ -211,6 +217,7 @@ class HFTTrainer(SFTTrainer):
                 f"The task {missing[0]!r} was added after this trainer was made; make a new one with its data."
             )
         outputs = []
+        self._begin_record(resumes=bool(resume_from_checkpoint))
         for stage in open_stages(self.model.hierarchy, config.sealed_tasks()):
             outputs.append(self._train_stage(stage, checkpoint, **kwargs))
             checkpoint = None
@@ -227,6 +234,7 @@ class HFTTrainer(SFTTrainer):
         self.mastery = Mastery(stage.tasks, self.args.mastery_accuracy, self.args.mastery_patience)
         self._checked = set()
         self.model.start_stage(stage.tasks)
+        self._begin_stage_record(stage)
         self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])
         all_eval_sets = self.eval_dataset
         if isinstance(all_eval_sets, dict):
@@ -256,6 +264,7 @@ class HFTTrainer(SFTTrainer):
         self.model.seal(stage.tasks)
         if self.args.route_samples:
             learn_routes(self.model, stage.tasks, self._train_sets, self.processing_class, self.args.route_samples)
+        self._end_stage_record(stage, output)
         self.save_model()
         return output
 
@@ -339,40 +348,6 @@ class HFTTrainer(SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.restore(resume_from_checkpoint)
         self.model.set_trainable(self.stage.tasks)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes README.md into the run's folder; TRL's own card knows nothing of tasks."""
-        if self.is_world_process_zero():
-            write_model_card(self.model, self._root)
-
-    def push_to_hub(self, commit_message: str = "End of training", token: str | None = None, **kwargs: Any) -> str:
-        """Uploads the model, its tokenizer and its card in one commit; no checkpoints.
-
-        Args:
-            commit_message: of the commit.
-            token: to use instead of `args.hub_token`.
-            kwargs: `revision`.
-
-        Returns:
-            The commit's address.
-        """
-        if self.hub_model_id is None:
-            self.init_hf_repo(token=token)
-        if not self.is_world_process_zero():
-            return ""
-        check_shareable(self.model.config)
-        with tempfile.TemporaryDirectory() as folder:
-            self._save(folder)
-            write_model_card(self.model, Path(folder))
-            commit = upload(
-                folder,
-                self.hub_model_id,
-                commit_message,
-                self.args.hub_private_repo,
-                token or self.args.hub_token,
-                kwargs.get("revision"),
-            )
-        return str(commit)
 
 
 @contextlib.contextmanager

@@ -80,8 +80,8 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
             )
     config = HFTConfig.from_dict(config.to_dict())  # checks that it is a hierarchy
     with replacing(out) as staging:
-        left_out = shutil.ignore_patterns("stage-*", ".writing-*", "config.json")
-        shutil.copytree(one, staging, dirs_exist_ok=True, ignore=left_out)
+        not_copied = shutil.ignore_patterns("stage-*", ".writing-*", "config.json")
+        shutil.copytree(one, staging, dirs_exist_ok=True, ignore=not_copied)
         for name in second.task_names():
             if name not in common:
                 shutil.copyfile(other / task_file(name), staging / task_file(rename.get(name, name)))
@@ -93,7 +93,9 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
         if known:
             write_tensors(known, staging / ROUTER_FILE)
         saved = json.loads((one / "config.json").read_text())
-        saved.update(tasks=config.tasks, pages=config.pages)
+        outside = {**second.left_out, **first.left_out}
+        left_out = {task: parents for task, parents in outside.items() if task not in config.task_names()}
+        saved.update(tasks=config.tasks, pages=config.pages, left_out=left_out)
         saved["router_config"]["tasks"] = sorted(key.split(".", 1)[1] for key in known if key.startswith("cross."))
         (staging / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
     return [rename.get(name, name) for name in second.task_names() if name not in common]

@@ -6,6 +6,8 @@ from pathlib import Path
 from hft.gates_hft import HFTGateTable
 from hft.hierarchy_hft import BACKBONE, Hierarchy
 
+from .planner import Plan
+
 
 def draw_hierarchy(hierarchy: Hierarchy, gates: Mapping[str, HFTGateTable], path: Path) -> None:
     """The hierarchy, roots at the bottom: an edge is as wide as the child's mean gate on the parent's node.
@@ -21,8 +23,27 @@ def draw_hierarchy(hierarchy: Hierarchy, gates: Mapping[str, HFTGateTable], path
         ImportError: without matplotlib.
         ValueError: another kind of file.
     """
+    means = {task: table.mean() for task, table in gates.items()}
+    _draw(hierarchy, means, path)
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """A planned hierarchy: an edge is as wide as the share of the child's loss that the parent takes away.
+
+    Arguments and errors as for `draw_hierarchy`.
+    """
+    hierarchy = plan.hierarchy()
+    _draw(hierarchy, {task: plan.shares(task) for task in hierarchy.names}, path)
+
+
+def check_picture(path: Path) -> None:
+    """Raises ValueError if a picture cannot have this name."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"'{path}' should end in .png, .svg or .pdf.")
+
+
+def _draw(hierarchy: Hierarchy, means: Mapping[str, Mapping[str, float]], path: Path) -> None:
+    check_picture(path)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -34,7 +55,7 @@ def draw_hierarchy(hierarchy: Hierarchy, gates: Mapping[str, HFTGateTable], path
     axes = figure.subplots()
     axes.set_axis_off()
     for task in hierarchy.names:
-        mean = gates[task].mean()
+        mean = means[task]
         borrowed = [source for source in mean if source in hierarchy and source not in hierarchy.path(task)]
         for parent in (*(hierarchy.parents(task) or [BACKBONE]), *borrowed):
             (x0, y0), (x1, y1) = place[parent], place[task]
@@ -52,9 +73,7 @@ def draw_hierarchy(hierarchy: Hierarchy, gates: Mapping[str, HFTGateTable], path
                 bbox=dict(boxstyle="round,pad=0.15", facecolor="white", edgecolor="none"),
             )
     for name, (x, y) in place.items():
-        pages = (
-            [f"{page} {mean:.2f}" for page, mean in gates[name].mean().items() if ":" in page] if name in gates else []
-        )
+        pages = [f"{page} {mean:.2f}" for page, mean in means[name].items() if ":" in page] if name in means else []
         axes.text(
             *(x, y, "\n".join([name, *pages])),
             **dict(ha="center", va="center", fontsize=9, zorder=4, linespacing=1.3),

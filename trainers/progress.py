@@ -42,7 +42,7 @@ class StagePrinter(PrinterCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "train_runtime" in logs and state.is_world_process_zero:
             print(_summary(self.stage(), logs))
-        else:
+        elif not any(name.startswith("score/") for name in logs or ()):  # those are printed in words
             super().on_log(args, state, control, logs=logs, **kwargs)
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -16,7 +16,9 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from hft.hierarchy_hft import Hierarchy, nearest
 
+from .evaluation import EvalSet
 from .hft_config import HFTTrainingConfig
+from .metrics import find_metric
 
 
 # What a recipe says besides the keys of HFTConfig, BitsAndBytesConfig and HFTTrainingConfig (SFTConfig).
@@ -46,6 +48,9 @@ class Recipe:
         eval_samples: the same for evaluation.
         max_input_tokens: a longer passage is cut at its end, so that neither question nor options are lost.
         max_new_tokens: where a generated answer is cut off.
+        metric: how answers are scored, see `find_metric`: one name, or one a task: `{task: name}`.
+        stage_eval_samples: rows of each task's validation split that are answered before, between and after the stages;
+            None: none.
         model: keys of HFTConfig, and how to load.
         quantization: keys of BitsAndBytesConfig.
         training: keys of HFTTrainingConfig.
@@ -59,6 +64,8 @@ class Recipe:
     eval_samples: int | None = None
     max_input_tokens: int | None = None
     max_new_tokens: int = 16
+    metric: str | dict[str, str] = "exact_match"
+    stage_eval_samples: int | None = None
     model: dict[str, Any] = dataclasses.field(default_factory=dict)
     quantization: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -140,10 +147,14 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         raise ValueError(f"`hierarchy` is {recipe.hierarchy!r}; give `task: [parents]` lines.")
     recipe.hierarchy = {str(task): parents or [] for task, parents in recipe.hierarchy.items()}
     tree = Hierarchy(recipe.hierarchy)
-    for name in ("train_samples", "eval_samples", "max_input_tokens", "max_new_tokens"):
+    for name in ("train_samples", "eval_samples", "stage_eval_samples", "max_input_tokens", "max_new_tokens"):
         value = getattr(recipe, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` is {value!r}; it must be a whole number of 1 or more.")
+    if isinstance(recipe.metric, dict):
+        for task in recipe.metric:
+            if task not in tree:
+                raise ValueError(f"`metric` names the unknown task {task!r}. {nearest(task, tree.names)}")
     for task in recipe.datasets:
         if task not in tree:
             raise ValueError(f"`datasets` describes the unknown task {task!r}. {nearest(task, tree.names)}")
@@ -210,7 +221,25 @@ def load_task(recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokeni
     if samples is not None:
         rows = rows.shuffle(seed=0).select(range(min(samples, len(rows))))
     convert = functools.partial(to_chat, tokenizer=tokenizer, max_input_tokens=recipe.max_input_tokens)
-    return rows.map(convert, remove_columns=rows.column_names, desc=f"Reading {task} ({split})")
+    # What scores answers may need to know more of a row than what trains does: its options, or a scorer's own columns.
+    gone = rows.column_names if split == "train" else ["instruction", "input", "output"]
+    return rows.map(convert, remove_columns=gone, desc=f"Reading {task} ({split})")
+
+
+def test_set(
+    recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase, samples: int | None = None
+) -> EvalSet:
+    """What a task is tested on: the rows that `load_task` gives, at most `samples` of them, and the recipe's metric.
+
+    Raises:
+        ValueError: an unknown metric; and as `load_task`.
+    """
+    name = recipe.metric if isinstance(recipe.metric, str) else recipe.metric.get(task, "exact_match")
+    metric = find_metric(name)
+    rows = load_task(recipe, task, split, tokenizer)
+    if samples is not None:
+        rows = rows.select(range(min(samples, len(rows))))
+    return EvalSet(list(rows), metric, recipe.max_new_tokens)
 
 
 def _from_description(spec: Mapping[str, Any], task: str, split: str) -> Dataset:
@@ -246,7 +275,7 @@ def _from_description(spec: Mapping[str, Any], task: str, split: str) -> Dataset
 
 
 def to_chat(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_input_tokens: int | None) -> dict[str, Any]:
-    """{instruction, options, input, output} -> a user's message and an assistant's."""
+    """{instruction, options, input, output} -> a user's message, an assistant's, and the options."""
     passage = row["input"].strip()
     if max_input_tokens is not None:
         tokens = tokenizer(passage, add_special_tokens=False)["input_ids"]
@@ -256,4 +285,5 @@ def to_chat(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_input_t
     return {
         "prompt": [{"role": "user", "content": f"{row['instruction']}{options}\n{passage}"}],
         "completion": [{"role": "assistant", "content": row["output"]}],
+        "options": row["options"],
     }

@@ -6,6 +6,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .evaluation import prompt_ids
+
 
 logger = logging.get_logger(__name__)
 
@@ -51,13 +53,7 @@ def prompts_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) ->
         prompts = [messages[:-1] for messages in some["messages"]]
     else:
         prompts = list(some["prompt"]) if "prompt" in some.column_names else []
-    return [
-        tokenizer(prompt)["input_ids"]
-        if isinstance(prompt, str)
-        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
-        for prompt in prompts
-        if prompt
-    ]
+    return [prompt_ids(tokenizer, prompt) for prompt in prompts if prompt]
 
 
 def template_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

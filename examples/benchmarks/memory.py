@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, set_seed
 
 import hft
 from hft.trainers import HFTTrainer
+from hft.trainers.interference import switched_off
 
 
 FIRST = ("sst2", "agnews")
@@ -41,13 +42,8 @@ def norms(model: hft.HFTForCausalLM, task: str) -> dict[str, list[float]]:
 
 def score_without(model: hft.HFTForCausalLM, tokenizer, rows, task: str, page: int) -> dict:
     """The task's score with its gates on a page at 0."""
-    gates = model.hft_gates.of(task)
-    before = gates.detach().clone()
-    with torch.no_grad():
-        gates[:, model.sources(task).labels().index(f"page:{page}")] = 0
-        result = score(model, tokenizer, {task: rows}, lambda task: task)[task]
-        gates.copy_(before)
-    return result
+    with switched_off(model, task, f"page:{page}"):
+        return score(model, tokenizer, {task: rows}, lambda task: task)[task]
 
 
 def main() -> None:

@@ -106,9 +106,43 @@ def speed() -> dict[str, float]:
     return {key: cells[setting]["value"] for setting, key in names.items() if setting in cells}
 
 
+def planner() -> dict[str, float]:
+    """The planner's gains against measured ones: rank correlation over all pairs, and what the chosen parents cost."""
+    cells, truth, found = read("planner"), {}, {}
+    for (setting, seed), cell in cells.items():
+        parent, is_pair, child = setting.partition(">")
+        if is_pair and (f"alone: {child}", seed) in cells and ("measures", seed) in cells:
+            gains = cells["measures", seed]["measures"]["calibrated"]["gains"]
+            truth[parent, child, seed] = cell["value"] - cells[f"alone: {child}", seed]["value"]
+            found[parent, child, seed] = gains[f"{parent}>{child}"][0]
+    figures: dict[str, float] = {}
+    if len(truth) >= 10:
+        pairs = sorted(truth)
+        ranks = [_ranks([of[pair] for pair in pairs]) for of in (truth, found)]
+        figures["planner.rank_correlation"] = round(statistics.correlation(*ranks), 3)
+        regrets = []
+        for child, seed in sorted({pair[1:] for pair in pairs}):
+            its = [pair for pair in pairs if pair[1:] == (child, seed)]
+            chosen = max(its, key=found.__getitem__)
+            parents = cells["measures", seed]["measures"]["calibrated"]["hierarchy"][child]
+            got = truth[chosen] if parents else 0.0
+            regrets.append(max(0.0, *(truth[pair] for pair in its)) - got)
+        figures["planner.parent_regret_points"] = round(statistics.mean(regrets), 3)
+    both = {("found", seed): cell for (setting, seed), cell in cells.items() if setting == "found"}
+    if gap := difference({**both, **read("ablation-200")}, "found", "full"):
+        figures["planner.ap_found_minus_hand"] = round(gap[0], 3)
+        figures["planner.ap_found_minus_hand_se"] = round(gap[1], 3)
+    return figures
+
+
+def _ranks(values: list[float]) -> list[float]:
+    """Places in order, equal values at their mean place."""
+    return [sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values]
+
+
 def headline() -> dict[str, float]:
     """All figures of which there are results."""
-    return {**ablation(), **quality(), **routing(), **speed()}
+    return {**ablation(), **quality(), **routing(), **speed(), **planner()}
 
 
 def main() -> None:

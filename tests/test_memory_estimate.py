@@ -1,0 +1,74 @@
+"""The estimate against what real tensors take."""
+
+import pytest
+import torch
+from transformers import AutoConfig, BitsAndBytesConfig
+
+import hft
+from hft.trainers.memory_estimate import MemoryEstimate, estimate_memory, node_bytes, quantized_bytes
+
+from .tiny import grow, tiny_config
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_activations_are_what_autograd_keeps(backbones, family):
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones[family], {"a": []}, rank=7, dtype=torch.bfloat16, attn_implementation="sdpa"
+    )
+    own, kept = {parameter.untyped_storage()._cdata for parameter in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), model.activate("a"):
+        mask = torch.ones(3, 19, dtype=torch.long)
+        mask[0, -2:] = 0
+        model.base_model(input_ids=torch.ones_like(mask), attention_mask=mask, use_cache=False)
+    found = estimate_memory(tiny_config(family), rank=7, path_rank=7, batch_size=3, length=19, load_in_4bit=False)
+    assert found.activations == sum(storage.nbytes() for storage in kept.values())
+    assert found.backbone == 2 * sum(parameter.numel() for parameter in model.backbone.parameters())
+
+
+def test_a_4_bit_backbone_and_a_tasks_file(backbones, tmp_path):
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": []}, rank=5, dtype=torch.bfloat16, quantization_config=nf4
+    )
+    real = sum(parameter.nbytes for parameter in model.backbone.parameters())
+    states = [module.weight.quant_state for module in model.modules() if "Linear4bit" in type(module).__name__]
+    real += sum(state.absmax.nbytes for state in states)
+    found = estimate_memory(tiny_config("llama"), rank=5, double_quant=False)
+    assert states and found.backbone == real
+    grow(model)
+    model.save_pretrained(tmp_path)
+    file = (tmp_path / "tasks/a.safetensors").read_bytes()
+    assert node_bytes(model, 5) == len(file) - 8 - int.from_bytes(file[:8], "little")
+
+
+def test_what_more_of_anything_costs():
+    config = tiny_config("llama")
+    base = estimate_memory(config, rank=4, slots=2)
+    per_rank = base.gradients // 4 // 6
+    assert base.training == 4 * 6 * per_rank and base.optimizer == 2 * base.training and base.tasks == 0
+    more = estimate_memory(config, rank=4, slots=2, num_training=3, num_sealed=5)
+    assert more.training == 4 * per_rank * (3 * 4 + 2) and more.gradients == base.gradients
+    assert more.tasks == 2 * 5 * 4 * per_rank
+    assert estimate_memory(config, rank=4, gradient_checkpointing=True).activations < base.activations
+    assert estimate_memory(config, rank=4, num_scored=10).logits == 12 * 10 * config.vocab_size
+    assert base.total == sum(vars(base).values()) and "MiB (backbone 0, " in str(base)
+    assert quantized_bytes(64 * 256, True) == 64 * 128 + 256 + 4
+
+
+def test_an_eight_billion_model_costs_nothing_to_estimate():
+    """Llama 3.1 8B: 8.03e9 parameters, of which 1.05e9 in the two embeddings stay in bfloat16."""
+    config = AutoConfig.for_model(
+        "llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
+    )  # fmt: skip
+    found = estimate_memory(config, rank=16, batch_size=1, length=2048, gradient_checkpointing=True, num_scored=256)
+    assert isinstance(found, MemoryEstimate)
+    assert found.backbone == pytest.approx(2 * 1.0507e9 + 6.9793e9 * (0.5 + 1 / 64), rel=2e-3)
+    assert found.total < 16 * 2**30

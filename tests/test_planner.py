@@ -1,0 +1,405 @@
+"""The plan's maths by hand, the measurements on a tiny model, and `hft plan --data` as a person runs it."""
+
+import copy
+import gzip
+import json
+import math
+import random
+import re
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+import hft
+from hft.trainers import plan_hierarchy
+from hft.trainers.calibration import calibrated_losses
+from hft.trainers.cli import main
+from hft.trainers.planner import TaskProbe, make_plan
+from hft.trainers.probes import ProbeSettings, nearest_tasks, pilot, take_sample
+from hft.trainers.recipes import read_recipe
+
+from .tiny import snapshot
+
+
+QUICK = ProbeSettings(pilot_rows=32, pilot_steps=6, batch_size=4, pilot_rank=2, probe_rows=16, learning_rate=5e-2)
+
+
+def probe(complexity: float, base: float = 1.0, error: float = 0.01, rows: int = 32, **gains: float) -> TaskProbe:
+    """A task whose loss falls by `gains[other]` through another, with a little noise."""
+    draw = random.Random(0)
+    losses = {"backbone": [base] * rows}
+    for other, gain in gains.items():
+        losses[other] = [base - gain + draw.gauss(0, 0.02) for _ in range(rows)]
+    return TaskProbe(complexity, error, losses)
+
+
+class TestMaths:
+    def test_a_chain_is_found_and_what_is_implied_is_dropped(self):
+        probes = {
+            "c": probe(0.9, a=0.3, b=0.5),
+            "a": probe(0.1, b=0.3, c=0.3),
+            "b": probe(0.5, a=0.4, c=0.4),
+            "alone": probe(0.7, a=0.0, b=-0.2, c=0.001),
+        }
+        plan = make_plan(probes)
+        assert plan.parents == {"a": [], "b": ["a"], "c": ["b"], "alone": []}
+        reason = {(edge.parent, edge.child): edge.reason for edge in plan.edges}
+        assert reason["b", "c"] == "it helps most" and reason["a", "c"] == "already on the path, through b"
+        assert reason["c", "a"] == "it is more complex (0.90, a 0.10)"
+        assert reason["b", "alone"] == "it does not help"
+        assert len(plan.edges) == sum(len(its.losses) - 1 for its in probes.values())  # a reason for each pair
+        assert [edge.parent for edge in plan.edges_of("c")] == ["b", "a"]
+        assert plan.share("c", "b") == pytest.approx(0.5, abs=0.02) and plan.share("alone", "b") == 0
+
+    def test_a_second_parent_must_add_something(self):
+        half = [1.0] * 16, [0.2] * 16
+        base = {"backbone": [1.0] * 32}
+        together = TaskProbe(
+            0.9, 0.01, {**base, "a": half[0] + half[1], "b": half[1] + half[0], "c": half[0] + half[1]}
+        )
+        roots = {name: probe(0.1 + i / 100, error=0) for i, name in enumerate("abc")}
+        plan = make_plan({**roots, "z": together}, num_errors=1)
+        assert plan.parents["z"] == ["a", "b"] or plan.parents["z"] == ["a", "c"] or len(plan.parents["z"]) == 1
+        (same,) = (edge for edge in plan.edges if (edge.parent, edge.child) == ("c", "z"))
+        assert not same.taken
+        assert len(make_plan({**roots, "z": together}, num_errors=0, max_parents=1).parents["z"]) == 1
+
+    def test_identical_tasks_make_one_edge_and_no_cycle(self):
+        twins = {"x": probe(0.5, y=0.4), "y": probe(0.5, x=0.4)}
+        plan = make_plan(twins)
+        assert plan.parents == make_plan(dict(reversed(twins.items()))).parents
+        assert sorted(map(len, plan.parents.values())) == [0, 1]
+        (dropped,) = (edge for edge in plan.edges if not edge.taken)
+        assert "it stands on" in dropped.reason
+
+    def test_an_error_outweighs_a_gain(self):
+        draw = random.Random(1)
+        noisy = TaskProbe(0.9, 0, {"backbone": [1.0] * 20, "a": [0.9 + draw.gauss(0, 3) for _ in range(20)]})
+        assert make_plan({"a": probe(0.1), "z": noisy}).parents["z"] == []
+        few = TaskProbe(0.9, 0, {"backbone": [1.0] * 4, "a": [0.1] * 4})
+        (edge,) = make_plan({"a": probe(0.1), "z": few}).edges
+        assert edge.reason == "too few rows to tell (4; 8 or more are needed)"
+        broken = TaskProbe(0.9, 0, {"backbone": [1.0] * 20, "a": [math.nan] * 20})
+        (edge,) = make_plan({"a": probe(0.1), "z": broken}).edges
+        assert not edge.taken and "not finite" in edge.reason
+
+    def test_a_new_task_is_placed_and_old_ones_stay(self):
+        old = hft.Hierarchy({"sst2": [], "yelp": ["sst2"]})
+        plan = make_plan({"amazon": probe(0.01, sst2=0.2, yelp=0.5)}, existing=old)
+        assert plan.parents == {"sst2": [], "yelp": ["sst2"], "amazon": ["yelp"]}
+        with pytest.raises(ValueError, match="The task 'yelp' is in the model already"):
+            make_plan({"yelp": probe(0.1)}, existing=old)
+
+    @pytest.mark.parametrize(
+        ("probes", "numbers", "message"),
+        [
+            ({}, {}, "There are no tasks to plan"),
+            ({"a": probe(0.1)}, {"max_parents": 0}, "`max_parents` is 0; it must be 1 or more."),
+            ({"a": probe(0.1)}, {"num_errors": -1}, "`num_errors` is -1; it must be 0 or more."),
+        ],
+    )
+    def test_wrong_plans(self, probes, numbers, message):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make_plan(probes, **numbers)
+
+    def test_a_hundred_tasks_take_less_than_a_second_and_no_order_matters(self):
+        draw = random.Random(0)
+        names = [f"t{i}" for i in range(100)]
+        probes = {
+            name: probe(
+                draw.random(), **{other: draw.gauss(0, 0.2) for other in draw.sample(names, 17) if other != name}
+            )
+            for name in names
+        }
+        begin = time.process_time()
+        plan = make_plan(probes)
+        assert time.process_time() - begin < 1
+        shuffled = dict(draw.sample(sorted(probes.items()), 100))
+        assert make_plan(shuffled).parents == plan.parents
+        assert max(map(len, plan.parents.values())) <= 2
+        tree = plan.hierarchy()  # raises if there is a cycle
+        for edge in plan.edges:
+            assert edge.reason and edge.taken == (edge.parent in tree.parents(edge.child))
+        for task in names:
+            for up in tree.parents(task):
+                assert not any(up in tree.path(other) for other in tree.parents(task) if other != up)
+
+
+class TestCalibration:
+    """Form and confidence do not count; knowledge does."""
+
+    options = ([["yes", "no"]] * 40, [i % 2 for i in range(40)])
+
+    def mean(self, likelihoods):
+        losses = calibrated_losses(likelihoods, self.options[1], self.options[0])
+        assert len(losses) == 40
+        return sum(losses) / 40
+
+    def test_scale_and_offset_do_not_count(self):
+        draw = random.Random(0)
+        clue = [draw.gauss(0, 1) + (2 if answer == 0 else -2) for answer in self.options[1]]
+        plain = self.mean([[x, 0.0] for x in clue])
+        assert self.mean([[9 * x - 20, 9.0] for x in clue]) == pytest.approx(plain, abs=1e-5)
+        assert plain < 0.5
+
+    def test_knowing_nothing_is_guessing_and_knowing_all_is_near_zero(self):
+        draw = random.Random(0)
+        assert self.mean([[0.0, 0.0]] * 40) == pytest.approx(math.log(2), abs=0.02)
+        assert self.mean([[-50.0, 0.0]] * 40) == pytest.approx(math.log(2), abs=0.02)  # always "no", and sure of it
+        assert self.mean([[draw.gauss(0, 3), 0.0] for _ in range(40)]) > 0.6
+        assert self.mean([[3.0 - 6 * answer, 0.0] for answer in self.options[1]]) < 0.15
+
+    def test_options_that_differ_and_what_is_not_finite(self):
+        losses = calibrated_losses([[1.0, 0.0], [0.0, 2.0, 1.0]] * 6, [0, 1] * 6, [["a", "b"], ["c", "d", "e"]] * 6)
+        assert all(0 < loss < 0.8 for loss in losses)
+        assert all(map(math.isnan, calibrated_losses([[math.nan, 0.0]] * 8, [0] * 8, [["a", "b"]] * 8)))
+
+
+def rows_of(rule: str, count: int = 40, options: bool = True) -> list[dict]:
+    """`same` and `copy` are one task in two wordings; `sign` is another."""
+    rows = []
+    for i in range(count):
+        letter = "ab"[i * 7 % 5 % 2]
+        answer = {"same": letter, "copy": letter, "sign": "xy"[i % 2]}[rule]
+        row = {"prompt": f"{rule} {letter} {i % 3}:", "completion": answer}
+        rows.append({**row, "options": ["a", "b"] if rule != "sign" else ["x", "y"]} if options else row)
+    return rows
+
+
+@pytest.fixture
+def fresh(backbones):
+    return hft.HFTForCausalLM.from_backbone(backbones["llama"], {}, memory_config={"slots": 2})
+
+
+def state(model) -> tuple:
+    return (
+        snapshot(model),
+        copy.deepcopy(model.config.to_dict()),
+        [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        model.training,
+        torch.get_rng_state().tolist(),
+    )
+
+
+@pytest.mark.parametrize("options", [True, False])
+def test_planning_is_deterministic_and_leaves_the_model_as_it_was(model, tokenizer, options):
+    model.seal(["a", "b", "c", "e", "f"])
+    model.train()
+    before = state(model)
+    data = {rule: rows_of(rule, options=options) for rule in ("same", "sign")}
+    plans = [plan_hierarchy(model, data, processing_class=tokenizer, settings=QUICK, progress=False) for _ in range(2)]
+    assert state(model) == before
+    assert plans[0] == plans[1]
+    assert set(plans[0].probes["sign"].losses) == {"backbone", *"abcef", "same"}
+    assert {name: plans[0].parents[name] for name in model.hierarchy.names} == {
+        name: list(model.hierarchy.parents(name)) for name in model.hierarchy.names
+    }
+
+
+def test_the_model_comes_back_also_when_planning_breaks_off(fresh, tokenizer, monkeypatch):
+    before = state(fresh)
+    calls = []
+
+    def broken(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return [[0.0, 1.0]] * 16
+
+    monkeypatch.setattr("hft.trainers.probes.option_likelihoods", broken)
+    with pytest.raises(KeyboardInterrupt):
+        data = {rule: rows_of(rule) for rule in ("same", "sign")}
+        plan_hierarchy(fresh, data, processing_class=tokenizer, settings=QUICK, progress=False)
+    assert state(fresh) == before
+
+
+def test_a_pilot_learns_its_rows(fresh, tokenizer):
+    sample = take_sample("same", rows_of("same"), tokenizer, QUICK)
+
+    def loss(task):
+        with torch.no_grad():
+            return float(sum(fresh.row_losses(task, sample.tokens)))
+
+    with pilot(fresh, sample.pilot, QUICK) as name:
+        assert loss(name) < 0.8 * loss("backbone")
+        fresh.add_task("pilotx")  # a name that a person's task may have
+        with pilot(fresh, sample.pilot, QUICK) as other:
+            assert other not in (name, "pilotx")
+    assert fresh.hierarchy.names == ("pilotx",)
+
+
+def test_a_parent_that_knows_the_answers_is_found(fresh, tokenizer):
+    """An old task that was trained on the same question becomes the new one's parent; an untrained one does not."""
+    rows = rows_of("same", 160)
+    sample = take_sample("same", rows, tokenizer, replace(QUICK, pilot_steps=60))
+    with pilot(fresh, sample.pilot, replace(QUICK, pilot_steps=60)) as name:
+        learnt = {key: value.detach().clone() for key, value in fresh.task_parameters(name).items()}
+        rank = QUICK.pilot_rank
+    fresh.add_task("teacher", rank=rank)
+    fresh.add_task("idle", rank=rank)
+    with torch.no_grad():
+        for key, parameter in fresh.task_parameters("teacher").items():
+            parameter.copy_(learnt[key.replace("teacher", name)])
+    fresh.seal(["teacher", "idle"])
+    plan = plan_hierarchy(fresh, {"new": rows}, processing_class=tokenizer, settings=QUICK, progress=False)
+    assert plan.parents["new"] == ["teacher"]
+    (idle,) = (edge for edge in plan.edges if edge.parent == "idle")
+    assert idle.gain == 0 and idle.reason == "it does not help"
+
+
+def test_candidates_are_the_nearest_by_their_prompts(fresh, tokenizer):
+    def rows(text, count=12):
+        return [{"prompt": f"{text} {i}", "completion": "z"} for i in range(count)]
+
+    samples = {
+        name: take_sample(name, rows(text), tokenizer, QUICK)
+        for name, text in {"a1": "aaaa aaaa", "a2": "aaaa aaab", "z1": "!?!?!?", "z2": "!?!?!!"}.items()
+    }
+    assert nearest_tasks(fresh, tokenizer, samples, 1) == {"a1": {"a2"}, "a2": {"a1"}, "z1": {"z2"}, "z2": {"z1"}}
+    assert nearest_tasks(fresh, tokenizer, samples, 3)["a1"] == {"a2", "z1", "z2"}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder as cl14 has them: two wordings of one task, another, and one that is a free answer."""
+    for task, count in (("same", 40), ("copy", 40), ("sign", 40)):
+        write(tmp_path / "data" / task, [{**row, "prompt": row["prompt"]} for row in rows_of(task, count)])
+    return tmp_path / "data"
+
+
+def write(folder, rows):
+    folder.mkdir(parents=True)
+    lines = [
+        {"instruction": "?", "options": row.get("options", []), "input": row["prompt"], "output": row["completion"]}
+        for row in rows
+    ]
+    for split in ("train", "validation"):
+        with gzip.open(folder / f"{split}.jsonl.gz", "wt") as file:
+            file.write("\n".join(json.dumps(line) for line in lines))
+
+
+@pytest.fixture
+def command(backbones, data, tmp_path):
+    """`hft plan --data` on the tiny backbone, not quantised."""
+    text = f"backbone: {backbones['llama']}\nhierarchy: {{other: []}}\nrank: 2\nmax_steps: 2\nmax_length: 96\n"
+    text += f"report_to: none\noutput_dir: {tmp_path / 'run'}\n"
+    (tmp_path / "base.yaml").write_text(text)
+    plan = str(tmp_path / "plan.yaml")
+    base = str(tmp_path / "base.yaml")
+    return ["plan", "--data", str(data), "--recipe", base, "--steps", "2", "--rows", "16", "--yaml", plan]
+
+
+def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp_path, capsys):
+    assert main([*command, "--out", str(tmp_path / "tree.svg")]) == 0
+    shown = capsys.readouterr().out
+    assert "Next: hft train" in shown and "Why (gain" in shown
+    tree = yaml.safe_load((tmp_path / "plan.yaml").read_text())["hierarchy"]
+    num_levels = len(hft.Hierarchy(tree).levels())
+    assert f"\n{2 * num_levels} optimizer steps.\n" in shown and "Peak of a step with rows of 96 tokens" in shown
+    assert f"# {2 * num_levels} optimizer steps." in (tmp_path / "plan.yaml").read_text()
+    assert set(tree) == {"same", "copy", "sign"}
+    for task, parents in tree.items():
+        for other in set(tree) - {task}:
+            verb = "on" if other in parents else "not"
+            assert re.search(
+                rf"^    {verb} {other} \([+-]\d\.\d+ ± \d\.\d+\): \w+", shown.split(f"\n{task}: ")[1], re.M
+            )
+            assert f"# {verb} {other} (" in (tmp_path / "plan.yaml").read_text()
+    assert "<!-- same -->" in (tmp_path / "tree.svg").read_text()
+    recipe = read_recipe(tmp_path / "plan.yaml")
+    assert recipe.data == str(data) and recipe.model["rank"] == 2 and recipe.hierarchy == tree
+    first = (tmp_path / "plan.yaml").read_text()
+    assert main(command) == 0 and (tmp_path / "plan.yaml").read_text() == first  # the same plan again
+
+    assert main(["train", str(tmp_path / "plan.yaml")]) == 0
+    write(data / "again", rows_of("same", 40))
+    capsys.readouterr()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    extend = [*command, "--model", str(tmp_path / "run"), "--task", "again"]
+    assert main(extend) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"again should stand on .*\.\nNext: model.add_task\('again', parents=\[.*\]\)", shown)
+    assert all(re.search(rf"(on|not) {old} \(", shown) for old in tree) and "\nsame:" not in shown
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert main([*extend[:-1], "same"]) == 2
+    assert "The task 'same' is in the model already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "Give --data, a folder or recipe to find a hierarchy for, or --model"),
+        (["--data", "EMPTY"], "holds no tasks; a plan needs <task>/train.jsonl.gz in it."),
+        (["--data", "DATA", "--task", "sine"], "Unknown task 'sine'. Did you mean 'sign'?"),
+        (["--data", "DATA", "--out", "tree.gif"], "'tree.gif' should end in .png, .svg or .pdf."),
+        (["--data", "DATA", "--rows", "0"], "--rows is 0; it must be 1 or more."),
+        (["--data", "/nowhere/recipe.yaml"], "There is no recipe '/nowhere/recipe.yaml'"),
+    ],
+)
+def test_wrong_commands(data, tmp_path, capsys, arguments, message):
+    places = {"EMPTY": str(tmp_path), "DATA": str(data)}
+    assert main(["plan", *(places.get(word, word) for word in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_has_all_tasks(command, fresh, tokenizer, tmp_path, capsys):
+    for task in ("same", "copy", "sign"):
+        fresh.add_task(task)
+    fresh.save_pretrained(tmp_path / "whole")
+    tokenizer.save_pretrained(tmp_path / "whole")
+    assert main([*command, "--model", str(tmp_path / "whole")]) == 2
+    assert "The model has all tasks of" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="The task 'same' is in the model already"):
+        plan_hierarchy(fresh, {"same": rows_of("same")}, processing_class=tokenizer)
+
+
+class TestOddData:
+    def plan(self, model, tokenizer, **data):
+        return plan_hierarchy(model, data, processing_class=tokenizer, settings=QUICK, progress=False)
+
+    def test_one_task(self, fresh, tokenizer):
+        plan = self.plan(fresh, tokenizer, only=rows_of("same"))
+        assert plan.parents == {"only": []} and plan.edges == ()
+
+    def test_ten_rows(self, fresh, tokenizer):
+        plan = self.plan(fresh, tokenizer, small=rows_of("same", 10), sign=rows_of("sign"))
+        assert plan.parents["small"] == []
+        (edge,) = plan.edges_of("small")
+        assert "only 5 rows to measure on" in plan.probes["small"].note
+        assert "too few rows to tell (5;" in edge.reason or "more complex" in edge.reason
+
+    def test_rows_without_answers(self, fresh, tokenizer):
+        rows = [{**row, "completion": ""} if i % 4 == 0 else row for i, row in enumerate(rows_of("same"))]
+        plan = self.plan(fresh, tokenizer, some=rows)
+        assert plan.probes["some"].note.startswith("10 rows without an answer were left out")
+        with pytest.raises(
+            ValueError, match="Task 'none' has 0 rows with an answer, of 40; a plan needs four or more"
+        ):
+            self.plan(fresh, tokenizer, none=[{**row, "completion": None} for row in rows])
+        with pytest.raises(ValueError, match="The rows of task 'text' have text; planning needs `prompt`"):
+            self.plan(fresh, tokenizer, text=[{"text": "x"}] * 9)
+
+    def test_all_answers_are_equal(self, fresh, tokenizer):
+        rows = [{**row, "completion": "a"} for row in rows_of("same")]
+        plan = self.plan(fresh, tokenizer, equal=rows, sign=rows_of("sign"))
+        assert plan.probes["equal"].complexity == 0 and plan.parents["equal"] == []
+        assert "all answers are equal" in plan.probes["equal"].note
+
+    def test_identical_tasks(self, fresh, tokenizer):
+        plan = self.plan(fresh, tokenizer, one=rows_of("same"), two=rows_of("same"))
+        one, two = plan.probes["one"], plan.probes["two"]
+        assert one.complexity == two.complexity and one.losses["two"] == two.losses["one"]
+        assert sum(map(len, plan.parents.values())) <= 1 and all(edge.reason for edge in plan.edges)
+
+    def test_free_answers(self, fresh, tokenizer):
+        """What any pilot gives, the form, is no gain; of two tasks nothing can be said."""
+        free = {name: rows_of(name, options=False) for name in ("same", "copy", "sign")}
+        plan = self.plan(fresh, tokenizer, **free)
+        for task in free:
+            assert sum(edge.gain for edge in plan.edges_of(task)) == pytest.approx(0, abs=1e-4)
+        two = self.plan(fresh, tokenizer, same=free["same"], sign=free["sign"])
+        assert two.parents == {"same": [], "sign": []}
+        assert all("cannot be told apart" in probe.note for probe in two.probes.values())

@@ -1,0 +1,191 @@
+"""Scores stage by stage, who contributes what, the page and the card: on a real small training."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from datasets import Dataset
+from huggingface_hub import ModelCard
+
+import hft
+from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers.evaluation import EvalSet, score_options
+from hft.trainers.interference import advice, contributions, cross_scores, switched_off
+from hft.trainers.metrics import OPTIONS
+from hft.trainers.model_card import write_model_card
+from hft.trainers.report import write_report
+from hft.trainers.run_record import RunRecord, as_score
+from tests.tiny import grow, snapshot
+
+
+TREE = {"a": [], "b": ["a"], "c": []}
+
+
+def rows_of(task: str) -> list[dict]:
+    return [
+        {"prompt": f"{task} {i}: ", "completion": "yes" if i % 4 else "no", "options": ["yes", "no"]} for i in range(8)
+    ]
+
+
+def make(backbones, tokenizer, folder, test_sets, **options):
+    torch.manual_seed(0)
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], TREE, rank=2)
+    args = HFTTrainingConfig(
+        output_dir=str(folder), max_steps=4, per_device_train_batch_size=4, logging_steps=1, save_strategy="no",
+        bf16=False, gradient_checkpointing=False, disable_tqdm=True, learning_rate=1e-2, **{"report_to": "none", **options},
+    )  # fmt: skip
+    data = {task: Dataset.from_list(rows_of(task)).remove_columns("options") for task in TREE}
+    return HFTTrainer(model, args, train_dataset=data, test_sets=test_sets, processing_class=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def run(backbones, tokenizer, tmp_path_factory):
+    """A finished training of three tasks in two stages, scored all along."""
+    sets = {task: EvalSet(rows_of(task), OPTIONS) for task in TREE}
+    trainer = make(backbones, tokenizer, tmp_path_factory.mktemp("run"), sets, report_to="tensorboard")
+    trainer.train()
+    return trainer
+
+
+def test_the_record_of_a_run(run):
+    record = RunRecord.load(run._root)
+    assert record == run.record
+    assert list(record.before) == list(TREE) and list(record.start) == ["b"]
+    assert [sorted(stage["scores"]) for stage in record.stages] == [["a", "c"], ["a", "b", "c"]]
+    first, last = (stage["scores"] for stage in record.stages)
+    assert {task: last[task] for task in first} == first  # nothing forgotten
+    for task, score in last.items():
+        right = score_options(run.model, run.processing_class, rows_of(task), task)[0]
+        assert score == {"score": 100 * sum(right) / 8, "se": pytest.approx(as_score(right)["se"]), "rows": 8}
+    assert last != record.before  # something was learnt
+    assert record.measures()["forgetting"] == 0.0 == record.measures()["backward_transfer"]
+    assert record.data["a"] == {"rows": 8, "metric": "options"}
+    assert any("a_loss" in entry for entry in record.stages[0]["log"])
+    assert str(run._root) not in (run._root / "run.json").read_text()
+
+
+def test_scoring_changes_nothing_of_what_is_learnt(run, backbones, tokenizer, tmp_path):
+    alone = make(backbones, tokenizer, tmp_path, None)
+    alone.train()
+    assert snapshot(alone.model) == snapshot(run.model)
+
+
+def test_trackers_get_scores_and_the_picture(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found: dict[str, set[str]] = {}
+    for file in sorted(run._root.rglob("events.out.tfevents*")):
+        tags = EventAccumulator(str(file), size_guidance={"images": 0}).Reload().Tags()
+        stage = file.relative_to(run._root).parts[0]
+        found[stage] = found.get(stage, set()) | {*tags["scalars"], *tags["images"]}
+    assert set(found) == {"stage-1", "stage-2"}
+    assert {"train/score/a", "train/score/b", "score of each task after each stage"} <= found["stage-2"]
+    assert "train/score/b" not in found["stage-1"]
+
+
+def test_wrong_test_sets(backbones, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match="unknown task 'd'"):
+        make(backbones, tokenizer, tmp_path, {"d": EvalSet(rows_of("d"))})
+    with pytest.raises(ValueError, match="is empty"):
+        make(backbones, tokenizer, tmp_path, {"a": EvalSet([])})
+
+
+def test_a_source_is_switched_off_and_on_again_to_the_bit(backbones, tokenizer):
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], TREE, rank=2)
+    grow(model)
+    before = snapshot(model)
+    ids = torch.tensor([[5, 6, 7]])
+    whole = model(ids, task="b").logits
+    with switched_off(model, "b", "a"):
+        assert not torch.equal(model(ids, task="b").logits, whole)
+        assert model.gates("b").mean()["a"] == 0.0
+    assert torch.equal(model(ids, task="b").logits, whole) and snapshot(model) == before
+    data = EvalSet(rows_of("b"), OPTIONS)
+    whole_score, found = contributions(model, tokenizer, "b", data)
+    assert list(found) == ["a", "b", "page:1", "page:2"]
+    for source in found.values():
+        assert source["drop"] == pytest.approx(whole_score["score"] - source["score"], abs=2e-3)
+    cross = cross_scores(model, tokenizer, {"a": EvalSet(rows_of("a"), OPTIONS), "b": data})
+    assert cross["b"]["b"] == whole_score and set(cross["a"]) == {"a", "b"}
+
+
+def test_advice_in_words():
+    def source(drop, error, gate=1.0):
+        return {"drop": drop, "drop_se": error, "gate": gate}
+
+    sources = {
+        "yelp": {"sst2": source(4.1, 1.0), "page:1": source(0.0, 0.0, 0.0), "yelp": source(30.0, 2.0)},
+        "copa": {"rte": source(0.5, 1.0), "page:1": source(-6.0, 2.0)},
+    }
+    cross = {"yelp": {"yelp": {"score": 60.0, "se": 2.0}, "copa": {"score": 20.0, "se": 2.0}}}
+    assert advice({"yelp": ["sst2"], "copa": ["rte"]}, sources, cross) == [
+        "yelp rests on sst2: without it, it loses 4.1 ± 1.0 points.",
+        "yelp lets nothing of memory page:1 in.",
+        "copa does not measurably use its parent rte (+0.5 ± 1.0 points): it could be a root.",
+        "memory page:1 is in the way of copa, which gains 6.0 ± 2.0 points without it: refresh its gates (`hft refresh`).",
+        "yelp falls from 60.0 to 20.0 on the path of copa: trained into the same weights, the one would hurt the other.",
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(run, tokenizer):
+    record = RunRecord.load(run._root)
+    sets = {task: EvalSet(rows_of(task), OPTIONS) for task in TREE}
+    for task, data in sets.items():
+        record.routed[task], record.sources[task] = contributions(run.model, tokenizer, task, data)
+        record.confusion[task] = {task: 6, "backbone": 2}
+    record.cross = cross_scores(run.model, tokenizer, sets)
+    gates = {task: run.model.gates(task) for task in TREE}
+    return write_report(run.model.config, gates, record, run._root)
+
+
+def test_the_page_needs_nothing_from_outside(page):
+    text = page.read_text()
+    addresses = set(re.findall(r'(?:src|href)="([^"]{0,40})', text))
+    assert all(address.startswith("data:") for address in addresses), addresses
+    assert text.count("<figure>") == 7
+    for encoded in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", text):
+        assert b"<svg" in base64.b64decode(encoded)
+    assert str(page.parent) not in text
+    names = {path.name for path in (page.parent / "pictures").iterdir()}
+    assert {f"{name}.{kind}" for name in ("hierarchy", "matrix", "gates", "cross", "router", "loss", "scores")
+            for kind in ("png", "svg")} == names  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+def test_the_page_in_a_browser(page, tmp_path):
+    shot = tmp_path / "page.png"
+    done = subprocess.run(
+        ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-quic",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--enable-logging=stderr",
+         f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1100,3000", f"--screenshot={shot}", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert shot.stat().st_size > 20_000, done.stderr[-2000:]
+    assert "CONSOLE" not in done.stderr
+
+
+def test_the_card(run, tmp_path):
+    write_model_card(run.model, tmp_path, RunRecord.load(run._root), "me/my-hft")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    results = {result.dataset_name: result.metric_value for result in card.data.eval_results}
+    assert results == {task: score["score"] for task, score in run.record.stages[-1]["scores"].items()}
+    assert "| b | 8 | options |" in card.content and "forgetting 0.0" in card.content
+    assert card.data.base_model is None  # a folder of this machine is nobody's base model
+    assert str(run.model.config.backbone) not in card.content and str(run._root) not in card.content
+    for picture in re.findall(r"\]\((pictures/[^)]+)\)", card.content):
+        assert (tmp_path / picture).exists()
+    assert len(re.findall(r"```python", card.content)) == 3
+
+
+def test_a_broken_record(tmp_path):
+    (tmp_path / "run.json").write_text('{"stages": ')
+    with pytest.raises(ValueError, match="is no record of a run"):
+        RunRecord.load(tmp_path)
+    assert RunRecord.load(tmp_path / "nowhere") == RunRecord()
+    assert json.loads("{}") == RunRecord().before

@@ -1,0 +1,146 @@
+"""Charts of a run, as matplotlib figures that need no display. Readable without colours: numbers, markers, line styles.
+
+Colours are of the map cividis, which looks alike with and without colour blindness and gets lighter evenly.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hft.gates_hft import HFTGateTable
+
+from .transfer import Matrix
+
+
+COLOURS = "cividis"
+_STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ("-", "v"), ("--", "x"), (":", "P"), ("-.", "*")]
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure; inches.
+
+    Raises:
+        ImportError: without matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("A picture needs matplotlib: pip install 'modeling-hft[plot]'.") from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def heat_map(
+    values: Sequence[Sequence[float | None]],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    title: str,
+    top: float = 100.0,
+    form: str = "{:.0f}",
+) -> Any:
+    """A table of numbers from 0 to `top`, each written into its coloured cell; None leaves the cell empty."""
+    figure = new_figure(2.2 + 0.75 * len(columns), 1.3 + 0.42 * len(rows))
+    axes = figure.subplots()
+    shown = [[float("nan") if value is None else value for value in row] for row in values]
+    axes.imshow(shown, cmap=COLOURS, vmin=0.0, vmax=top, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=35, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.tick_params(length=0)
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            if value is not None:
+                dark = value < 0.55 * top
+                axes.text(x, y, form.format(value), ha="center", va="center", color="white" if dark else "black")
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def matrix_chart(matrix: Matrix, before: Mapping[str, float]) -> Any:
+    """The task-by-stage matrix of scores, the backbone's in the first row."""
+    names = list(matrix[-1])
+    rows = ([dict(before)] if before else []) + [dict(row) for row in matrix]
+    labels = (["backbone"] if before else []) + [f"after stage {i}" for i in range(1, len(matrix) + 1)]
+    return heat_map([[row.get(name) for name in names] for row in rows], labels, names, "Score of each task (%)")
+
+
+def confusion_chart(confusion: Mapping[str, Mapping[str, int]]) -> Any:
+    """Which task answered the prompts of which, in percent of each row."""
+    columns = [*confusion, *sorted({name for row in confusion.values() for name in row} - set(confusion))]
+    values = [[100 * row.get(name, 0) / max(sum(row.values()), 1) for name in columns] for row in confusion.values()]
+    return heat_map(values, list(confusion), columns, "Who answered (% of the prompts of the task on the left)")
+
+
+def cross_chart(cross: Mapping[str, Mapping[str, float]]) -> Any:
+    """Each task's score (left) on each task's path (below)."""
+    columns = list(dict.fromkeys(path for row in cross.values() for path in row))
+    values = [[row.get(path) for path in columns] for row in cross.values()]
+    return heat_map(values, list(cross), columns, "Score of the task on the left on the path of the task below (%)")
+
+
+def curves_chart(stages: Sequence[Mapping[str, Any]]) -> Any:
+    """The training loss of each task over the optimizer steps, one panel a stage."""
+    figure = new_figure(max(4.0, 3.4 * len(stages)), 3.0)
+    panels = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
+    for axes, stage in zip(panels, stages, strict=True):
+        for place, task in enumerate(stage["tasks"]):
+            points = [(entry["step"], entry[f"{task}_loss"]) for entry in stage["log"] if f"{task}_loss" in entry]
+            line, marker = _STYLES[place % len(_STYLES)]
+            grey = str(0.55 * (place % 3) / 2)
+            axes.plot(
+                *zip(*points, strict=True), line, marker=marker, color=grey, label=task, linewidth=1.2, markersize=4
+            ) if points else axes.plot([], [], line, marker=marker, color=grey, label=f"{task} (not logged)")
+        axes.set_title(f"Stage {stage['level']}", fontsize=10)
+        axes.set_xlabel("optimizer step")
+        axes.legend(fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("loss (nats a token)")
+    return figure
+
+
+def scores_chart(matrix: Matrix) -> Any:
+    """The score of each task over the stages: flat lines are what is not forgotten."""
+    figure = new_figure(max(4.0, 1.2 + 1.1 * len(matrix)), 3.0)
+    axes = figure.subplots()
+    for place, task in enumerate(matrix[-1]):
+        points = [(stage, row[task]) for stage, row in enumerate(matrix, start=1) if task in row]
+        line, marker = _STYLES[place % len(_STYLES)]
+        axes.plot(*zip(*points, strict=True), line, marker=marker, color=str(0.55 * (place % 3) / 2), label=task)
+    axes.set_xticks(range(1, len(matrix) + 1))
+    axes.set_xlabel("after stage")
+    axes.set_ylabel("score (%)")
+    axes.set_ylim(0, 102)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def gates_chart(tables: Sequence[HFTGateTable]) -> Any:
+    """The absolute gates of each task, layer by layer: what it lets in, where."""
+    heights = [max(1, len(table.sources)) for table in tables]
+    figure = new_figure(7.0, 0.9 * len(tables) + 0.24 * sum(heights) + 0.4)
+    panels = figure.subplots(len(tables), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    top = max(1.0, *(float(table.values.abs().max()) for table in tables))
+    image = None
+    for axes, table in zip(panels, tables, strict=True):
+        image = axes.imshow(table.values.abs().T.numpy(), cmap=COLOURS, vmin=0.0, vmax=top, aspect="auto")
+        mean = table.mean()
+        axes.set_yticks(range(len(table.sources)), [f"{source}  {mean[source]:.2f}" for source in table.sources])
+        axes.tick_params(length=0, labelsize=8)
+        axes.set_title(table.task, fontsize=9, loc="left")
+    panels[-1].set_xlabel("layer")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, ax=list(panels), label="|gate|", shrink=0.8)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a PNG, SVG or PDF by the file's name."""
+    figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def as_svg(figure: Any) -> str:
+    """A figure as the text of an `<svg>` element, to stand within a page."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,157 @@
+"""How much memory a training step takes, from the configuration alone: no weights are loaded, none are allocated.
+
+B batch, T tokens, V vocabulary, R rank, S slots.
+"""
+
+import copy
+from dataclasses import dataclass, fields
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from hft.configuration_hft import HFTConfig
+from hft.modeling_hft import HFTForCausalLM
+
+
+BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
+NESTED_BLOCK = 256  # scales that share one, if they are quantised themselves
+LOGIT_BYTES = 2 + 4 + 4 + 2  # bfloat16 logits and their gradient, and both in float32, for each position and word
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes at the peak of a training step.
+
+    Args:
+        backbone: its weights.
+        tasks: nodes and pages that no longer train, 2 bytes a number.
+        training: the factors that train, in float32.
+        gradients: of those of one task and its page (a step holds one task).
+        optimizer: two float32 numbers for each that trains.
+        activations: what autograd keeps for the backward pass, without logits.
+        logits: logits and their gradients at the positions that are scored.
+    """
+
+    backbone: int
+    tasks: int
+    training: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """The sum; what Python and its libraries take (a CPU: about half a GiB) comes on top."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{field.name} {getattr(self, field.name) / 2**20:,.0f}" for field in fields(self))
+        return f"{self.total / 2**20:,.0f} MiB ({parts})"
+
+
+def estimate_memory(
+    text_config: PreTrainedConfig,
+    *,
+    rank: int,
+    path_rank: int | None = None,
+    num_training: int = 1,
+    num_sealed: int = 0,
+    slots: int = 8,
+    batch_size: int = 8,
+    length: int = 256,
+    num_scored: int | None = None,
+    load_in_4bit: bool = True,
+    double_quant: bool = True,
+    gradient_checkpointing: bool = False,
+) -> MemoryEstimate:
+    """Estimates the peak of a step of bfloat16 or NF4 training with AdamW.
+
+    Shapes are the model's own, and what autograd keeps is counted in a pass over tensors without memory, which holds for
+    any decoder; attention is counted as PyTorch's fused kernel, on a batch with padding (whose mask is a tensor).
+
+    Args:
+        text_config: the backbone's configuration.
+        rank: R of a node.
+        path_rank: the ranks of all nodes and slots on the deepest path; R + S by default.
+        num_training, num_sealed: tasks of a stage that train together, and tasks that are there already.
+        slots: S of the one page that a stage writes; 0 without memory.
+        batch_size, length: B and T of a micro-batch.
+        num_scored: positions that meet the head, of B T; all by default, as with TRL on a CPU.
+        load_in_4bit, double_quant: how the linears of the layers are held; embeddings and head are bfloat16.
+        gradient_checkpointing: whether layers are computed again in the backward pass.
+    """
+    path_rank = rank + slots if path_rank is None else path_rank
+    model, fake = _without_memory(text_config, path_rank)
+    frozen = {id(model.base_model.get_submodule(name).weight) for name in model._layer_of}
+    backbone = 0
+    for parameter in model.backbone.parameters():  # a tied head comes once
+        is_quantized = load_in_4bit and id(parameter) in frozen
+        backbone += quantized_bytes(parameter.numel(), double_quant) if is_quantized else 2 * parameter.numel()
+    per_rank = sum(nodes.in_features + nodes.out_features for nodes in model.hft_nodes.values())
+    node, page = rank * per_rank, slots * per_rank
+    trained = num_training * node + page
+    kept = saved_bytes(model, fake, batch_size, length)
+    if gradient_checkpointing:  # the input of each layer, and one layer at a time
+        num_layers = text_config.num_hidden_layers
+        kept = 2 * num_layers * batch_size * length * text_config.hidden_size + kept // num_layers
+    scored = batch_size * length if num_scored is None else num_scored
+    return MemoryEstimate(
+        backbone=backbone,
+        tasks=2 * num_sealed * node,
+        training=4 * trained,
+        gradients=4 * (node + page),
+        optimizer=8 * trained,
+        activations=kept,
+        logits=LOGIT_BYTES * scored * text_config.vocab_size,
+    )
+
+
+def quantized_bytes(count: int, double_quant: bool) -> int:
+    """Of `count` weights in a 4-bit format of bitsandbytes: half a byte each, and their scales."""
+    scales = -(-count // BLOCK)
+    return -(-count // 2) + (scales + 4 * -(-scales // NESTED_BLOCK) if double_quant else 4 * scales)
+
+
+def node_bytes(model: nn.Module, rank: int) -> int:
+    """What the factors of a sealed task take in its file, without the file's header."""
+    per_rank = sum(nodes.in_features + nodes.out_features for nodes in model.hft_nodes.values())
+    return rank * per_rank * model.backbone.dtype.itemsize
+
+
+def _without_memory(text_config: PreTrainedConfig, rank: int) -> tuple[HFTForCausalLM, FakeTensorMode]:
+    """A model of one root in bfloat16 whose tensors have shapes only."""
+    text_config = copy.deepcopy(text_config)
+    text_config.dtype = torch.bfloat16
+    config = HFTConfig(text_config=text_config, tasks=[{"name": "a"}], rank=rank, dtype=torch.bfloat16)
+    config._attn_implementation = "sdpa"
+    fake, default = FakeTensorMode(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with fake, no_init_weights():
+            model = HFTForCausalLM(config)
+            model.set_trainable(["a"])
+    finally:
+        torch.set_default_dtype(default)
+    return model, fake
+
+
+def saved_bytes(model: HFTForCausalLM, fake: FakeTensorMode, batch_size: int, length: int) -> int:
+    """What autograd keeps of a padded batch's pass through the decoder on the path of task `a`, but for parameters."""
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other storage takes its place
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with fake, torch.enable_grad(), hooks, model.activate("a"):
+        ids_BT = torch.ones(batch_size, length, dtype=torch.long)
+        model.base_model(input_ids=ids_BT, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())

@@ -1,0 +1,78 @@
+"""`hft plan --data`: reads data, measures, and writes what was found."""
+
+import argparse
+import os
+from pathlib import Path
+
+from datasets import disable_progress_bars
+from transformers import AutoTokenizer
+
+import hft
+
+from .pictures import check_picture, draw_plan
+from .plan_report import DEFAULTS, as_recipe, as_text, estimates, summary_of, tasks_in
+from .probes import ProbeSettings, plan_hierarchy
+from .recipes import Recipe, load_task, read_recipe
+
+
+def find_plan(args: argparse.Namespace) -> None:
+    """Finds a hierarchy for the tasks of `args.data`, or parents for new ones in `args.model`; prints and writes it."""
+    if args.out is not None:
+        check_picture(args.out)
+    for name in ("steps", "rows"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
+    disable_progress_bars()
+    recipe = planned_recipe(args)
+    settings = ProbeSettings(
+        pilot_steps=args.steps, probe_rows=args.rows, max_length=recipe.training.get("max_length") or 256
+    )
+    quantization = recipe.quantization_config()
+    if args.model is None:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)
+        model = hft.HFTForCausalLM.from_backbone(recipe.backbone, {}, quantization_config=quantization, **recipe.model)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        model = hft.HFTForCausalLM.from_pretrained(args.model, quantization_config=quantization, device_map="auto")
+    data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
+    found = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, max_parents=args.max_parents)
+    print(as_text(found))
+    if args.out is not None:
+        draw_plan(found, args.out)
+        print(f"Drawn into {args.out}")
+    if args.model is not None:
+        print("\n".join(summary_of(found, task) for task in data))
+        return
+    costs = estimates(found, recipe, model, {task: len(rows) for task, rows in data.items()})
+    print("\nWhat it would take:\n" + "\n".join(costs))
+    partial = Path(f"{args.yaml}.partial")
+    partial.write_text(as_recipe(found, recipe, costs), encoding="utf-8")
+    os.replace(partial, args.yaml)
+    print(f"\nThe recipe is in {args.yaml}. Next: hft train {args.yaml}")
+
+
+def planned_recipe(args: argparse.Namespace) -> Recipe:
+    """What is to be planned: the tasks (all roots for now), their data, and with what they would be trained.
+
+    Raises:
+        ValueError: no such task, a name that the model has already, or none left.
+    """
+    if args.data.is_dir():
+        recipe = Recipe(hierarchy={}, **DEFAULTS) if args.recipe is None else read_recipe(args.recipe)
+        recipe.data, recipe.datasets, tasks = str(args.data), {}, tasks_in(args.data)
+    else:
+        recipe = read_recipe(args.data)
+        tasks = list(recipe.hierarchy)
+    if args.backbone is not None:
+        recipe.backbone = args.backbone
+    if args.task is not None:
+        hft.Hierarchy({task: [] for task in tasks}).check(args.task)
+    known = hft.read_gates(args.model)[0].task_names() if args.model is not None else []
+    if args.task in known:
+        raise ValueError(f"The task {args.task!r} is in the model already; plan only new tasks.")
+    chosen = [task for task in tasks if task not in known and args.task in (None, task)]
+    if not chosen:
+        raise ValueError(f"The model has all tasks of '{args.data}' already; there is nothing to plan.")
+    recipe.hierarchy = {task: [] for task in chosen}
+    recipe.datasets = {task: spec for task, spec in recipe.datasets.items() if task in chosen}
+    return recipe

@@ -1,0 +1,174 @@
+"""A plan as text, as a picture's numbers, and as a recipe that `hft train` takes and a person edits."""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+from hft.hierarchy_hft import BACKBONE
+
+from .hft_config import HFTTrainingConfig
+from .memory_estimate import estimate_memory, node_bytes
+from .planner import Plan
+from .recipes import Recipe
+
+
+# What a plan of a plain folder of data trains with; a recipe given to `hft plan` takes its place.
+DEFAULTS: dict[str, Any] = {
+    "backbone": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "max_input_tokens": 128,
+    "model": {"rank": 16, "target_modules": "all-linear"},
+    "quantization": {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_use_double_quant": True,
+    },
+    "training": {
+        "output_dir": "outputs/planned",
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "gate_learning_rate": 1e-2,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 5,
+        "max_length": 256,
+        "gradient_checkpointing": False,
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 25,
+        "save_total_limit": 1,
+    },
+}
+
+
+def tasks_in(folder: Path) -> list[str]:
+    """The tasks of a folder: its subfolders with a train.jsonl.gz, by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = sorted(path.parent.name for path in folder.glob("*/train.jsonl.gz"))
+    if not names:
+        raise ValueError(f"'{folder}' holds no tasks; a plan needs <task>/train.jsonl.gz in it.")
+    return names
+
+
+def reasons(plan: Plan, task: str) -> list[str]:
+    """Why a task stands where it does: its complexity, its parents, and the parents that were not taken."""
+    probe = plan.probes[task]
+    lines = [f"complexity {probe.complexity:.2f} ± {probe.complexity_error:.2f}{_behind(probe.note)}"]
+    edges = plan.edges_of(task)
+    if not any(edge.taken for edge in edges):
+        lines.append("a root: nothing that was measured helps it" if edges else "a root: there is no other task")
+    return lines + [f"{'on ' if edge.taken else 'not '}{edge}" for edge in edges]
+
+
+def _behind(note: str) -> str:
+    return f"; {note}" if note else ""
+
+
+def estimates(plan: Plan, recipe: Recipe, model: PreTrainedModel, num_rows: Mapping[str, int]) -> list[str]:
+    """Steps and bytes on disk a task and in all, and the peak of memory, as the recipe would train the plan.
+
+    Args:
+        plan: the hierarchy.
+        recipe: rank, batch, epochs, length.
+        model: on the recipe's backbone.
+        num_rows: rows that each task trains on.
+    """
+    training, rank = HFTTrainingConfig(**{**recipe.training, "report_to": "none"}), model.config.rank
+    block = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    hierarchy, size = plan.hierarchy(), node_bytes(model, rank)
+    steps = {task: math.ceil(math.ceil(rows / block) * training.num_train_epochs) for task, rows in num_rows.items()}
+    num_steps = sum(steps.values()) if training.max_steps < 1 else training.max_steps * len(hierarchy.levels())
+    slots = 0 if model.config.memory_config.read == "off" else model.config.memory_config.slots
+    depth = len(hierarchy.levels())
+    memory = estimate_memory(
+        model.config.text_config,
+        rank=rank,
+        path_rank=max(len(hierarchy.path(task)) for task in hierarchy.names) * rank + depth * slots,
+        num_training=max(map(len, hierarchy.levels())),
+        num_sealed=len(hierarchy) - len(hierarchy.levels()[-1]),
+        slots=slots,
+        batch_size=training.per_device_train_batch_size,
+        length=training.max_length or 1024,
+        load_in_4bit=bool(recipe.quantization.get("load_in_4bit")),
+        double_quant=bool(recipe.quantization.get("bnb_4bit_use_double_quant")),
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    a_task = "" if training.max_steps > 0 else f" ({', '.join(f'{task} {count}' for task, count in steps.items())})"
+    return [
+        f"{num_steps} optimizer steps{a_task}.",
+        f"On disk: {size / 2**20:.1f} MiB a task, {size * len(num_rows) / 2**20:.1f} MiB for all nodes, "
+        f"{node_bytes(model, slots) / 2**20:.1f} MiB for the memory page of each of {depth} stages.",
+        f"Peak of a step with rows of {training.max_length or 1024} tokens, not checked against a run: {memory}.",
+    ]
+
+
+def as_text(plan: Plan) -> str:
+    """The tree, with complexities and the share of the loss that a first parent takes away; then the reasons."""
+    hierarchy = plan.hierarchy()
+    weights, notes = {}, {}
+    for task, probe in plan.probes.items():
+        notes[task] = f"complexity {probe.complexity:.2f} ± {probe.complexity_error:.2f}"
+        if parents := plan.parents[task]:
+            weights[task] = plan.share(task, parents[0])
+            notes[task] += f"; {parents[0]} takes away {100 * weights[task]:.0f} % of its loss"
+    lines = [hierarchy.draw(notes), "", "Why (gain: fall of the loss through the other's pilot, nats an answer):"]
+    for task in hierarchy.names:
+        if task in plan.probes:
+            lines += [f"{task}: {reasons(plan, task)[0]}", *(f"    {line}" for line in reasons(plan, task)[1:])]
+    return "\n".join(lines)
+
+
+def as_recipe(plan: Plan, recipe: Recipe, estimates: Sequence[str] = ()) -> str:
+    """A recipe in YAML with the plan's hierarchy, the reasons as comments.
+
+    Args:
+        plan: the hierarchy.
+        recipe: everything else.
+        estimates: lines for the head of the file.
+    """
+    lines = ["# A plan by `hft plan`. Edit it: parents stand in brackets, [] is a root. Then: hft train THIS_FILE"]
+    lines += [f"# {line}".rstrip() for line in estimates]
+    values: dict[str, Any] = {"backbone": recipe.backbone}
+    for key in ("data", "train_samples", "eval_samples", "max_input_tokens"):
+        if (value := getattr(recipe, key)) is not None:
+            values[key] = value
+    values["max_new_tokens"] = recipe.max_new_tokens
+    lines += [_dump(values), "hierarchy:"]
+    for task in plan.hierarchy().names:
+        for line in reasons(plan, task):
+            lines += textwrap.wrap(line, 116, initial_indent="  # ", subsequent_indent="  #   ")
+        lines.append(f"  {_inline({task: plan.parents[task]})}")
+    for section in (recipe.model, recipe.quantization, recipe.training):
+        if section:
+            lines += ["", _dump(section)]
+    if recipe.datasets and recipe.data is None:
+        lines += ["", _dump({"datasets": recipe.datasets})]
+    return "\n".join(lines) + "\n"
+
+
+def _dump(values: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True).rstrip()
+
+
+def _inline(entry: dict[str, list[str]]) -> str:
+    """`task: [parent, parent]`, names quoted where YAML needs it."""
+    text = yaml.safe_dump(entry, default_flow_style=True, width=10**6).strip()
+    return text[1:-1]
+
+
+def summary_of(plan: Plan, task: str) -> str:
+    """One new task: which parents, and the line that adds it."""
+    parents = plan.parents[task]
+    why = "; ".join(str(edge) for edge in plan.edges_of(task) if edge.taken)
+    return (
+        f"{task} should stand on {', '.join(parents) or f'the {BACKBONE} alone'}{_behind(why)}.\n"
+        f"Next: model.add_task({task!r}, parents={parents})"
+    )

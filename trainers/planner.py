@@ -1,0 +1,272 @@
+"""The hierarchy found from measurements: complexity orders the tasks, measured help picks parents. Plain Python, no torch.
+
+The measurements come from `probes.py`; the same numbers always give the same plan.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from hft.hierarchy_hft import BACKBONE, Hierarchy
+
+
+FEWEST_ROWS = 8  # below, a standard error says nothing
+
+
+@dataclass(frozen=True)
+class TaskProbe:
+    """What was measured of one task.
+
+    Args:
+        complexity: the share of the uncertainty about an answer that a short pilot leaves: 0 is solved, 1 or more a guess.
+        complexity_error: its standard error.
+        losses: whose path the task's rows were read through -> the loss of each row, in nats an answer; the same rows in the
+            same order for all. "backbone" is always there, and every task that may become a parent.
+        note: what is odd about the task's data; empty if nothing.
+    """
+
+    complexity: float
+    complexity_error: float
+    losses: Mapping[str, Sequence[float]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A parent that was considered for a task.
+
+    Args:
+        parent, child: their names.
+        taken: whether the child stands on the parent in the plan.
+        gain: how much lower the child's loss is through the parent's node than through the backbone, in nats an answer.
+        error: the standard error of the gain, from differences row by row.
+        reason: why it was taken, or why not.
+    """
+
+    parent: str
+    child: str
+    taken: bool
+    gain: float
+    error: float
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.parent} ({self.gain:+.3f} ± {self.error:.3f}): {self.reason}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A hierarchy and the reasons for it.
+
+    Args:
+        parents: task -> its parents, the most helpful first.
+        probes: task -> what was measured of it.
+        edges: all parents that were measured, by child, most gain first.
+    """
+
+    parents: dict[str, list[str]]
+    probes: Mapping[str, TaskProbe]
+    edges: tuple[Edge, ...] = field(repr=False)
+
+    def hierarchy(self) -> Hierarchy:
+        """The tasks as a `Hierarchy`, simple ones first within a level."""
+        return Hierarchy(self.parents)
+
+    def edges_of(self, child: str) -> list[Edge]:
+        """What was considered for one task, taken edges first, then by gain."""
+        return sorted((edge for edge in self.edges if edge.child == child), key=lambda edge: not edge.taken)
+
+    def share(self, child: str, parent: str) -> float:
+        """How much of the child's loss its parent takes away: 0 to 1."""
+        edge = next(edge for edge in self.edges if (edge.child, edge.parent) == (child, parent))
+        base = _mean(self.probes[child].losses[BACKBONE])
+        return min(max(edge.gain / base, 0.0), 1.0) if base > 0 else 0.0
+
+    def shares(self, task: str) -> dict[str, float]:
+        """`share` of each parent that was taken; 0 for a task that was there before."""
+        return {up: self.share(task, up) if task in self.probes else 0.0 for up in self.parents[task]}
+
+
+def make_plan(
+    probes: Mapping[str, TaskProbe],
+    *,
+    max_parents: int = 2,
+    num_errors: float = 2.0,
+    existing: Hierarchy | None = None,
+) -> Plan:
+    """Picks parents.
+
+    An edge leads from a less to a more complex task; where two complexities are equal within their error, the edge with the
+    greater gain decides, and none that would close a cycle is taken. A parent's gain must be beyond `num_errors` standard
+    errors, and a further parent must still help when the answers through both are averaged. An edge that another path
+    already implies is dropped.
+
+    Args:
+        probes: of the tasks to place.
+        max_parents: of one task, at most; 1 or more.
+        num_errors: how many standard errors a gain must be above 0; 0 or more.
+        existing: tasks that are learnt already and may become parents, whatever their complexity; they stay as they are.
+
+    Raises:
+        ValueError: no tasks, a number out of its range, or a task that is new and existing at once.
+    """
+    _check(probes, max_parents, num_errors, existing)
+    parents = {task: list(existing.parents(task)) for task in existing.names} if existing is not None else {}
+    old = set(parents)
+    order = sorted(probes, key=lambda task: (probes[task].complexity, task))
+    parents.update({task: [] for task in order})
+    gains = {
+        (parent, child): _gain(probe.losses[BACKBONE], probe.losses[parent])
+        for child, probe in probes.items()
+        for parent in probe.losses
+        if parent in parents and parent != child
+    }
+    reasons: dict[tuple[str, str], str] = {}
+    candidates = []
+    for parent, child in sorted(gains, key=lambda pair: (-gains[pair][0], pair)):
+        why_not = _why_not(probes, old, parent, child, gains[parent, child], num_errors)
+        if why_not:
+            reasons[parent, child] = why_not
+        else:
+            candidates.append((parent, child))
+    _take(candidates, probes, parents, reasons, max_parents, num_errors)
+    _drop_implied(order, parents, reasons)
+    place = {task: i for i, task in enumerate(order)}
+    edges = tuple(
+        Edge(parent, child, parent in parents[child], *gains[parent, child], reasons[parent, child])
+        for parent, child in sorted(gains, key=lambda pair: (place[pair[1]], -gains[pair][0], pair[0]))
+    )
+    return Plan(parents, dict(probes), edges)
+
+
+def _check(probes: Mapping[str, TaskProbe], max_parents: int, num_errors: float, existing: Hierarchy | None) -> None:
+    if not probes:
+        raise ValueError("There are no tasks to plan; give the data of at least one.")
+    if max_parents < 1:
+        raise ValueError(f"`max_parents` is {max_parents}; it must be 1 or more.")
+    if num_errors < 0:
+        raise ValueError(f"`num_errors` is {num_errors}; it must be 0 or more.")
+    for task in probes:
+        if existing is not None and task in existing:
+            raise ValueError(
+                f"The task {task!r} is in the model already; plan only new tasks, or choose another name."
+            )
+
+
+def _why_not(
+    probes: Mapping[str, TaskProbe],
+    old: set[str],
+    parent: str,
+    child: str,
+    gain: tuple[float, float],
+    num_errors: float,
+) -> str:
+    """Why a pair cannot be an edge, or an empty string."""
+    mean, error = gain
+    num_rows = len(probes[child].losses[BACKBONE])
+    if not math.isfinite(mean):
+        return "its gain could not be measured (a loss is not finite)"
+    if parent not in old and is_more_complex(probes[parent], probes[child]):
+        return f"it is more complex ({probes[parent].complexity:.2f}, {child} {probes[child].complexity:.2f})"
+    if num_rows < FEWEST_ROWS:
+        return f"too few rows to tell ({num_rows}; {FEWEST_ROWS} or more are needed)"
+    if mean <= num_errors * error:
+        return "it does not help" if mean <= 0 else f"no gain beyond {num_errors:g} standard errors"
+    return ""
+
+
+def is_more_complex(one: TaskProbe, other: TaskProbe) -> bool:
+    """Whether one task is more complex than another by more than the standard error of the difference."""
+    return one.complexity - other.complexity > math.hypot(one.complexity_error, other.complexity_error)
+
+
+def _take(
+    candidates: list[tuple[str, str]],
+    probes: Mapping[str, TaskProbe],
+    parents: dict[str, list[str]],
+    reasons: dict[tuple[str, str], str],
+    max_parents: int,
+    num_errors: float,
+) -> None:
+    """Takes edges, most gain first: each task's best parent, then further ones. Writes `parents` and `reasons`."""
+    for first in (True, False):
+        for parent, child in candidates:
+            if (parent, child) in reasons:
+                continue
+            if _stands_on(parents, parent, child):
+                reasons[parent, child] = f"it stands on {child} itself, from which the edge gains more"
+            elif first and not parents[child]:
+                parents[child].append(parent)
+                reasons[parent, child] = "it helps most"
+            elif not first:
+                reasons[parent, child] = _further(parent, child, probes, parents, max_parents, num_errors)
+
+
+def _further(
+    parent: str,
+    child: str,
+    probes: Mapping[str, TaskProbe],
+    parents: dict[str, list[str]],
+    max_parents: int,
+    num_errors: float,
+) -> str:
+    """Adds a further parent if it is worth it; says why, or why not."""
+    have = parents[child]
+    for other in have:
+        if _stands_on(parents, other, parent):
+            return f"already on the path, through {other}"
+    if len(have) >= max_parents:
+        return f"{' and '.join(have)} help{'s' if len(have) == 1 else ''} more, and `max_parents` is {max_parents}"
+    losses = probes[child].losses
+    mean, error = _gain(_mixed([losses[up] for up in have]), _mixed([losses[up] for up in (*have, parent)]))
+    if mean <= num_errors * error:
+        return f"it adds nothing to {' and '.join(have)} ({mean:+.3f} ± {error:.3f} together)"
+    have.append(parent)
+    return f"it adds to {' and '.join(have[:-1])} ({mean:+.3f} ± {error:.3f} together)"
+
+
+def _drop_implied(order: Sequence[str], parents: dict[str, list[str]], reasons: dict[tuple[str, str], str]) -> None:
+    """Removes edges to tasks that are on the path through another parent anyway."""
+    for child in order:
+        for parent in list(parents[child]):
+            for other in parents[child]:
+                if other != parent and _stands_on(parents, other, parent):
+                    parents[child].remove(parent)
+                    reasons[parent, child] = f"already on the path, through {other}"
+                    break
+
+
+def _stands_on(parents: Mapping[str, Sequence[str]], task: str, ancestor: str) -> bool:
+    """Whether `ancestor` is among the ancestors of `task`."""
+    seen, waiting = {task}, [task]
+    while waiting:
+        for parent in parents[waiting.pop()]:
+            if parent == ancestor:
+                return True
+            if parent not in seen:
+                seen.add(parent)
+                waiting.append(parent)
+    return False
+
+
+def _gain(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """The mean fall of the loss from `base` to `other`, and its standard error, from paired rows."""
+    falls = [before - after for before, after in zip(base, other, strict=True)]
+    mean = _mean(falls)
+    variance = sum((fall - mean) ** 2 for fall in falls) / max(len(falls) - 1, 1)
+    return mean, math.sqrt(variance / len(falls))
+
+
+def _mixed(losses: Sequence[Sequence[float]]) -> list[float]:
+    """The loss of each row if the probabilities of several sources are averaged."""
+    if len(losses) == 1:
+        return list(losses[0])
+    mixed = []
+    for row in zip(*losses, strict=True):
+        least = min(row)
+        mixed.append(least - math.log(sum(math.exp(least - loss) for loss in row) / len(row)))
+    return mixed
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,140 @@
+"""What a run leaves to be read: `run.json` beside the model, from which the report and the model card are made."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hft.files_hft import replacing
+
+from .evaluation import mean_and_error
+from .transfer import average_performance, backward_transfer, forgetting, forward_transfer
+
+
+RECORD_FILE = "run.json"
+PACKAGES = ("modeling-hft", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
+# Of the training's arguments, those that a reader needs to repeat it; none of them can be a path.
+BUDGET = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "gate_learning_rate",
+    "lr_scheduler_type",
+    "max_length",
+    "packing",
+    "optim",
+    "seed",
+)
+
+Score = dict[str, Any]  # {"score": points, "se": its standard error, "rows": how many}
+
+
+def as_score(scores: list[float]) -> Score:
+    """The mean of scores from 0 to 1, in points, with its standard error."""
+    mean, error = mean_and_error(scores)
+    return {"score": round(mean, 3), "se": round(error, 3), "rows": len(scores)}
+
+
+@dataclass
+class RunRecord:
+    """All that a run found out. Every field may be empty; nothing in it names a path of the machine.
+
+    Args:
+        budget: the training's arguments.
+        data: task -> how many rows it learnt from, its metric, and the Hub ids of its datasets.
+        before: task -> the score of the plain backbone.
+        start: task -> the score on its path as its stage began, for tasks with parents.
+        stages: one a stage: {"level", "tasks", "steps", "seconds", "log", "scores": task -> score}, bottom-up.
+        routed: task -> {"score", "se", "rows"} when the router chooses; `confusion`: task -> who answered -> rows.
+        sources: task -> source -> {"score", "se", "drop", "drop_se", "gate"}: with that source switched off.
+        cross: task -> path -> score of the task's rows on another task's path.
+        machine, versions: what it ran on.
+    """
+
+    budget: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+    before: dict[str, Score] = field(default_factory=dict)
+    start: dict[str, Score] = field(default_factory=dict)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    routed: dict[str, Score] = field(default_factory=dict)
+    confusion: dict[str, dict[str, int]] = field(default_factory=dict)
+    sources: dict[str, dict[str, Score]] = field(default_factory=dict)
+    cross: dict[str, dict[str, Score]] = field(default_factory=dict)
+    machine: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunRecord":
+        """Reads a folder's record; an empty one if there is none.
+
+        Raises:
+            ValueError: a file that is no record.
+        """
+        path = Path(folder) / RECORD_FILE
+        if not path.exists():
+            return cls()
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**{name: values[name] for name in (f.name for f in fields(cls)) if name in values})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"'{path}' is no record of a run ({error}); delete it, and only the report is lost."
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Writes `run.json`, whole or not at all."""
+        self.machine, self.versions = machine(), versions()
+        write_json(Path(folder) / RECORD_FILE, asdict(self))
+
+    def add_stage(self, stage: dict[str, Any]) -> None:
+        """Takes a stage's results in, in place of older ones of the same level and of those above it."""
+        self.stages = [old for old in self.stages if old["level"] < stage["level"]] + [stage]
+
+    def matrix(self) -> list[dict[str, float]]:
+        """The task-by-stage matrix of scores, see `transfer`; only the stages that were scored."""
+        rows = [stage["scores"] for stage in self.stages if stage.get("scores")]
+        return [{task: score["score"] for task, score in row.items()} for row in rows]
+
+    def measures(self) -> dict[str, float]:
+        """Average performance, forgetting, backward and forward transfer, in points; empty without a matrix."""
+        matrix = self.matrix()
+        if not matrix:
+            return {}
+        before = {task: score["score"] for task, score in self.before.items()}
+        start = {task: score["score"] for task, score in self.start.items() if task in before}
+        return {
+            "average_performance": average_performance(matrix),
+            "forgetting": forgetting(matrix),
+            "backward_transfer": backward_transfer(matrix),
+            "forward_transfer": forward_transfer(start, before),
+        }
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Writes a JSON file, whole or not at all; makes its folder."""
+    with replacing(path.parent, last=path.name) as staging:
+        (staging / path.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def machine() -> str:
+    """What the process runs on, in words."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that matter."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

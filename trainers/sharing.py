@@ -1,0 +1,110 @@
+"""What a training leaves for people: its record, pictures for trackers, the model card, and the push to the Hub."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import is_matplotlib_available
+
+from hft.storage_hft import check_shareable, upload
+
+from .charts import matrix_chart
+from .curriculum import Stage
+from .metrics import metric_name
+from .model_card import write_model_card
+from .run_record import BUDGET, RunRecord
+from .stage_scores import StageScores, in_words
+from .trackers import begin_stage, show_picture
+
+
+class HFTSharing:
+    """The part of `HFTTrainer` that writes down and hands on what came out."""
+
+    def _begin_record(self, resumes: bool) -> None:
+        """Before the first stage; a resumed run goes on with what the folder holds."""
+        self.record = RunRecord.load(self._root) if resumes else RunRecord()
+        budget = self.args.to_dict()  # enums as text
+        self.record.budget = {name: budget[name] for name in BUDGET}
+        for task, rows in self._train_sets.items():
+            self.record.data[task] = {"rows": len(rows), **_origin(rows)}
+        self._scores = StageScores(
+            self.model, self.processing_class, self._test_sets, self.args.per_device_eval_batch_size
+        )
+        for task, data in self._test_sets.items():
+            self.record.data.setdefault(task, {})["metric"] = metric_name(data.score)
+        self._scores.begin(self.record)
+        self._save_record()
+
+    def _begin_stage_record(self, stage: Stage) -> None:
+        begin_stage(self.callback_handler.callbacks)
+        self._scores.start(self.record, stage)
+        self._save_record()
+
+    def _end_stage_record(self, stage: Stage, output: TrainOutput) -> None:
+        """After a stage was sealed, before the folder says so: a kill in between trains the stage again."""
+        scores = self._scores.end(stage)
+        log = [entry for entry in self.state.log_history if "loss" in entry]
+        entry = {"level": stage.level, "tasks": list(stage.tasks), "steps": output.global_step}
+        entry |= {"seconds": round(output.metrics["train_runtime"], 1), "log": log, "scores": scores}
+        self.record.add_stage(entry)
+        self._save_record()
+        if not scores:
+            return
+        self.log({f"score/{task}": score["score"] for task, score in scores.items()})
+        if not self.is_world_process_zero():
+            return
+        print(f"After {stage}: {in_words(scores)}", flush=True)
+        if is_matplotlib_available():
+            before = {task: score["score"] for task, score in self.record.before.items()}
+            figure = matrix_chart(self.record.matrix(), before)
+            show_picture(self.callback_handler.callbacks, "score of each task after each stage", figure, stage.level)
+
+    def _save_record(self) -> None:
+        if self.args.should_save:
+            self.record.save(self._root)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes README.md, with pictures where matplotlib is installed; TRL's own card knows nothing of tasks."""
+        if self.is_world_process_zero():
+            write_model_card(self.model, self._root, RunRecord.load(self._root), self.hub_model_id)
+
+    def push_to_hub(self, commit_message: str = "End of training", token: str | None = None, **kwargs: Any) -> str:
+        """Uploads the model, its tokenizer, its card and the run's record in one commit; no checkpoints.
+
+        Args:
+            commit_message: of the commit.
+            token: to use instead of `args.hub_token`.
+            kwargs: `revision`.
+
+        Returns:
+            The commit's address.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token)
+        if not self.is_world_process_zero():
+            return ""
+        check_shareable(self.model.config)
+        with tempfile.TemporaryDirectory() as folder:
+            self._save(folder)
+            record = RunRecord.load(self._root)
+            record.save(Path(folder))
+            write_model_card(self.model, Path(folder), record, self.hub_model_id)
+            commit = upload(
+                folder,
+                self.hub_model_id,
+                commit_message,
+                self.args.hub_private_repo,
+                token or self.args.hub_token,
+                kwargs.get("revision"),
+            )
+        return str(commit)
+
+
+def _origin(rows: Dataset) -> dict[str, Any]:
+    """The Hub id that rows came from, if `datasets` knows one: {"source": id}."""
+    for address in rows.info.download_checksums or {}:
+        if address.startswith("hf://datasets/"):
+            return {"source": address.removeprefix("hf://datasets/").split("@")[0]}
+    return {}

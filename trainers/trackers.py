@@ -1,0 +1,46 @@
+"""What TRL's `report_to` does not do by itself: pictures, and a run a stage."""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+
+
+def begin_stage(callbacks: Iterable[TrainerCallback]) -> None:
+    """Gives each stage a run of its own in TensorBoard, since each counts its steps from 0."""
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and "TENSORBOARD_LOGGING_DIR" not in os.environ:
+            if callback.tb_writer is not None:
+                callback.tb_writer.close()
+            callback.tb_writer, callback.logging_dir = None, None
+
+
+def show_picture(callbacks: Iterable[TrainerCallback], name: str, figure: Any, step: int) -> None:
+    """Sends a matplotlib figure to the trackers that take pictures: TensorBoard, wandb, trackio.
+
+    Args:
+        callbacks: the trainer's.
+        name: what it is called there.
+        figure: a `matplotlib.figure.Figure`.
+        step: the level of the stage.
+    """
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+            callback.tb_writer.add_image(name, _pixels(figure), step, dataformats="HWC")
+            callback.tb_writer.flush()
+        elif isinstance(callback, WandbCallback):
+            callback._wandb.log({name: callback._wandb.Image(_pixels(figure))})
+        elif isinstance(callback, TrackioCallback):
+            callback._trackio.log({name: callback._trackio.Image(_pixels(figure))})
+
+
+def _pixels(figure: Any) -> Any:
+    """A figure as an array [H, W, 3] of bytes."""
+    import numpy
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return numpy.asarray(canvas.buffer_rgba())[..., :3].copy()
