@@ -17,13 +17,14 @@ import hft
 from hft.lora_io_hft import path_factors
 from hft.trainers import HFTTrainer, HFTTrainingConfig, gguf_export
 from hft.trainers.cli import main
-from hft.trainers.demo import TASKS, TEST_SEED, TRAIN_SEED, make_rows, scorer
+from hft.trainers.demo import TASKS, TEST_SEED, TRAIN_SEED, make_rows
 from hft.trainers.demo_backbone import find_backbone
 from hft.trainers.evaluation import generate_answers
 from hft.trainers.export import PROMPTS, ExportError, compare, logits_of
 from hft.trainers.gguf_export import export_gguf_lora, export_gguf_model, has_llama, llama_logits
 from hft.trainers.gguf_files import check_backbone, read_lora_gguf
 from hft.trainers.gguf_vocabulary import PRE_TOKENIZERS, pre_tokenizer_name
+from hft.trainers.metrics import find_metric
 
 from .conftest import ALPHABET, SPECIAL, TEMPLATE
 from .test_model import prompts
@@ -278,8 +279,9 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch):
     for name in ("backbone", "a", "b"):
         assert {path.name for path in (tmp_path / "all" / name).iterdir()} == {"export.json", f"{name}.gguf"}
     notes = (tmp_path / "all/README.md").read_text()
-    assert "llama-server -m backbone/backbone.gguf --lora a/a.gguf --lora b/b.gguf --lora-init-without-apply" in notes
-    for named in re.findall(r"\S+\.gguf", notes):
+    # Not --lora with --lora-init-without-apply: llama-server then applies them all to requests that name none.
+    assert "llama-server -m backbone/backbone.gguf --lora-scaled a/a.gguf:0,b/b.gguf:0\n" in notes
+    for named in re.findall(r"[\w/]+\.gguf", notes):
         assert (tmp_path / "all" / named).exists()
     assert main(["export", saved, str(tmp_path / "one"), "--task", "b", "--to", "gguf", "--max_rank", "4"]) == 0
     assert re.search(r"one: b, a LoRA of rank 4, cut with an error of 0\.\d+;", capsys.readouterr().out)
@@ -365,7 +367,7 @@ def test_llama_cpp_answers_a_trained_task_as_hft_does(tmp_path):
     ours = generate_answers(model.eval(), tokenizer, [row["prompt"] for row in test], "reverse")
 
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out"), "--all", "--to", "gguf"]) == 0
-    score = scorer(TASKS["reverse"])
+    score = find_metric(f"reasoning_gym:{TASKS['reverse'].family}")
     right = {}
     for lora in (None, str(tmp_path / "out/reverse/reverse.gguf")):
         llama = Llama(str(tmp_path / "out/backbone/backbone.gguf"), lora_path=lora, n_ctx=256, verbose=False)

@@ -145,15 +145,16 @@ def export_gguf_model(
 
 def write_llama_notes(folder: Path, backbone: str | None, tasks: Sequence[str]) -> None:
     """A README beside a folder a task and one for the backbone: the command line that serves them all."""
-    loras = " ".join(f"--lora {task}/{task}.gguf" for task in tasks)
+    loras = ",".join(f"{task}/{task}.gguf:0" for task in tasks)
     text = f"""# {len(tasks)} tasks, each a LoRA on `{backbone or "the backbone"}`, as GGUF files
 
 ```
-llama-server -m {BACKBONE}/{BACKBONE}.gguf {loras} --lora-init-without-apply
+llama-server -m {BACKBONE}/{BACKBONE}.gguf --lora-scaled {loras}
 ```
 
-All are loaded and none is applied; a request names the one that it wants, by its place in that line:
-`"lora": [{{"id": 0, "scale": 1.0}}]` is `{tasks[0]}`. One task only:
+All are loaded with scale 0. Each request names the one that it wants, by its place in that line:
+`"lora": [{{"id": 0, "scale": 1.0}}]` is `{tasks[0]}`, and `"lora": [{{"id": 0, "scale": 0.0}}]` is the plain backbone. Say
+it in every request: one that does not may be answered from what llama-server kept of another task's prompt. One task only:
 
 ```
 llama-cli -m {BACKBONE}/{BACKBONE}.gguf --lora {tasks[0]}/{tasks[0]}.gguf
