@@ -59,9 +59,13 @@ def test_the_files_are_what_servers_take(sealed, tmp_path):
     """vLLM's documented rules: an allowed rank, only lora_A and lora_B, no modules_to_save, no bias, no DoRA."""
     hft.export_lora(sealed, "d", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["r"] in (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` may be
-    assert config["lora_alpha"] == config["r"] and config["peft_type"] == "LORA"
-    assert not config["rank_pattern"] and not config["alpha_pattern"]
+    assert config["r"] in (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what `max_lora_rank` may be
+    assert (
+        not config["rank_pattern"]
+        and not config["alpha_pattern"]
+        and config["lora_alpha"] == config["r"]
+        and config["peft_type"] == "LORA"
+    )
     assert not config["modules_to_save"] and not config["use_dora"] and not config["use_rslora"]
     assert config["bias"] == "none" and config["task_type"] == "CAUSAL_LM"
     assert sorted(config["target_modules"]) == [

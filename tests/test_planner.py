@@ -67,6 +67,17 @@ class TestMaths:
         assert not same.taken
         assert len(make_plan({**roots, "z": together}, num_errors=0, max_parents=1).parents["z"]) == 1
 
+    def test_what_any_pilot_gives_is_nobodys_help(self):
+        roots = {name: probe(0.1 + i / 100) for i, name in enumerate("abcd")}
+        plan = make_plan({**roots, "z": probe(0.9, a=0.3, b=0.3, c=0.3, d=0.6)})
+        assert plan.parents["z"] == ["d"] and plan.share("z", "d") == pytest.approx(0.3 / 0.7, abs=0.05)
+        few = make_plan({**{name: roots[name] for name in "abc"}, "z": probe(0.9, a=0.3, b=0.3, c=0.3)})
+        assert few.parents["z"]  # three have no middle
+
+    def test_rounding_is_no_help(self):
+        z = TaskProbe(0.9, 0.0, {"backbone": [1.0] * 32, "a": [1.0 - 1e-9] * 32})
+        assert make_plan({"a": probe(0.1), "z": z}).parents["z"] == []
+
     def test_identical_tasks_make_one_edge_and_no_cycle(self):
         twins = {"x": probe(0.5, y=0.4), "y": probe(0.5, x=0.4)}
         plan = make_plan(twins)

@@ -4,6 +4,7 @@ The measurements come from `probes.py`; the same numbers always give the same pl
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,8 @@ from hft.hierarchy_hft import BACKBONE, Hierarchy
 
 
 FEWEST_ROWS = 8  # below, a standard error says nothing
+FEWEST_PILOTS = 4  # that have a middle which two relatives do not fill
+SMALLEST_GAIN = 0.01  # nats; less is rounding, whatever its error
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,19 @@ class TaskProbe:
     losses: Mapping[str, Sequence[float]]
     note: str = ""
 
+    def base(self) -> Sequence[float]:
+        """The loss of each row that a parent has to beat: through the backbone, or through the middle one of the pilots.
+
+        The lower of the two: a backbone may know a task and only not say it; then any pilot makes it answer, and what any
+        pilot gives is nobody's help. With few pilots there is no middle.
+        """
+        pilots = [its for source, its in self.losses.items() if source != BACKBONE]
+        backbone = self.losses[BACKBONE]
+        if len(pilots) < FEWEST_PILOTS:
+            return backbone
+        middle = [statistics.median(row) for row in zip(*pilots, strict=True)]
+        return min(backbone, middle, key=_mean)
+
 
 @dataclass(frozen=True)
 class Edge:
@@ -38,7 +54,7 @@ class Edge:
     Args:
         parent, child: their names.
         taken: whether the child stands on the parent in the plan.
-        gain: how much lower the child's loss is through the parent's node than through the backbone, in nats an answer.
+        gain: how much lower the child's loss is through the parent's node than `TaskProbe.base`, in nats an answer.
         error: the standard error of the gain, from differences row by row.
         reason: why it was taken, or why not.
     """
@@ -79,7 +95,7 @@ class Plan:
     def share(self, child: str, parent: str) -> float:
         """How much of the child's loss its parent takes away: 0 to 1."""
         edge = next(edge for edge in self.edges if (edge.child, edge.parent) == (child, parent))
-        base = _mean(self.probes[child].losses[BACKBONE])
+        base = _mean(self.probes[child].base())
         return min(max(edge.gain / base, 0.0), 1.0) if base > 0 else 0.0
 
     def shares(self, task: str) -> dict[str, float]:
@@ -116,7 +132,7 @@ def make_plan(
     order = sorted(probes, key=lambda task: (probes[task].complexity, task))
     parents.update({task: [] for task in order})
     gains = {
-        (parent, child): _gain(probe.losses[BACKBONE], probe.losses[parent])
+        (parent, child): _gain(probe.base(), probe.losses[parent])
         for child, probe in probes.items()
         for parent in probe.losses
         if parent in parents and parent != child
@@ -170,8 +186,8 @@ def _why_not(
         return f"it is more complex ({probes[parent].complexity:.2f}, {child} {probes[child].complexity:.2f})"
     if num_rows < FEWEST_ROWS:
         return f"too few rows to tell ({num_rows}; {FEWEST_ROWS} or more are needed)"
-    if mean <= num_errors * error:
-        return "it does not help" if mean <= 0 else f"no gain beyond {num_errors:g} standard errors"
+    if mean <= max(num_errors * error, SMALLEST_GAIN):
+        return "it does not help" if mean <= SMALLEST_GAIN else f"no gain beyond {num_errors:g} standard errors"
     return ""
 
 
@@ -219,7 +235,7 @@ def _further(
         return f"{' and '.join(have)} help{'s' if len(have) == 1 else ''} more, and `max_parents` is {max_parents}"
     losses = probes[child].losses
     mean, error = _gain(_mixed([losses[up] for up in have]), _mixed([losses[up] for up in (*have, parent)]))
-    if mean <= num_errors * error:
+    if mean <= max(num_errors * error, SMALLEST_GAIN):
         return f"it adds nothing to {' and '.join(have)} ({mean:+.3f} ± {error:.3f} together)"
     have.append(parent)
     return f"it adds to {' and '.join(have[:-1])} ({mean:+.3f} ± {error:.3f} together)"

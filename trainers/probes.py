@@ -82,9 +82,10 @@ def plan_hierarchy(
     """Finds a hierarchy for tasks, or the parents of new tasks among those that a model has learnt.
 
     A pilot (a low-rank node, learnt for a few steps from the plain backbone) stands for what a task has to give. The gain of
-    task j from task i is how much lower j's losses are through i's pilot than through the backbone, on rows that neither
-    has learnt from: over each row's options, calibrated (see `calibrated_losses`), so that the mere form of answers does not
-    count; for free answers, against the mean over all pilots instead of the backbone. K pilots, and forward passes for K
+    task j from task i is how much lower j's losses are through i's pilot than through the backbone (or the middle one of
+    the pilots, see `TaskProbe.base`), on rows that neither has learnt from: over each row's options, calibrated (see
+    `calibrated_losses`), so that the mere form of answers does not count; for free answers, against the mean over all pilots
+    instead of the backbone. K pilots, and forward passes for K
     times `max_candidates` pairs. The model is left as it was, to the bit.
 
     Args:
