@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import re
+import sys
 
 import pytest
 import torch
 from datasets import Dataset
 from gguf import GGUFReader
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import hft
@@ -59,9 +60,27 @@ def grown_on(backbones, family, **options):
     return model.eval()
 
 
-@pytest.fixture(params=["llama", "qwen3"])
-def grown(backbones, request):
-    return grown_on(backbones, request.param)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.fixture(scope="module")
+def shapes(backbones, tmp_path_factory):
+    """The tests' Llama and Qwen3, and a Llama with Llama 3's stretched positions and with tied embeddings."""
+    folder = tmp_path_factory.mktemp("llama3")
+    plain = AutoModelForCausalLM.from_pretrained(backbones["llama"])
+    rope = {**LLAMA3, "original_max_position_embeddings": 16}
+    changes = {"rope_parameters": rope, "tie_word_embeddings": True, "rms_norm_eps": 1e-2}
+    stretched = AutoModelForCausalLM.from_config(type(plain.config)(**{**plain.config.to_dict(), **changes}))
+    stretched.load_state_dict(
+        {**plain.state_dict(), "lm_head.weight": plain.state_dict()["model.embed_tokens.weight"]}
+    )
+    stretched.save_pretrained(folder)
+    return {**backbones, "llama3": folder}
+
+
+@pytest.fixture(params=["llama", "qwen3", "llama3"])
+def grown(shapes, request):
+    return grown_on(shapes, request.param)
 
 
 def tensors_of(path):
@@ -72,7 +91,7 @@ def test_a_lora_is_what_llama_cpp_takes_and_what_hft_computes(grown, merging, tm
     x = prompts(2, 6)
     before, logits = snapshot(grown), bits(grown(x, task="b").logits)
     report = export_gguf_lora(grown, merging, "b", tmp_path)
-    assert report["max_difference"] < 1e-4 and report["top1"] == 1.0 and report["kl"] < 1e-8
+    assert report["max_difference"] < 1e-4 and report["top1"] == 1.0 and report["kl"] < 1e-6
     assert report["rank"] == report["path_rank"] == 10 and report["svd_error"] == 0
     assert json.loads((tmp_path / "export.json").read_text()) == report
     assert snapshot(grown) == before
@@ -100,7 +119,8 @@ def test_the_lora_on_the_backbones_file_is_the_whole_models_file(grown, merging,
         if f"{name}.lora_a" in lora:
             A_RI, B_OR = lora[f"{name}.lora_a"], lora[f"{name}.lora_b"]
             assert (whole[name] - weight).abs().max() > 0.1
-            torch.testing.assert_close(whole[name], weight + 10 / len(A_RI) * B_OR @ A_RI, rtol=1e-4, atol=1e-4)
+            added = weight.float() + 10 / len(A_RI) * B_OR @ A_RI
+            torch.testing.assert_close(whole[name].float(), added, rtol=1e-3, atol=2e-3)  # each rounded to 16 bits
         else:
             assert bits(whole[name]) == bits(weight)
 
@@ -108,12 +128,16 @@ def test_the_lora_on_the_backbones_file_is_the_whole_models_file(grown, merging,
 @pytest.mark.parametrize("onto", ["backbone", "dequantized"])
 def test_a_whole_model_answers_in_transformers(grown, merging, tmp_path, onto):
     report = export_gguf_model(grown, merging, "b", tmp_path, onto)
-    assert (report["form"], report["onto"], report["kl"] < 1e-6) == ("gguf model", onto, True)
+    assert (report["form"], report["onto"], report["kl"] < 1e-5) == ("gguf model", onto, True)
     assert json.loads((tmp_path / "export.json").read_text()) == report
-    head_dim = {"head_dim": 8} if grown.backbone.config.model_type == "qwen3" else {}  # its reader takes 128
-    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="b.gguf", dtype=torch.float32, **head_dim)
+    # What its reader skips: it takes 128 for Qwen3's heads, and positions that are not stretched.
+    config = AutoConfig.from_pretrained(tmp_path, gguf_file="b.gguf")
+    config.head_dim, config.rope_parameters = 8, grown.backbone.config.rope_parameters
+    assert config.rms_norm_eps == pytest.approx(grown.backbone.config.rms_norm_eps)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="b.gguf", config=config, dtype=torch.float32)
     x = prompts(2, 6)
-    torch.testing.assert_close(read(x).logits, grown(x, task="b").logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(read(x).logits, grown(x, task="b").logits, rtol=0.02, atol=0.02)
+    assert (grown(x, task="b").logits - grown(x).logits).abs().max() > 1
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="b.gguf")
     for text in (*PROMPTS, "<|user|>the 1234 öthers</s>\n\n "):
         assert tokenizer(text)["input_ids"] == merging(text)["input_ids"]
@@ -127,7 +151,7 @@ def test_sixteen_bits_stay_as_they_are(backbones, merging, tmp_path, dtype):
     report = export_gguf_model(model, merging, "backbone", tmp_path)
     assert report["dtype"] == str(dtype) and report["max_difference"] == 0
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "backbone.gguf").tensors}
-    assert kinds["token_embd.weight"] == kinds["blk.0.attn_q.weight"] == ("BF16" if dtype == torch.bfloat16 else "F16")
+    assert kinds["token_embd.weight"] == kinds["blk.0.attn_q.weight"] == "F16"
     assert kinds["blk.0.attn_norm.weight"] == kinds["output_norm.weight"] == "F32"
     assert export_gguf_lora(model, merging, "b", tmp_path)["max_difference"] == 0
 
@@ -198,14 +222,16 @@ def test_other_backbones_are_refused(family, change, message):
 
 
 def test_pre_tokenizers_have_names(merging):
-    def named(*steps, model="BPE", normalizer=None):
+    def named(*steps, model="BPE", normalizer=None, whole_words=False):
         merging_backend = json.loads(merging.backend_tokenizer.to_str())
         raw = Tokenizer(models.BPE())
         raw.pre_tokenizer = steps[0] if len(steps) == 1 else pre_tokenizers.Sequence(list(steps))
         if normalizer is not None:
             raw.normalizer = normalizer
         backend = json.loads(raw.to_str())
-        return pre_tokenizer_name({**backend, "model": {**merging_backend["model"], "type": model}})
+        return pre_tokenizer_name(
+            {**backend, "model": {**merging_backend["model"], "type": model, "ignore_merges": whole_words}}
+        )
 
     def split(pattern):
         from tokenizers import Regex
@@ -217,12 +243,15 @@ def test_pre_tokenizers_have_names(merging):
     assert named(whole) == "gpt-2"
     assert named(pre_tokenizers.Digits(individual_digits=True), whole) == "smollm"
     assert named(split(PRETOKENIZE_REGEX), bare, normalizer=normalizers.NFC()) == "qwen2"
-    assert named(split(PRETOKENIZE_REGEX.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)), bare) == "llama-bpe"
+    llama3 = split(PRETOKENIZE_REGEX.replace(r"\p{N}|", r"\p{N}{1,3}|", 1))
+    assert named(llama3, bare, whole_words=True) == "llama-bpe"
     for steps, options in (
         ([pre_tokenizers.Metaspace()], {}),
         ([pre_tokenizers.ByteLevel(add_prefix_space=True)], {}),
         ([split(r"\p{N}"), bare], {}),
         ([whole], {"model": "Unigram"}),
+        ([whole], {"whole_words": True}),
+        ([llama3, bare], {}),
         ([whole], {"normalizer": normalizers.Lowercase()}),
     ):
         with pytest.raises(ValueError, match=r"The tokenizer \(\w+, .*\) is none that HFT can write into a GGUF file"):
@@ -242,7 +271,7 @@ def saved(backbones, merging, tmp_path):
     return str(tmp_path / "model")
 
 
-def test_the_command(saved, tmp_path, capsys):
+def test_the_command(saved, tmp_path, capsys, monkeypatch):
     assert main(["export", saved, str(tmp_path / "all"), "--all", "--to", "gguf"]) == 0
     shown = capsys.readouterr().out
     assert re.search(r"all/backbone: backbone, a whole model in float32, on the backbone; read again: logits", shown)
@@ -250,13 +279,17 @@ def test_the_command(saved, tmp_path, capsys):
     for name in ("backbone", "a", "b"):
         assert {path.name for path in (tmp_path / "all" / name).iterdir()} == {"export.json", f"{name}.gguf"}
     notes = (tmp_path / "all/README.md").read_text()
-    assert "llama-server -m backbone/backbone.gguf --lora a/a.gguf --lora b/b.gguf --lora-init-without-apply" in notes
-    for named in re.findall(r"\S+\.gguf", notes):
+    # Not --lora with --lora-init-without-apply: llama-server then applies them all to requests that name none.
+    assert "llama-server -m backbone/backbone.gguf --lora-scaled a/a.gguf:0,b/b.gguf:0\n" in notes
+    for named in re.findall(r"[\w/]+\.gguf", notes):
         assert (tmp_path / "all" / named).exists()
     assert main(["export", saved, str(tmp_path / "one"), "--task", "b", "--to", "gguf", "--max_rank", "4"]) == 0
     assert re.search(r"one: b, a LoRA of rank 4, cut with an error of 0\.\d+;", capsys.readouterr().out)
     assert main(["export", saved, str(tmp_path / "whole"), "--task", "b", "--to", "gguf", "--merged"]) == 0
     assert json.loads((tmp_path / "whole/export.json").read_text())["form"] == "gguf model"
+    monkeypatch.setitem(sys.modules, "hft.trainers.gguf_export", None)
+    assert main(["export", saved, str(tmp_path / "none"), "--task", "b", "--to", "gguf"]) == 1
+    assert "`--to gguf` needs the package gguf: pip install 'modeling-hft[gguf]'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -276,17 +309,17 @@ def test_wrong_commands(saved, tmp_path, capsys, arguments, message):
 
 
 @needs_llama
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_llama_cpp_computes_the_same(backbones, merging, tmp_path, family):
-    model = grown_on(backbones, family)
-    report = export_gguf_model(model, merging, "b", tmp_path / "whole")
-    assert report["llama_cpp"]["kl"] < 1e-3
-    export_gguf_model(model, merging, "backbone", tmp_path)
+@pytest.mark.parametrize("given", [True, False], ids=["on the file of the backbone", "on one made for the check"])
+def test_llama_cpp_computes_the_same(grown, merging, tmp_path, given):
+    report = export_gguf_model(grown, merging, "b", tmp_path / "whole")
+    assert report["llama_cpp"]["kl"] < 1e-4
+    export_gguf_model(grown, merging, "backbone", tmp_path)
     backbone = tmp_path / "backbone.gguf"
-    report = export_gguf_lora(model, merging, "b", tmp_path, backbone=backbone)
-    assert report["llama_cpp"]["kl"] < 1e-3
-    ours = logits_of(model, merging, PROMPTS, task="b")
-    assert compare(ours, llama_logits(backbone, merging, PROMPTS)).kl > 0.5  # without it
+    report = export_gguf_lora(grown, merging, "b", tmp_path / "lora", backbone=backbone if given else None)
+    assert report["llama_cpp"]["kl"] < 1e-4
+    assert {path.name for path in (tmp_path / "lora").iterdir()} == {"b.gguf", "export.json"}
+    ours = logits_of(grown, merging, PROMPTS, task="b")
+    assert compare(ours, llama_logits(backbone, merging, PROMPTS)).kl > 0.1  # without it
 
 
 @needs_llama
@@ -297,6 +330,11 @@ def test_what_llama_cpp_computes_otherwise_is_removed(backbones, merging, tmp_pa
     monkeypatch.setattr(gguf_export, "llama_logits", lambda *args: honest(*args[:3]))  # as if it ignored the LoRA
     with pytest.raises(ExportError, match=r"The exported gguf in llama\.cpp of task 'b' does not answer as HFT does"):
         export_gguf_lora(model, merging, "b", tmp_path / "out", backbone=tmp_path / "backbone.gguf")
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.undo()
+    (tmp_path / "no.gguf").write_text("no GGUF")
+    with pytest.raises(ExportError, match=r"llama\.cpp does not load what was written"):
+        export_gguf_lora(model, merging, "b", tmp_path / "out", backbone=tmp_path / "no.gguf")
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -1,22 +1,29 @@
 """Exports as GGUF files, checked each time: read again by transformers, and by llama.cpp itself where it is installed."""
 
 import contextlib
+import copy
 import importlib.util
 import json
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hft.hierarchy_hft import BACKBONE
-from hft.lora_io_hft import cut_path, path_factors
+from hft.lora_io_hft import Factors, cut_path, path_factors
 
 from .export import PROMPTS, ExportError, add_path, check, compare, logits_of, on_plain, plain_backbone, written
-from .gguf_files import check_backbone, read_lora_gguf, write_lora, write_model
+from .gguf_files import ROPE_FACTORS, check_backbone, read_lora_gguf, write_lora, write_model
+
+
+# Where ways to split a text into tokens part.
+HARD_TO_SPLIT = "It's 1999,\n\n  12 apples\tand  naïve café's: 東京 😀 ___ 3.14159   "
 
 
 def export_gguf_lora(
@@ -28,7 +35,7 @@ def export_gguf_lora(
     backbone: Path | None = None,
     prompts: Sequence[str] = PROMPTS,
     tolerance: float = 1e-3,
-    llama_tolerance: float = 1e-2,
+    llama_tolerance: float = 1e-3,
 ) -> dict[str, Any]:
     """Writes a task's path as `<task>.gguf` for llama.cpp's `--lora`, reads it again, and compares on the same backbone.
 
@@ -36,11 +43,12 @@ def export_gguf_lora(
         model, task, max_rank: as for `export_lora`; the rank is not padded.
         tokenizer: the model's.
         folder: made if missing.
-        backbone: a GGUF file of the backbone. If llama-cpp-python is installed, llama.cpp runs the LoRA on it, too.
+        backbone: the backbone's GGUF file, on which llama.cpp runs the LoRA, too, if llama-cpp-python is installed; without
+            it, one is written for that.
         prompts: what all are asked.
         tolerance: the highest mean KL divergence, in nats a token; with `max_rank`, where the path is cut on purpose, it is
             reported only.
-        llama_tolerance: the same for llama.cpp, which rounds activations in other places.
+        llama_tolerance: the same for llama.cpp, from what HFT computes in float32.
 
     Returns:
         What is written into `export.json`.
@@ -71,10 +79,14 @@ def export_gguf_lora(
             "prompts": len(prompts),
         }
         check(report, None if error else tolerance)
-        if backbone is not None and has_llama():
-            plain = _read_model(backbone, config)
-            ours = on_plain(plain, factors, tokenizer, prompts)
-            report["llama_cpp"] = _by_llama(backbone, tokenizer, prompts, ours, report, llama_tolerance, path)
+        if has_llama():
+            plain = plain_backbone(model)
+            exact = _exactly(plain, factors, tokenizer, prompts)
+            with tempfile.TemporaryDirectory(dir=staging) as work:
+                if backbone is None:
+                    backbone = Path(work) / f"{BACKBONE}.gguf"
+                    write_model(plain, tokenizer, backbone, BACKBONE)
+                report["llama_cpp"] = _by_llama(backbone, tokenizer, prompts, exact, report, llama_tolerance, path)
         (staging / "export.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
@@ -87,6 +99,7 @@ def export_gguf_model(
     onto: str = "backbone",
     prompts: Sequence[str] = PROMPTS,
     tolerance: float = 1e-2,
+    llama_tolerance: float = 1e-2,
 ) -> dict[str, Any]:
     """Writes a whole 16-bit model as `<task>.gguf`, with tokenizer and chat template; reads it again and compares.
 
@@ -97,7 +110,8 @@ def export_gguf_model(
         folder: made if missing.
         onto: as for `export_merged`.
         prompts: what both are asked.
-        tolerance: the highest mean KL divergence, in nats a token, for transformers and for llama.cpp, if it is installed.
+        tolerance: the highest mean KL divergence, in nats a token. Adding to 16-bit weights rounds them.
+        llama_tolerance: the same for llama.cpp, if it is installed, from what HFT computes in float32.
 
     Returns:
         What is written into `export.json`.
@@ -111,6 +125,7 @@ def export_gguf_model(
     factors = {} if task == BACKBONE else path_factors(model, task)
     plain = plain_backbone(model, onto)
     ours = on_plain(plain, factors, tokenizer, prompts)
+    exact = _exactly(plain, factors, tokenizer, prompts) if has_llama() else None
     add_path(plain, factors)
     with written(folder, "export.json") as staging:
         path = staging / f"{task}.gguf"
@@ -122,23 +137,24 @@ def export_gguf_model(
         report = {"task": task, "form": "gguf model", "onto": onto, "dtype": str(dtype), **asdict(agreement)}
         report["prompts"] = len(prompts)
         check(report, tolerance)
-        if has_llama():
-            report["llama_cpp"] = _by_llama(path, tokenizer, prompts, ours, report, tolerance)
+        if exact is not None:
+            report["llama_cpp"] = _by_llama(path, tokenizer, prompts, exact, report, llama_tolerance)
         (staging / "export.json").write_text(json.dumps(report, indent=2) + "\n")
     return report
 
 
 def write_llama_notes(folder: Path, backbone: str | None, tasks: Sequence[str]) -> None:
     """A README beside a folder a task and one for the backbone: the command line that serves them all."""
-    loras = " ".join(f"--lora {task}/{task}.gguf" for task in tasks)
+    loras = ",".join(f"{task}/{task}.gguf:0" for task in tasks)
     text = f"""# {len(tasks)} tasks, each a LoRA on `{backbone or "the backbone"}`, as GGUF files
 
 ```
-llama-server -m {BACKBONE}/{BACKBONE}.gguf {loras} --lora-init-without-apply
+llama-server -m {BACKBONE}/{BACKBONE}.gguf --lora-scaled {loras}
 ```
 
-All are loaded and none is applied; a request names the one that it wants, by its place in that line:
-`"lora": [{{"id": 0, "scale": 1.0}}]` is `{tasks[0]}`. One task only:
+All are loaded with scale 0. Each request names the one that it wants, by its place in that line:
+`"lora": [{{"id": 0, "scale": 1.0}}]` is `{tasks[0]}`, and `"lora": [{{"id": 0, "scale": 0.0}}]` is the plain backbone. Say
+it in every request: one that does not may be answered from what llama-server kept of another task's prompt. One task only:
 
 ```
 llama-cli -m {BACKBONE}/{BACKBONE}.gguf --lora {tasks[0]}/{tasks[0]}.gguf
@@ -158,23 +174,28 @@ def llama_logits(
     """The logits [T, V] of each prompt, as llama.cpp computes them.
 
     Raises:
-        ExportError: if llama.cpp splits a prompt into other tokens than the tokenizer.
+        ExportError: if llama.cpp cannot load the files, or splits a text into other tokens than the tokenizer.
     """
     from llama_cpp import Llama
 
     lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    llama = Llama(
-        str(model),
-        lora_path=None if lora is None else str(lora),
-        n_ctx=max(256, *lengths),
-        logits_all=True,
-        verbose=False,
-    )
+    try:
+        llama = Llama(
+            str(model),
+            lora_path=None if lora is None else str(lora),
+            n_ctx=max(256, *lengths),
+            logits_all=True,
+            verbose=False,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ExportError(f"llama.cpp does not load what was written ({error}). Nothing was written.") from error
     with contextlib.closing(llama):
         found = []
-        for prompt in prompts:
+        for prompt in (*prompts, HARD_TO_SPLIT):
             tokens = llama.tokenize(prompt.encode(), add_bos=True, special=True)
             _check_same("llama.cpp", tokens, tokenizer(prompt)["input_ids"], prompt)
+        for prompt in prompts:
+            tokens = tokenizer(prompt)["input_ids"]
             llama.reset()
             llama.eval(tokens)
             found.append(torch.from_numpy(llama.scores[: len(tokens)].copy()))
@@ -199,14 +220,23 @@ def _read_model(path: Path, config: Any) -> PreTrainedModel:
     """A whole model's file, read by transformers in the dtype that it has."""
     found = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     found.head_dim = config.head_dim  # in the file, but transformers' reader takes Qwen3's default
+    factors = [torch.from_numpy(one.data.copy()) for one in GGUFReader(path).tensors if one.name == ROPE_FACTORS]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would advise float32 for speed
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        read = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, config=found, dtype=config.dtype
         ).eval()
     finally:
         logging.set_verbosity(verbosity)
+    for factors_F in factors:  # in Llama 3's file, and transformers' reader skips them
+        read.base_model.rotary_emb.inv_freq /= factors_F
+    return read
+
+
+def _exactly(plain: PreTrainedModel, factors: Factors, tokenizer: Any, prompts: Sequence[str]) -> list[torch.Tensor]:
+    """As `on_plain`, in float32: else most of the distance to llama.cpp would be the rounding of HFT's own activations."""
+    return on_plain(copy.deepcopy(plain).float(), factors, tokenizer, prompts)
 
 
 def _check_tokens(reader: str, theirs: Any, ours: PreTrainedTokenizerBase, prompts: Sequence[str]) -> None:

@@ -33,13 +33,22 @@ def pre_tokenizer_name(backend: dict[str, Any]) -> str:
     first = backend["pre_tokenizer"] or {"type": "no pre-tokenizer"}
     steps = tuple(_step(step) for step in first.get("pretokenizers", [first]))
     normalizer = (backend["normalizer"] or {"type": "NFC"})["type"]
-    if backend["model"]["type"] != "BPE" or steps not in PRE_TOKENIZERS or normalizer != "NFC":
+    name = PRE_TOKENIZERS.get(steps)
+    # llama.cpp looks whole words up before it merges where the name is Llama 3's, and nowhere else.
+    whole_words = backend["model"].get("ignore_merges", False)
+    if (
+        name is None
+        or backend["model"]["type"] != "BPE"
+        or normalizer != "NFC"
+        or whole_words != (name == "llama-bpe")
+    ):
         raise ValueError(
-            f"The tokenizer ({backend['model']['type']}, {' then '.join(str(step[0]) for step in steps)}) is none that HFT "
+            f"The tokenizer ({backend['model']['type']}, {' then '.join(str(step[0]) for step in steps)}"
+            f"{', whole words first' if whole_words else ''}) is none that HFT "
             f"can write into a GGUF file (byte-level BPE that splits as {', '.join(PRE_TOKENIZERS.values())}); export "
             "with --to merged and use llama.cpp's own converter."
         )
-    return PRE_TOKENIZERS[steps]
+    return name
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
