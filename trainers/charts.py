@@ -17,8 +17,8 @@ COLOURS = "cividis"
 _STYLES = [("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ("-", "v"), ("--", "x"), (":", "P"), ("-.", "*")]
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty figure; inches.
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> Any:
+    """An empty figure; inches, and matplotlib's name of a layout.
 
     Raises:
         ImportError: without matplotlib.
@@ -27,7 +27,7 @@ def new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("A picture needs matplotlib: pip install 'modeling-hft[plot]'.") from error
-    return Figure(figsize=(width, height), layout="constrained")
+    return Figure(figsize=(width, height), layout=layout)
 
 
 def heat_map(

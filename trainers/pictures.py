@@ -6,6 +6,7 @@ from pathlib import Path
 from hft.gates_hft import HFTGateTable
 from hft.hierarchy_hft import BACKBONE, Hierarchy
 
+from .charts import new_figure
 from .planner import Plan
 
 
@@ -44,14 +45,9 @@ def check_picture(path: Path) -> None:
 
 def _draw(hierarchy: Hierarchy, means: Mapping[str, Mapping[str, float]], path: Path) -> None:
     check_picture(path)
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("A picture needs matplotlib: pip install 'modeling-hft[plot]'.") from error
-
     place = _places(hierarchy)
     width = 1 + max(x for x, _ in place.values())
-    figure = Figure(figsize=(max(5.0, 1.9 * width), 1.1 + 1.3 * (1 + len(hierarchy.levels()))))
+    figure = new_figure(max(5.0, 1.9 * width), 1.1 + 1.3 * (1 + len(hierarchy.levels())), layout=None)
     axes = figure.subplots()
     axes.set_axis_off()
     for task in hierarchy.names:

@@ -1,7 +1,6 @@
 """`hft plan --data`: reads data, measures, and writes what was found."""
 
 import argparse
-import os
 from pathlib import Path
 
 from datasets import disable_progress_bars
@@ -13,6 +12,7 @@ from .pictures import check_picture, draw_plan
 from .plan_report import DEFAULTS, as_recipe, as_text, estimates, summary_of, tasks_in
 from .probes import ProbeSettings, plan_hierarchy
 from .recipes import Recipe, load_task, read_recipe
+from .run_record import write_text
 
 
 def find_plan(args: argparse.Namespace) -> None:
@@ -45,9 +45,7 @@ def find_plan(args: argparse.Namespace) -> None:
         return
     costs = estimates(found, recipe, model, {task: len(rows) for task, rows in data.items()})
     print("\nWhat it would take:\n" + "\n".join(costs))
-    partial = Path(f"{args.yaml}.partial")
-    partial.write_text(as_recipe(found, recipe, costs), encoding="utf-8")
-    os.replace(partial, args.yaml)
+    write_text(Path(args.yaml), as_recipe(found, recipe, costs))
     print(f"\nThe recipe is in {args.yaml}. Next: hft train {args.yaml}")
 
 

@@ -118,8 +118,13 @@ class RunRecord:
 
 def write_json(path: Path, values: Any) -> None:
     """Writes a JSON file, whole or not at all; makes its folder."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all; makes its folder."""
     with replacing(path.parent, last=path.name) as staging:
-        (staging / path.name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        (staging / path.name).write_text(text, encoding="utf-8")
 
 
 def machine() -> str:

@@ -9,7 +9,7 @@ accuracies on validation rows, options by likelihood.
 import itertools
 import random
 
-from harness import cell, mean_accuracy, parser, prepare, read_rows, sample, score, todo, train_hft
+from harness import cell, mean_accuracy, parser, prepare, read_tasks, sample, score, todo, train_hft
 
 from hft.trainers import HFTTrainer
 from hft.trainers.curriculum import BlockSampler
@@ -89,17 +89,12 @@ def main() -> None:
     args = arguments.parse_args()
     name = f"ablation-{args.samples or 'all'}"
     backbone, tokenizer = prepare(args.backbone)
-    rows = {
-        (task, split): read_rows(args.data, task, split, tokenizer, MAX_INPUT_TOKENS)
-        for task in TREE
-        for split in ("train", "validation")
-    }
-    validation = {task: rows[task, "validation"][:EVAL_ROWS] for task in TREE}
+    rows, validation = read_tasks(args.data, TREE, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
     for setting, seed in todo(args.out, name, args.settings.split(","), args.seeds):
         hierarchy, options = SETTINGS[setting]
         tree = hierarchy(seed)
         with cell(args.out, name, setting, seed) as result:
-            train = {task: sample(rows[task, "train"], args.samples or None, seed) for task in TREE}
+            train = {task: sample(rows[task], args.samples or None, seed) for task in TREE}
             model = train_hft(backbone, tokenizer, tree, train, seed, TRAINING, **options)
             tasks = score(model, tokenizer, validation, lambda task: task)
             gates = {task: {k: round(v, 4) for k, v in model.gates(task).mean().items()} for task in TREE}

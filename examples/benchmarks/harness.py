@@ -12,7 +12,7 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,17 @@ def read_rows(data: str, task: str, split: str, tokenizer: Any, max_input_tokens
             }
         )
     return out
+
+
+def read_tasks(
+    data: str, tasks: Iterable[str], tokenizer: Any, max_input_tokens: int, eval_rows: int
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
+    """All training rows of each task, and its first `eval_rows` validation rows."""
+    tasks = list(tasks)
+    train = {task: read_rows(data, task, "train", tokenizer, max_input_tokens) for task in tasks}
+    return train, {
+        task: read_rows(data, task, "validation", tokenizer, max_input_tokens)[:eval_rows] for task in tasks
+    }
 
 
 def sample(rows: list[dict[str, Any]], count: int | None, seed: int) -> Dataset:

@@ -11,7 +11,7 @@ import tempfile
 
 import torch
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING
-from harness import NF4, cell, parser, prepare, quiet_config, read_rows, sample, score, todo, train_hft
+from harness import NF4, cell, parser, prepare, quiet_config, read_tasks, sample, score, todo, train_hft
 from transformers import BitsAndBytesConfig, set_seed
 
 import hft
@@ -49,18 +49,13 @@ def score_without(model: hft.HFTForCausalLM, tokenizer, rows, task: str, page: i
 def main() -> None:
     args = parser(__doc__.splitlines()[0], "memory.jsonl").parse_args()
     backbone, tokenizer = prepare(args.backbone)
-    rows = {
-        (task, split): read_rows(args.data, task, split, tokenizer, MAX_INPUT_TOKENS)
-        for task in FIRST + LATER
-        for split in ("train", "validation")
-    }
-    validation = {task: rows[task, "validation"][:EVAL_ROWS] for task in FIRST + LATER}
+    rows, validation = read_tasks(args.data, FIRST + LATER, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
     settings = ["first", *(f"{task}: {way}" for task in LATER for way in WAYS)]
     base = tempfile.TemporaryDirectory()
     base_seed = None
     for setting, seed in todo(args.out, "memory", settings, args.seeds):
         if seed != base_seed:
-            train = {task: sample(rows[task, "train"], 200, seed) for task in FIRST}
+            train = {task: sample(rows[task], 200, seed) for task in FIRST}
             model = train_hft(backbone, tokenizer, {task: [] for task in FIRST}, train, seed, TRAINING)
             model.save_pretrained(base.name)
             base_seed = seed
@@ -74,7 +69,7 @@ def main() -> None:
                 result.update(value=round(value, 3), tasks=tasks, added=added)
                 continue
             task, way = setting.split(": ")
-            train = {task: sample(rows[task, "train"], 200, seed)}
+            train = {task: sample(rows[task], 200, seed)}
             if WAYS[way] is None:
                 model = train_hft(backbone, tokenizer, {task: []}, train, seed, TRAINING)
             else:

@@ -10,7 +10,7 @@ found: the ablation's training on the hierarchy that the planner finds, to compa
 import statistics
 
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING, TREE
-from harness import NF4, cell, mean_accuracy, parser, prepare, read_cells, read_rows, sample, score, todo, train_hft
+from harness import NF4, cell, mean_accuracy, parser, prepare, read_cells, read_tasks, sample, score, todo, train_hft
 from transformers import BitsAndBytesConfig
 
 import hft
@@ -81,16 +81,11 @@ def main() -> None:
     arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
     args = arguments.parse_args()
     backbone, tokenizer = prepare(args.backbone)
-    rows = {
-        (task, split): read_rows(args.data, task, split, tokenizer, MAX_INPUT_TOKENS)
-        for task in TREE
-        for split in ("train", "validation")
-    }
-    validation = {task: rows[task, "validation"][:EVAL_ROWS] for task in TREE}
+    rows, validation = read_tasks(args.data, TREE, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
     for setting, seed in todo(args.out, "planner", args.settings.split(","), args.seeds):
         if setting == "measures":
             with cell(args.out, "planner", setting, seed) as result:
-                found = measures(backbone, tokenizer, {task: rows[task, "train"] for task in TREE}, seed)
+                found = measures(backbone, tokenizer, {task: rows[task] for task in TREE}, seed)
                 result.update(value=sum(map(len, found[MEASURES[0]]["hierarchy"].values())), measures=found)
             continue
         if setting == "found":
@@ -105,7 +100,7 @@ def main() -> None:
             parent, child = setting.split(">")
             tree = {parent: [], child: [parent]}
         with cell(args.out, "planner", setting, seed) as result:
-            train = {task: sample(rows[task, "train"], ROWS, seed) for task in tree}
+            train = {task: sample(rows[task], ROWS, seed) for task in tree}
             model = train_hft(backbone, tokenizer, tree, train, seed, TRAINING)
             last = list(tree) if setting == "found" else list(tree)[-1:]
             tasks = score(model, tokenizer, {task: validation[task] for task in last}, lambda task: task)
