@@ -107,8 +107,10 @@ def test_each_method_runs(backbones, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     cells = read_cells(out)
-    assert {cell["method"] for cell in cells} == {*METHODS, "hft"}
+    assert {cell["method"] for cell in cells} == {*METHODS, "hft", "hft_planned"}
     for line in cells:
         assert set(line["test"]["tasks"]) == {"sst2", "yelp"} and 0 <= line["test"]["ap"] <= 100
-        sees_a_sequence = line["method"].startswith(("sequential", "olora", "osf"))
+        sees_a_sequence = line["method"].startswith(("sequential", "olora", "osf", "hft"))
         assert ("forgetting" in line["test"]) == sees_a_sequence
+        if line["method"].startswith("hft"):
+            assert line["test"]["forgetting"] == 0.0 and list(line["test"]["just_learnt"]) == ["sst2", "yelp"]

@@ -29,6 +29,7 @@ class Setup:
         tokenizer: its tokenizer.
         order: the tasks, in the order of methods that see one after another.
         train: task -> rows.
+        with_options: the same rows with their "options", for the planner.
         rank: of a LoRA.
         training: keys of SFTConfig; epochs are of one task.
         seed: of weights and order.
@@ -39,6 +40,7 @@ class Setup:
     tokenizer: PreTrainedTokenizerBase
     order: list[str]
     train: Mapping[str, Dataset]
+    with_options: Mapping[str, Dataset]
     rank: int
     training: dict[str, Any]
     seed: int

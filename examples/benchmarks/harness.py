@@ -107,11 +107,10 @@ def read_tasks(
     }
 
 
-def sample(rows: list[dict[str, Any]], count: int | None, seed: int) -> Dataset:
-    """`count` rows, the same for the same seed, without their options, as SFTTrainer takes them."""
-    chosen = Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows]).shuffle(
-        seed=seed
-    )
+def sample(rows: list[dict[str, Any]], count: int | None, seed: int, with_options: bool = False) -> Dataset:
+    """`count` rows, the same for the same seed; without their options, as SFTTrainer takes them, or with."""
+    keys = ("prompt", "completion", *(("options",) if with_options else ()))
+    chosen = Dataset.from_list([{key: row[key] for key in keys} for row in rows]).shuffle(seed=seed)
     return chosen if count is None else chosen.select(range(min(count, len(chosen))))
 
 

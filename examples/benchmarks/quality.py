@@ -15,9 +15,13 @@ from typing import Any
 
 import torch
 from baselines import METHODS, Outcome, Setup
-from harness import RESULTS, cell, mean_accuracy, parser, prepare, read_cells, read_rows, sample, score, train_hft
+from harness import NF4, RESULTS, cell, mean_accuracy, parser, prepare, read_cells, read_rows, sample, score, train_hft
+from transformers import BitsAndBytesConfig
 
+from hft import HFTForCausalLM
+from hft.trainers import HFTTrainer, plan_hierarchy
 from hft.trainers.evaluation import score_options
+from hft.trainers.probes import ProbeSettings
 
 
 CL14 = {
@@ -49,15 +53,37 @@ def hierarchy(tasks: list[str]) -> dict[str, list[str]]:
 
 def hft(setup: Setup) -> Outcome:
     """HFT with its hand-made hierarchy; the caller names the task."""
+    return hft_on(setup, hierarchy(setup.order))
+
+
+def hft_planned(setup: Setup) -> Outcome:
+    """HFT with the hierarchy that the planner finds in the training rows."""
+    model = HFTForCausalLM.from_backbone(setup.backbone, {}, quantization_config=BitsAndBytesConfig(**NF4))
+    settings = ProbeSettings(max_length=setup.training["max_length"], seed=setup.seed)
+    plan = plan_hierarchy(
+        model, setup.with_options, processing_class=setup.tokenizer, settings=settings, progress=False
+    )
+    return hft_on(setup, {task: plan.parents[task] for task in setup.order})
+
+
+def hft_on(setup: Setup, tree: dict[str, list[str]]) -> Outcome:
+    class Reporting(HFTTrainer):
+        def _train_stage(self, stage, checkpoint, **kwargs):
+            output = super()._train_stage(stage, checkpoint, **kwargs)
+            self.model.eval()
+            for task in stage.tasks:
+                setup.after_task(task, lambda task: self.model)
+            return output
+
     training = {**setup.training, "gate_learning_rate": 5e-2}
     model = train_hft(
-        setup.backbone, setup.tokenizer, hierarchy(setup.order), setup.train, setup.seed, training, rank=setup.rank
+        setup.backbone, setup.tokenizer, tree, setup.train, setup.seed, training, Reporting, rank=setup.rank
     )
     own = sum(p.numel() for name, p in model.named_parameters() if name.startswith("hft_"))
-    return Outcome(lambda task: model, own, own, {"tree": model.hierarchy.draw()})
+    return Outcome(lambda task: model, own, own, {"tree": tree})
 
 
-ALL = {**METHODS, "hft": hft}
+ALL = {**METHODS, "hft": hft, "hft_planned": hft_planned}
 
 
 def routed_score(
@@ -135,22 +161,23 @@ class Benchmark:
         ):
             return
         with cell(self.out, self.name, setting, seed) as result:
-            result.update(
-                method=method, learning_rate=rate, majority={t: majority(r) for t, r in self.rows["test"].items()}
-            )
-            just_learnt: dict[str, dict[str, float]] = {}
+            is_hft = method.startswith("hft")
+            result.update(method=method, learning_rate=rate)
+            just_learnt: dict[str, float] = {}
 
             def after_task(task: str, model_of: Any) -> None:
-                for split in ("validation", "test"):
-                    rows = {task: self.rows[split][task]}
-                    its = score(model_of(task), self.tokenizer, rows, lambda task: None)
-                    just_learnt.setdefault(split, {})[task] = its[task]["accuracy"]
+                rows = {task: self.rows["test"][task]}
+                its = score(model_of(task), self.tokenizer, rows, lambda task: task if is_hft else None)
+                just_learnt[task] = its[task]["accuracy"]
+
+            with_options = {t: sample(self.rows["train"][t], self.budget["samples"], seed, True) for t in self.tasks}
 
             setup = Setup(
                 self.backbone,
                 self.tokenizer,
                 self.tasks,
-                {t: sample(self.rows["train"][t], self.budget["samples"], seed) for t in self.tasks},
+                {t: its.remove_columns("options") for t, its in with_options.items()},
+                with_options,
                 RANK,
                 {
                     "num_train_epochs": self.budget["epochs"],
@@ -167,15 +194,15 @@ class Benchmark:
             for split in ("validation", "test"):
                 scores, right = {}, {}
                 for task, rows in self.rows[split].items():
-                    which = task if method == "hft" else None
+                    which = task if is_hft else None
                     model = outcome.model_of(task)
                     scores.update(score(model, self.tokenizer, {task: rows}, lambda _, which=which: which, right))
-                result[split] = {"ap": mean_accuracy(scores), "tasks": scores}
-                if split in just_learnt:  # without the last task, which nothing came after
-                    old = list(just_learnt[split])[:-1]
-                    lost = [just_learnt[split][task] - scores[task]["accuracy"] for task in old]
-                    result[split].update(just_learnt=just_learnt[split], forgetting=round(sum(lost) / len(lost), 3))
-                if method == "hft":
+                guess = {task: majority(rows) for task, rows in self.rows[split].items()}
+                result[split] = {"ap": mean_accuracy(scores), "tasks": scores, "majority": guess}
+                if split == "test" and just_learnt:  # without the last task, which nothing came after
+                    lost = [just_learnt[task] - scores[task]["accuracy"] for task in list(just_learnt)[:-1]]
+                    result[split].update(just_learnt=just_learnt, forgetting=round(sum(lost) / len(lost), 3))
+                if is_hft:
                     routed = routed_score(outcome.model_of(""), self.tokenizer, self.rows[split], right)
                     result[split].update(routed={"ap": mean_accuracy(routed), "tasks": routed})
             result.update(value=result["validation"]["ap"], trainable=outcome.trainable, stored=outcome.stored)
