@@ -281,6 +281,10 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
+def without_costs(text):
+    return [line for line in text.splitlines() if not line.startswith("# ")]
+
+
 def write(folder, rows):
     folder.mkdir(parents=True)
     lines = [
@@ -309,8 +313,8 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     assert "Next: hft train" in shown and "Why (gain" in shown
     tree = yaml.safe_load((tmp_path / "plan.yaml").read_text())["hierarchy"]
     num_levels = len(hft.Hierarchy(tree).levels())
-    assert f"\n{2 * num_levels} optimizer steps.\n" in shown and "Peak of a step with rows of 96 tokens" in shown
-    assert f"# {2 * num_levels} optimizer steps." in (tmp_path / "plan.yaml").read_text()
+    assert re.search(rf"\nin all +{2 * num_levels} ", shown) and "Peak of a step with rows of " in shown
+    assert re.search(rf"\n# in all +{2 * num_levels} ", (tmp_path / "plan.yaml").read_text())
     assert set(tree) == {"same", "copy", "sign"}
     for task, parents in tree.items():
         for other in set(tree) - {task}:
@@ -323,7 +327,8 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     recipe = read_recipe(tmp_path / "plan.yaml")
     assert recipe.data == str(data) and recipe.model["rank"] == 2 and recipe.hierarchy == tree
     first = (tmp_path / "plan.yaml").read_text()
-    assert main(command) == 0 and (tmp_path / "plan.yaml").read_text() == first  # the same plan again
+    assert main(command) == 0  # the same plan and reasons again; only the times of steps differ
+    assert without_costs((tmp_path / "plan.yaml").read_text()) == without_costs(first)
 
     assert main(["train", str(tmp_path / "plan.yaml")]) == 0
     write(data / "again", rows_of("same", 40))

@@ -18,7 +18,10 @@ from hft.modeling_hft import HFTForCausalLM
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
 NESTED_BLOCK = 256  # scales that share one, if they are quantised themselves
-LOGIT_BYTES = 2 + 4 + 4 + 2  # bfloat16 logits and their gradient, and both in float32, for each position and word
+# TRL scores a tile of so many positions and words at a time. With Triton in bfloat16 and in place; else its backward pass
+# holds seven numbers in float32 and a mask beside each logit.
+TILE_POSITIONS, TILE_WORDS = 4096, 32768
+LOGIT_BYTES, LOGIT_BYTES_CPU = 2, 2 + 7 * 4 + 1
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class MemoryEstimate:
         gradients: of those of one task and its page (a step holds one task).
         optimizer: two float32 numbers for each that trains.
         activations: what autograd keeps for the backward pass, without logits.
-        logits: logits and their gradients at the positions that are scored.
+        logits: a tile of them, and the gradient of the hidden states that are scored.
     """
 
     backbone: int
@@ -64,6 +67,7 @@ def estimate_memory(
     batch_size: int = 8,
     length: int = 256,
     num_scored: int | None = None,
+    on_accelerator: bool = False,
     load_in_4bit: bool = True,
     double_quant: bool = True,
     gradient_checkpointing: bool = False,
@@ -81,6 +85,7 @@ def estimate_memory(
         slots: S of the one page that a stage writes; 0 without memory.
         batch_size, length: B and T of a micro-batch.
         num_scored: positions that meet the head, of B T; all by default, as with TRL on a CPU.
+        on_accelerator: whether the loss runs in Triton's kernels.
         load_in_4bit, double_quant: how the linears of the layers are held; embeddings and head are bfloat16.
         gradient_checkpointing: whether layers are computed again in the backward pass.
     """
@@ -106,8 +111,17 @@ def estimate_memory(
         gradients=4 * (node + page),
         optimizer=8 * trained,
         activations=kept,
-        logits=LOGIT_BYTES * scored * text_config.vocab_size,
+        logits=_loss_bytes(scored, text_config, on_accelerator),
     )
+
+
+def _loss_bytes(scored: int, text_config: PreTrainedConfig, on_accelerator: bool) -> int:
+    positions = min(scored, TILE_POSITIONS)
+    if on_accelerator:  # the buffer has its full width
+        tile = LOGIT_BYTES * positions * TILE_WORDS
+    else:
+        tile = LOGIT_BYTES_CPU * positions * min(text_config.vocab_size, TILE_WORDS)
+    return tile + 4 * scored * text_config.hidden_size
 
 
 def quantized_bytes(count: int, double_quant: bool) -> int:

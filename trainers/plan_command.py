@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 import hft
 
 from .pictures import check_picture, draw_plan
-from .plan_report import DEFAULTS, as_recipe, as_text, estimates, summary_of, tasks_in
+from .plan_costs import plan_costs
+from .plan_report import DEFAULTS, as_recipe, as_text, summary_of, tasks_in
 from .probes import ProbeSettings, plan_hierarchy
 from .recipes import Recipe, load_task, read_recipe
 from .run_record import write_text
@@ -43,7 +44,8 @@ def find_plan(args: argparse.Namespace) -> None:
     if args.model is not None:
         print("\n".join(summary_of(found, task) for task in data))
         return
-    costs = estimates(found, recipe, model, {task: len(rows) for task, rows in data.items()})
+    print("\nTiming a few steps of training ...", flush=True)
+    costs = plan_costs(found, recipe, model, data, tokenizer).lines()
     print("\nWhat it would take:\n" + "\n".join(costs))
     write_text(Path(args.yaml), as_recipe(found, recipe, costs))
     print(f"\nThe recipe is in {args.yaml}. Next: hft train {args.yaml}")

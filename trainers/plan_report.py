@@ -1,18 +1,14 @@
 """A plan as text, as a picture's numbers, and as a recipe that `hft train` takes and a person edits."""
 
-import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import PreTrainedModel
 
 from hft.hierarchy_hft import BACKBONE
 
-from .hft_config import HFTTrainingConfig
-from .memory_estimate import estimate_memory, node_bytes
 from .planner import Plan
 from .recipes import Recipe
 
@@ -70,44 +66,6 @@ def reasons(plan: Plan, task: str) -> list[str]:
 
 def _behind(note: str) -> str:
     return f"; {note}" if note else ""
-
-
-def estimates(plan: Plan, recipe: Recipe, model: PreTrainedModel, num_rows: Mapping[str, int]) -> list[str]:
-    """Steps and bytes on disk a task and in all, and the peak of memory, as the recipe would train the plan.
-
-    Args:
-        plan: the hierarchy.
-        recipe: rank, batch, epochs, length.
-        model: on the recipe's backbone.
-        num_rows: rows that each task trains on.
-    """
-    training, rank = HFTTrainingConfig(**{**recipe.training, "report_to": "none"}), model.config.rank
-    block = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    hierarchy, size = plan.hierarchy(), node_bytes(model, rank)
-    steps = {task: math.ceil(math.ceil(rows / block) * training.num_train_epochs) for task, rows in num_rows.items()}
-    num_steps = sum(steps.values()) if training.max_steps < 1 else training.max_steps * len(hierarchy.levels())
-    slots = 0 if model.config.memory_config.read == "off" else model.config.memory_config.slots
-    depth = len(hierarchy.levels())
-    memory = estimate_memory(
-        model.config.text_config,
-        rank=rank,
-        path_rank=max(len(hierarchy.path(task)) for task in hierarchy.names) * rank + depth * slots,
-        num_training=max(map(len, hierarchy.levels())),
-        num_sealed=len(hierarchy) - len(hierarchy.levels()[-1]),
-        slots=slots,
-        batch_size=training.per_device_train_batch_size,
-        length=training.max_length or 1024,
-        load_in_4bit=bool(recipe.quantization.get("load_in_4bit")),
-        double_quant=bool(recipe.quantization.get("bnb_4bit_use_double_quant")),
-        gradient_checkpointing=training.gradient_checkpointing,
-    )
-    a_task = "" if training.max_steps > 0 else f" ({', '.join(f'{task} {count}' for task, count in steps.items())})"
-    return [
-        f"{num_steps} optimizer steps{a_task}.",
-        f"On disk: {size / 2**20:.1f} MiB a task, {size * len(num_rows) / 2**20:.1f} MiB for all nodes, "
-        f"{node_bytes(model, slots) / 2**20:.1f} MiB for the memory page of each of {depth} stages.",
-        f"Peak of a step with rows of {training.max_length or 1024} tokens, not checked against a run: {memory}.",
-    ]
 
 
 def as_text(plan: Plan) -> str:

@@ -1,0 +1,68 @@
+"""What a plan costs: the law that is fitted to timed steps is found again; counts are those of a real training."""
+
+import pytest
+from datasets import Dataset
+
+import hft
+from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers.plan_costs import duration, plan_costs
+from hft.trainers.planner import Plan, TaskProbe
+from hft.trainers.recipes import Recipe
+from hft.trainers.time_estimate import CHILD, StepTime, _fit, task_steps, tokens_a_step
+
+
+def test_steps_and_tokens(tmp_path):
+    config = HFTTrainingConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=2)
+    assert task_steps(9, config) == 6
+    assert tokens_a_step([7] * 10, config) == 28
+    assert 28 < tokens_a_step([7, 9], config) < 36
+
+
+def test_the_time_of_steps_is_found_again():
+    """Steps that follow the law that is fitted, after a slow first one, give the law back."""
+    law = StepTime(fixed=0.5, per_token=0.01, per_rank=0.02, per_prompt=0.1, per_stage=3.0)
+    starts, now = [], 0.0
+    for stage, tasks in ((1, ["timed-short", "timed-long"] * 4), (2, [CHILD] * 4)):
+        for task in tasks:
+            tokens = 50 if task == "timed-short" else 90
+            starts.append((now, stage, task, tokens))
+            now += law.seconds(tokens, 4 if task == CHILD else 0) + (5.0 if len(starts) == 1 else 0)
+    found = _fit(starts, 4, 0.1, now)
+    assert (found.fixed, found.per_token, found.per_rank) == pytest.approx((0.5, 0.01, 0.02))
+    same = [(begin, stage, task, 70) for begin, stage, task, _ in starts]  # lengths that say nothing
+    assert _fit(same, 4, 0.1, now).seconds(70, 0) == pytest.approx(0.5 + 0.01 * 70, rel=0.05)
+
+
+def test_times_for_people():
+    assert [duration(n) for n in (3.21, 200, 7300)] == ["3.2 s", "3 min 20 s", "2 h 1 min"]
+
+
+@pytest.mark.parametrize("max_steps", [-1, 5])
+def test_steps_and_bytes_are_those_of_the_training(backbones, tokenizer, tmp_path, max_steps):
+    tree = {"a": [], "b": [], "c": ["a"]}
+    rows = {
+        task: [{"prompt": f"{i} and {task} is", "completion": f" {i % 3}"} for i in range(9 + 4 * n)]
+        for n, task in enumerate(tree)
+    }
+    training = {
+        "output_dir": str(tmp_path / "run"), "num_train_epochs": 2, "per_device_train_batch_size": 4, "report_to": "none",
+        "max_steps": max_steps, "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "save_strategy": "no",
+    }  # fmt: skip
+    recipe = Recipe(backbone=str(backbones["llama"]), hierarchy=tree, training=training)
+    scratch = hft.HFTForCausalLM.from_backbone(backbones["llama"], {}, rank=3)
+    probes = {task: TaskProbe(1.0, 0.1, {"backbone": [1.0] * 9}) for task in tree}
+    costs = plan_costs(Plan(tree, probes, ()), recipe, scratch, rows, tokenizer)
+
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], tree, rank=3)
+    data = {task: Dataset.from_list(its) for task, its in rows.items()}
+    trainer = HFTTrainer(model, HFTTrainingConfig(**training), train_dataset=data, processing_class=tokenizer)
+    assert trainer.train().global_step == sum(costs.steps.values())
+    for file, size in (("tasks/c.safetensors", costs.task_bytes), ("pages/1.safetensors", costs.page_bytes)):
+        content = (tmp_path / "run" / file).read_bytes()
+        assert size == len(content) - 8 - int.from_bytes(content[:8], "little")
+    assert len(list((tmp_path / "run/pages").iterdir())) == costs.num_pages
+    lines = costs.lines()
+    assert [line.split()[0] for line in lines[:-1]] == ["task", "a", "b", "c", "stages", "in"]
+    assert 0 < costs.total_seconds() < 600 and lines[-1].startswith(
+        f"Peak of a step with rows of {costs.length} tokens"
+    )

@@ -1,0 +1,132 @@
+"""What training a plan will cost, a task and in all: steps, time, bytes on disk, the peak of memory."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .evaluation import Row
+from .hft_config import HFTTrainingConfig
+from .memory_estimate import MemoryEstimate, estimate_memory, node_bytes
+from .planner import Plan
+from .recipes import Recipe
+from .task_data import tokenize_rows
+from .time_estimate import task_steps, time_steps, tokens_a_step
+
+
+@dataclass(frozen=True)
+class PlanCosts:
+    """The estimate.
+
+    Args:
+        steps, seconds: task -> optimizer steps, and seconds of these and of learning its routes.
+        stage_seconds: what all stages take besides.
+        task_bytes, page_bytes: of one task's file and of one stage's page.
+        num_pages: stages that write a page.
+        length: tokens of the longest row that trains.
+        memory: the peak of the step that needs most.
+    """
+
+    steps: Mapping[str, int]
+    seconds: Mapping[str, float]
+    stage_seconds: float
+    task_bytes: int
+    page_bytes: int
+    num_pages: int
+    length: int
+    memory: MemoryEstimate
+
+    def total_seconds(self) -> float:
+        """Of the whole training, without answering questions between its stages."""
+        return sum(self.seconds.values()) + self.stage_seconds
+
+    def lines(self) -> list[str]:
+        """A table, a task a line."""
+        width = max(8, *(len(task) for task in self.steps)) + 2
+        table = [f"{'task':<{width}}{'steps':>7}{'time':>14}{'on disk':>12}"]
+        rows = [(task, str(steps), self.seconds[task], self.task_bytes) for task, steps in self.steps.items()]
+        pages = self.num_pages * self.page_bytes
+        rows.append(("stages", "", self.stage_seconds, pages))
+        all_bytes = len(self.steps) * self.task_bytes + pages
+        rows.append(("in all", str(sum(self.steps.values())), self.total_seconds(), all_bytes))
+        for name, steps, seconds, size in rows:
+            table.append(f"{name:<{width}}{steps:>7}{duration(seconds):>14}{size / 2**20:>8.1f} MiB")
+        return [*table, f"Peak of a step with rows of {self.length} tokens: {self.memory}, and the libraries."]
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 3 min 20 s."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def plan_costs(
+    plan: Plan,
+    recipe: Recipe,
+    model: PreTrainedModel,
+    rows: Mapping[str, Sequence[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> PlanCosts:
+    """Times a few steps, and counts the rest.
+
+    Args:
+        plan: the hierarchy.
+        recipe: rank, batch, epochs, length.
+        model: without tasks, on the recipe's backbone; of no use afterwards, see `time_steps`.
+        rows: task -> the rows that it trains on.
+        tokenizer: the model's.
+    """
+    training = HFTTrainingConfig(**{**recipe.training, "report_to": "none"})
+    hierarchy, rank = plan.hierarchy(), model.config.rank
+    slots = 0 if model.config.memory_config.read == "off" else model.config.memory_config.slots
+    lengths, longest_answer = _lengths(rows, tokenizer, training.max_length)
+    timing = time_steps(model, rows, tokenizer, recipe.training)
+    more = {t: rank * (len(hierarchy.path(t)) - 1) + slots * (hierarchy.level(t) - 1) for t in hierarchy.names}
+    steps = {task: task_steps(len(rows[task]), training) for task in hierarchy.names}
+    if training.max_steps > 0:  # of a stage: its tasks share them
+        for level in hierarchy.levels():
+            a_task, left = divmod(training.max_steps, len(level))
+            steps |= {task: a_task + (i < left) for i, task in enumerate(level)}
+    seconds = {
+        task: steps[task] * timing.seconds(tokens_a_step(lengths[task], training), more[task])
+        + timing.per_prompt * min(training.route_samples, len(rows[task]))
+        for task in steps
+    }
+    batch = training.per_device_train_batch_size
+    on_accelerator = torch.accelerator.is_available()
+    memory = estimate_memory(
+        model.config.text_config,
+        rank=rank,
+        path_rank=rank + slots + max(more.values()),
+        num_training=max(map(len, hierarchy.levels())),
+        num_sealed=len(hierarchy) - len(hierarchy.levels()[-1]),
+        slots=slots,
+        batch_size=batch,
+        length=max(map(max, lengths.values())),
+        num_scored=batch * longest_answer if on_accelerator else None,
+        on_accelerator=on_accelerator,
+        load_in_4bit=bool(recipe.quantization.get("load_in_4bit")),
+        double_quant=bool(recipe.quantization.get("bnb_4bit_use_double_quant")),
+        gradient_checkpointing=training.gradient_checkpointing,
+    )
+    num_pages = len(hierarchy.levels()) if slots else 0
+    stage_seconds = timing.per_stage * len(hierarchy.levels())
+    sizes = node_bytes(model, rank), node_bytes(model, slots)
+    return PlanCosts(steps, seconds, stage_seconds, *sizes, num_pages, max(map(max, lengths.values())), memory)
+
+
+def _lengths(
+    rows: Mapping[str, Sequence[Row]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> tuple[dict[str, list[int]], int]:
+    """The lengths of some rows of each task, in tokens, and that of the longest answer."""
+    lengths, longest = {}, 1
+    for task, its in rows.items():
+        chosen = random.Random(0).sample(list(its), min(512, len(its)))
+        ready = tokenize_rows(chosen, tokenizer, max_length)
+        lengths[task] = [len(row["input_ids"]) for row in ready]
+        longest = max(longest, *(sum(label != -100 for label in row["labels"]) for row in ready))
+    return lengths, longest

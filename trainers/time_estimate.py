@@ -1,0 +1,140 @@
+"""How long training will take: a few real steps are timed, and a line is put through them."""
+
+import itertools
+import json
+import math
+import random
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .evaluation import Row
+from .hft_config import HFTTrainingConfig
+from .hft_trainer import HFTTrainer
+from .routes import prompts_of
+
+
+CHILD = "timed-both"
+TIMED = {"timed-short": [], "timed-long": [], CHILD: ["timed-short", "timed-long"]}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """How long an optimizer step takes, and what comes besides.
+
+    Args:
+        fixed: seconds of any step.
+        per_token: seconds a token of its micro-batches, padding included, on the path of a root of the first stage.
+        per_rank: by what share the time of a token grows with each further rank of a path.
+        per_prompt: seconds a prompt that the router learns from.
+        per_stage: seconds of a stage besides: it is prepared and saved.
+    """
+
+    fixed: float
+    per_token: float
+    per_rank: float
+    per_prompt: float
+    per_stage: float
+
+    def seconds(self, tokens: float, more_ranks: int) -> float:
+        """Of a step with so many tokens on a path with so many ranks beyond a root's."""
+        return self.fixed + self.per_token * tokens * (1 + self.per_rank * more_ranks)
+
+
+def task_steps(num_rows: int, config: HFTTrainingConfig) -> int:
+    """The optimizer steps of a task, if `max_steps` does not say otherwise."""
+    block = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    return math.ceil(config.num_train_epochs * math.ceil(num_rows / block))
+
+
+def tokens_a_step(lengths: Sequence[int], config: HFTTrainingConfig) -> float:
+    """The mean number of tokens of an optimizer step with its padding, over random batches of rows of these lengths."""
+    draw, size = random.Random(0), config.per_device_train_batch_size
+    longest = [max(draw.choices(lengths, k=size)) for _ in range(200)]
+    return config.gradient_accumulation_steps * size * sum(longest) / len(longest)
+
+
+class _TimedTrainer(HFTTrainer):
+    """Notes when each step begins, in which stage, whose it is, and how many tokens it has."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.starts: list[tuple[float, int, str, int]] = []
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        task = self._task_names[int(inputs["task"][0])]
+        self.starts.append((time.perf_counter(), self.stage.level, task, inputs["input_ids"].numel()))
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+def time_steps(
+    model: PreTrainedModel,
+    rows: Mapping[str, Sequence[Row]],
+    tokenizer: PreTrainedTokenizerBase,
+    training: Mapping[str, Any],
+    num_steps: int = 5,
+) -> StepTime:
+    """Trains for a few steps: on short rows, on long rows, and a task that stands on both.
+
+    Args:
+        model: an HFT model without tasks; it has learnt nonsense afterwards and is of no further use.
+        rows: task -> its training rows; those of the shortest and of the longest texts are taken.
+        tokenizer: the model's.
+        training: keys of `HFTTrainingConfig`.
+        num_steps: of each of the three; 2 or more.
+    """
+    size = training.get("per_device_train_batch_size", 8)
+    everything = [{key: row[key] for key in ("prompt", "completion")} for its in rows.values() for row in its]
+    everything.sort(key=lambda row: len(json.dumps(row)))
+    while len(everything) < num_steps * size:
+        everything += everything
+    short, long = everything[: num_steps * size], everything[-num_steps * size :]
+    for task, parents in TIMED.items():
+        model.add_task(task, parents)
+    data = {task: Dataset.from_list(short if task == "timed-short" else long) for task in TIMED}
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = dict(
+            output_dir=folder, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
+            eval_strategy="no", num_train_epochs=1, max_steps=-1, gradient_accumulation_steps=1, route_samples=0,
+        )  # fmt: skip
+        trainer = _TimedTrainer(
+            model, HFTTrainingConfig(**{**training, **quiet}), train_dataset=data, processing_class=tokenizer
+        )
+        begin = time.perf_counter()
+        trainer.train()
+        whole = time.perf_counter() - begin
+    model.eval()
+    prompts = prompts_of(data["timed-short"], tokenizer, size) + prompts_of(data["timed-long"], tokenizer, size)
+    model.features_of(prompts[:2])
+    begin = time.perf_counter()
+    model.features_of(prompts)
+    per_prompt = (time.perf_counter() - begin) / max(1, len(prompts))
+    return _fit(trainer.starts, 2 * model.config.rank + model.config.memory_config.slots, per_prompt, whole)
+
+
+def _fit(starts: Sequence[tuple[float, int, str, int]], more_ranks: int, per_prompt: float, whole: float) -> StepTime:
+    """Least squares over steps that another one of the same stage follows; the first step of all warms up."""
+    timed = [
+        (task, tokens, after - before)
+        for (before, stage, task, tokens), (after, next_stage, _, _) in itertools.pairwise(starts[1:])
+        if stage == next_stage
+    ]
+    roots = [(tokens, seconds) for task, tokens, seconds in timed if task != CHILD]
+    design_N2 = torch.tensor([[1.0, tokens] for tokens, _ in roots], dtype=torch.float64)
+    seconds_N1 = torch.tensor([[seconds] for _, seconds in roots], dtype=torch.float64)
+    fixed, per_token = torch.linalg.lstsq(design_N2, seconds_N1, driver="gelsd").solution[:, 0].tolist()
+    if fixed < 0 or per_token <= 0:  # lengths that hardly differ
+        fixed, per_token = 0.0, float(seconds_N1.sum() / design_N2[:, 1].sum())
+    deep = [(tokens, seconds) for task, tokens, seconds in timed if task == CHILD]
+    extra = sum(seconds - fixed for _, seconds in deep) / (per_token * sum(tokens for tokens, _ in deep)) - 1
+    mean = sum(seconds for _, _, seconds in timed) / len(timed)
+    per_stage = max(0.0, whole - mean * len(starts)) / 2
+    return StepTime(fixed, per_token, max(0.0, extra / more_ranks), per_prompt, per_stage)
