@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parent.parent / "examples/benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import summary  # noqa: E402
+import table  # noqa: E402
 from baselines import METHODS, orthogonality  # noqa: E402
 from harness import cell, read_cells, todo  # noqa: E402
 
@@ -53,6 +54,38 @@ def test_headline_figures_come_from_pairs_of_seeds(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     figures = summary.headline()
     assert figures == {"ablation.full_minus_flat": 2.5, "ablation.full_minus_flat_se": 1.5}  # gaps of 1 and 4
+
+
+def test_the_quality_tables_by_hand(tmp_path, monkeypatch):
+    """Two seeds; the better rate of seed 0 counts. One LoRA learns a but not b, whose majority is as high."""
+
+    def line(method, rate, seed, a, b, routed=None):
+        def scores(a, b):
+            its = {"a": {"accuracy": a, "se": 2.0}, "b": {"accuracy": b, "se": 2.0}}
+            return {"ap": (a + b) / 2, "tasks": its, "majority": {"a": 50.0, "b": 60.0}}
+
+        test = scores(a, b) | ({"routed": scores(*routed)} if routed else {})
+        return {"name": "quality-small-family", "setting": f"{method}@{rate}", "seed": seed, "method": method,
+                "learning_rate": rate, "validation": scores(a, b), "test": test, "value": (a + b) / 2,
+                "stored": 2_000_000}  # fmt: skip
+
+    cells = [line("single", 1, 0, 56, 61), line("single", 1, 1, 58, 63), line("single", 2, 0, 50, 50),
+             line("joint", 1, 0, 60, 60), line("joint", 1, 1, 62, 60),
+             line("hft", 2, 0, 64, 66, (64, 64)), line("hft", 2, 1, 66, 66, (66, 66))]  # fmt: skip
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, cells)))
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    assert table.learnable(summary.read("quality-small-family")) == ["a"]
+    shown = table.quality("small", "family")
+    assert "| one LoRA a task | 2 | 59.5 ± 1.0 | 57.0 ± 1.0 |  | 2.0 M |" in shown
+    assert "| HFT, routed | 2 | 65.0 ± 1.0 | 65.0 ± 1.0 |  | 2.0 M |" in shown
+    assert "| b | 60.0 | no | 62.0 ± 1.0 | 60.0 ± 0.0 | 66.0 ± 0.0 | 65.0 ± 1.0 |" in table.quality_tasks(
+        "small", "family"
+    )
+    figures = summary.quality()
+    assert (
+        figures["quality.small.family.hft_minus_joint"] == 5.0 and figures["quality.small.family.learnable_tasks"] == 1
+    )
+    assert figures["quality.small.family.ap_learnable_hft"] == 65.0
 
 
 def test_the_planners_figures_by_hand(tmp_path, monkeypatch):

@@ -183,6 +183,24 @@ def mean_accuracy(tasks: Mapping[str, Mapping[str, float]]) -> float:
     return round(sum(task["accuracy"] for task in tasks.values()) / len(tasks), 3)
 
 
+def reset_peak() -> None:
+    """Lets `peak_bytes` count anew: of a process only where Linux allows it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """The most memory so far: what tensors took on a GPU, else all of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with contextlib.suppress(OSError):
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in status if line.startswith("VmHWM")))
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def machine() -> str:
     """What the numbers were measured on."""
     if torch.cuda.is_available():
@@ -221,13 +239,13 @@ def todo(path: Path, name: str, settings: list[str], seeds: int) -> Iterator[tup
 def cell(path: Path, name: str, setting: str, seed: int) -> Iterator[dict[str, Any]]:
     """Times a block, and appends what it puts into the dict as one line, if it ends without an error."""
     begin = time.time()
+    reset_peak()
     result: dict[str, Any] = {}
     print(f"{name}: {setting}, seed {seed} ...", end=" ", flush=True)
     yield result
     seconds = round(time.time() - begin, 1)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
     line = {"name": name, "setting": setting, "seed": seed, **result, "seconds": seconds,
-            "peak_gib": round(peak, 2), "machine": machine(), "versions": versions()}  # fmt: skip
+            "peak_gib": round(peak_bytes() / 2**30, 2), "machine": machine(), "versions": versions()}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")

@@ -45,7 +45,7 @@ def ablation() -> dict[str, float]:
 
 def quality() -> dict[str, float]:
     """Average performance and forgetting on test rows of each method at its own learning rate, and HFT against others."""
-    from table import LOW_RESOURCE, METHODS, chosen
+    from table import LOW_RESOURCE, METHODS, chosen, learnable, test_scores
 
     figures: dict[str, float] = {}
     for budget, tasks in (("small", "family"), ("small", "cl14"), ("full", "family"), ("full", "cl14")):
@@ -53,16 +53,21 @@ def quality() -> dict[str, float]:
         if not cells:
             continue
         of: dict[str, dict[int, dict]] = {}
+        above = learnable(cells)
+        if above:
+            figures[f"{prefix}.learnable_tasks"] = len(above)
         for method in METHODS:
-            routed = method.endswith("_routed")
             its = chosen(cells, method.removesuffix("_routed"))
             if not its:
                 continue
             of[method] = {cell["seed"]: cell for cell in its}
-            ap = [(cell["test"]["routed"] if routed else cell["test"])["ap"] for cell in its]
-            figures[f"{prefix}.ap_{method}"] = round(statistics.mean(ap), 3)
-            if len(ap) > 1:
-                figures[f"{prefix}.ap_{method}_se"] = round(statistics.stdev(ap) / len(ap) ** 0.5, 3)
+            scores = [test_scores(cell, method) for cell in its]
+            for key, some in (("ap", list(scores[0])), ("ap_learnable", above)):
+                if some:
+                    means = [statistics.mean(one[task] for task in some) for one in scores]
+                    figures[f"{prefix}.{key}_{method}"] = round(statistics.mean(means), 3)
+                    if len(means) > 1:
+                        figures[f"{prefix}.{key}_{method}_se"] = round(statistics.stdev(means) / len(means) ** 0.5, 3)
             if lost := [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]:
                 figures[f"{prefix}.forgetting_{method}"] = round(statistics.mean(lost), 3)
         for other in ("joint", "single"):
@@ -70,6 +75,8 @@ def quality() -> dict[str, float]:
                 seeds = of["hft"].keys() & of[other].keys()
                 gaps = [of["hft"][seed]["test"]["ap"] - of[other][seed]["test"]["ap"] for seed in seeds]
                 figures[f"{prefix}.hft_minus_{other}"] = round(statistics.mean(gaps), 3)
+                if len(gaps) > 1:
+                    figures[f"{prefix}.hft_minus_{other}_se"] = round(statistics.stdev(gaps) / len(gaps) ** 0.5, 3)
         if budget == "small" and "hft" in of and "single" in of:
             low = [
                 of["hft"][seed]["test"]["tasks"][task]["accuracy"]

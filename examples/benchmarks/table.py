@@ -2,6 +2,7 @@
 
 python examples/benchmarks/table.py ablation
 python examples/benchmarks/table.py quality --budget small --tasks family
+python examples/benchmarks/table.py tasks --budget small --tasks family
 """
 
 import argparse
@@ -34,6 +35,7 @@ METHODS = {
     "arrow": "Arrow over one LoRA a task",
     "hft": "HFT, task ids given",
     "hft_routed": "HFT, routed",
+    "hft_planned": "HFT, task ids given, the planner's hierarchy",
 }
 
 
@@ -59,17 +61,58 @@ def ablation() -> str:
 def quality(budget: str, tasks: str) -> str:
     """Methods in rows, each at its own learning rate: average performance on test rows, forgetting, parameters to keep."""
     cells = read(f"quality-{budget}-{tasks}")
-    lines = ["| method | seeds | average (test) | forgetting | stored parameters |", "|---|---|---|---|---|"]
+    above = learnable(cells)
+    few = f"average over {', '.join(above)}" if above else "average over the learnable"
+    lines = [
+        f"| method | seeds | average (test) | {few} | forgetting | stored parameters |",
+        "|---|---|---|---|---|---|",
+    ]
     for method, title in METHODS.items():
-        its = chosen(cells, method.removesuffix("_routed"))
-        if not its:
+        if not (its := chosen(cells, method.removesuffix("_routed"))):
             continue
-        routed = method.endswith("_routed")
-        values = [(cell["test"]["routed"] if routed else cell["test"])["ap"] for cell in its]
+        scores = [test_scores(cell, method) for cell in its]
+        whole = mean_se([statistics.mean(its.values()) for its in scores])
+        part = mean_se([statistics.mean(its[task] for task in above) for its in scores]) if above else ""
         lost = [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]
         forgetting, stored = mean_se(lost) if lost else "", f"{its[0]['stored'] / 1e6:.1f} M"
-        lines.append(f"| {title} | {len(its)} | {mean_se(values)} | {forgetting} | {stored} |")
+        lines.append(f"| {title} | {len(its)} | {whole} | {part} | {forgetting} | {stored} |")
     return "\n".join(lines)
+
+
+def quality_tasks(budget: str, tasks: str) -> str:
+    """Tasks in rows: the commonest answer's share, whether one LoRA learns the task at all, and methods' test scores."""
+    cells = read(f"quality-{budget}-{tasks}")
+    its = {method: found for method in METHODS if (found := chosen(cells, method.removesuffix("_routed")))}
+    above = learnable(cells)
+    lines = ["| task | majority | learnable | " + " | ".join(METHODS[method] for method in its) + " |"]
+    lines.append("|---" * (3 + len(its)) + "|")
+    for task, guess in (its["single"][0]["test"]["majority"] if "single" in its else {}).items():
+        scores = [mean_se([test_scores(cell, method)[task] for cell in found]) for method, found in its.items()]
+        lines.append(f"| {task} | {guess:.1f} | {'yes' if task in above else 'no'} | {' | '.join(scores)} |")
+    return "\n".join(lines)
+
+
+def test_scores(cell: Mapping, method: str) -> dict[str, float]:
+    """A cell's accuracies on test rows, with the router's tasks for `hft_routed`."""
+    scores = cell["test"]["routed"] if method.endswith("_routed") else cell["test"]
+    return {task: its["accuracy"] for task, its in scores["tasks"].items()}
+
+
+def learnable(cells: Mapping[tuple[str, int], dict]) -> list[str]:
+    """The tasks that one LoRA a task lifts above the commonest answer by more than two standard errors, on validation rows.
+
+    The standard error is that of the rows, or over seeds if that is larger.
+    """
+    its = [cell["validation"] for cell in chosen(cells, "single")]
+    above = []
+    for task in its[0]["tasks"] if its else ():
+        scores = [found["tasks"][task]["accuracy"] for found in its]
+        error = statistics.mean(found["tasks"][task]["se"] for found in its) / len(its) ** 0.5
+        if len(its) > 1:
+            error = max(error, statistics.stdev(scores) / len(scores) ** 0.5)
+        if statistics.mean(scores) - its[0]["majority"][task] > 2 * error:
+            above.append(task)
+    return above
 
 
 def chosen(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
@@ -84,11 +127,12 @@ def chosen(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=["ablation", "quality"])
+    parser.add_argument("table", choices=["ablation", "quality", "tasks"])
     parser.add_argument("--budget", default="small")
     parser.add_argument("--tasks", default="family")
     args = parser.parse_args()
-    print(ablation() if args.table == "ablation" else quality(args.budget, args.tasks))
+    tables = {"quality": quality, "tasks": quality_tasks}
+    print(ablation() if args.table == "ablation" else tables[args.table](args.budget, args.tasks))
 
 
 if __name__ == "__main__":
