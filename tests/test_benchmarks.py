@@ -92,16 +92,15 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch):
     """Three children with two parents each; the plan takes the right one, the wrong one, and none."""
     truth = {"a>x": 5, "b>x": 1, "a>y": 4, "b>y": 2, "a>z": 3, "b>z": -1}
     gains = {"a>x": 0.6, "b>x": 0.1, "a>y": 0.2, "b>y": 0.3, "a>z": 0.05, "b>z": 0.0}
-    measures = {
-        "hierarchy": {"x": ["a"], "y": ["b"], "z": []},
-        "gains": {pair: [gain, 0.1] for pair, gain in gains.items()},
-    }
+    measures = {"hierarchy": {"x": ["a"], "y": ["b"], "z": []}, "help": {"calibrated": gains, "gradient": truth}}
     lines = []
     for seed in range(2):
-        lines.append({"setting": "measures", "seed": seed, "value": 2, "measures": {"calibrated": measures}})
+        lines.append({"setting": "measures", "seed": seed, "value": 2, **measures})
         lines += [{"setting": f"alone: {child}", "seed": seed, "value": 50} for child in "xyz"]
         lines += [{"setting": pair, "seed": seed, "value": 50 + gain} for pair, gain in truth.items()]
         lines.append({"setting": "found", "seed": seed, "value": 60 + seed})
+    lines.append({"setting": "estimate", "seed": 0, "value": 0.1, "errors": {"seconds": 0.1, "bytes": -0.02}})
+    lines.append({"setting": "fourteen", "seed": 0, "value": 321.0})
     text = [json.dumps({"name": "planner", **line}) for line in lines]
     text += [json.dumps({"name": "ablation-200", "setting": "full", "seed": seed, "value": 58}) for seed in range(2)]
     (tmp_path / "p.jsonl").write_text("\n".join(text))
@@ -109,6 +108,8 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch):
     figures = summary.planner()
     assert figures["planner.parent_regret_points"] == pytest.approx((0 + 2 + 3) / 3, abs=1e-3)
     assert figures["planner.rank_correlation"] == pytest.approx(1 - 6 * (0 + 1 + 1 + 4 + 4 + 0) / (6 * 35), abs=1e-3)
+    assert figures["planner.rank_correlation_gradient"] == 1.0
+    assert figures["planner.seconds_14_tasks"] == 321.0 and figures["planner.memory_estimate_error"] == -0.02
     assert figures["planner.ap_found_minus_hand"] == 2.5 and figures["planner.ap_found_minus_hand_se"] == 0.5
 
 
@@ -147,3 +148,4 @@ def test_each_method_runs(backbones, tmp_path):
         assert ("forgetting" in line["test"]) == sees_a_sequence
         if line["method"].startswith("hft"):
             assert line["test"]["forgetting"] == 0.0 and list(line["test"]["just_learnt"]) == ["sst2", "yelp"]
+            assert all(before == after for before, after in line["test"]["just_learnt"].values())

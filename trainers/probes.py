@@ -177,7 +177,7 @@ def measure(
                     if task == source or source in candidates[task]:
                         raw[task][source] = read(model, tokenizer, samples[task], name)
             bar.update()
-    return {task: _probe(task, sample, raw[task]) for task, sample in samples.items()}
+    return {task: as_probe(task, sample, raw[task]) for task, sample in samples.items()}
 
 
 def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, task: str | None) -> list[Any]:
@@ -195,7 +195,7 @@ def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sam
     return [float(loss) * count for loss, count in zip(losses, counts, strict=True)]
 
 
-def _probe(task: str, sample: Sample, raw: Mapping[str, list[Any]]) -> TaskProbe:
+def as_probe(task: str, sample: Sample, raw: Mapping[str, list[Any]]) -> TaskProbe:
     """Losses in which the form of answers does not count, and the task's complexity."""
     others = [source for source in raw if source not in (task, BACKBONE)]
     if sample.has_options:

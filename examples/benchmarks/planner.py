@@ -2,23 +2,45 @@
 
     python examples/benchmarks/planner.py --data DIR             # goes on where an earlier run stopped
 
-measures: complexities and gains of all pairs, each kind of loss side by side, and the plan of each.
+measures: complexities and gains of all pairs by several measures side by side, and the planner's hierarchy.
 alone, PARENT>CHILD: the truth: the child's accuracy with 200 rows, without and with a parent that was trained on 200 rows.
 found: the ablation's training on the hierarchy that the planner finds, to compare with its settings full, flat, reversed.
+estimate: what `hft plan` promises for three tasks against what happens, each in a process of its own.
+fourteen: the seconds of a plan of all fourteen tasks.
 """
 
-import statistics
+import json
+import subprocess
+import sys
+import tempfile
+import time
 
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING, TREE
-from harness import NF4, cell, mean_accuracy, parser, prepare, read_cells, read_tasks, sample, score, todo, train_hft
+from harness import (
+    NF4,
+    cell,
+    mean_accuracy,
+    parser,
+    peak_bytes,
+    prepare,
+    read_cells,
+    read_tasks,
+    reset_peak,
+    sample,
+    score,
+    todo,
+    train_hft,
+)
+from planner_measures import measure_all
+from quality import CL14
 from transformers import BitsAndBytesConfig
 
 import hft
-from hft.hierarchy_hft import BACKBONE
-from hft.trainers.calibration import calibrated_losses
-from hft.trainers.evaluation import option_likelihoods, reference
-from hft.trainers.planner import TaskProbe, make_plan
-from hft.trainers.probes import ProbeSettings, pilot, take_sample, untouched
+from hft.trainers import plan_hierarchy
+from hft.trainers.plan_costs import plan_costs
+from hft.trainers.planner import Plan, TaskProbe
+from hft.trainers.probes import ProbeSettings
+from hft.trainers.recipes import Recipe
 
 
 # Related and unrelated, easy and hard, both ways round.
@@ -26,85 +48,100 @@ PAIRS = [
     ("sst2", "yelp"), ("yelp", "amazon"), ("amazon", "yelp"), ("yelp", "sst2"), ("agnews", "yelp"), ("rte", "amazon"),
     ("rte", "cb"), ("mnli", "cb"), ("cb", "rte"), ("sst2", "cb"), ("agnews", "rte"), ("mnli", "agnews"),
 ]  # fmt: skip
-MEASURES = ("calibrated", "options", "tokens")
+CHILDREN = list(dict.fromkeys(child for _, child in PAIRS))
 ROWS = 200
+ESTIMATED = {"sst2": [], "agnews": [], "yelp": ["sst2"]}
 
 
-def losses_of(likelihoods, probe) -> dict[str, list[float]]:
-    """Three losses a row: over the options, calibrated and not, and of the answer's tokens as they are."""
-    options = [row["options"] for row in probe]
-    answers = [row["options"].index(reference(row)) for row in probe]
-    import torch
-
-    over = [torch.tensor(its, dtype=torch.float64).log_softmax(0).tolist() for its in likelihoods]
-    return {
-        "calibrated": calibrated_losses(likelihoods, answers, options),
-        "options": [-its[answer] for its, answer in zip(over, answers, strict=True)],
-        "tokens": [-its[answer] for its, answer in zip(likelihoods, answers, strict=True)],
-    }
+def without_tasks(backbone: str) -> hft.HFTForCausalLM:
+    return hft.HFTForCausalLM.from_backbone(backbone, {}, quantization_config=BitsAndBytesConfig(**NF4))
 
 
-def measures(backbone, tokenizer, rows, seed: int) -> dict:
-    """Each measure's losses of all pairs, as gains with errors, complexities, and the hierarchy that they lead to."""
-    settings = ProbeSettings(max_length=192, seed=seed)
-    model = hft.HFTForCausalLM.from_backbone(backbone, {}, quantization_config=BitsAndBytesConfig(**NF4))
-    samples = {task: take_sample(task, its, tokenizer, settings) for task, its in rows.items()}
-    raw = {task: {} for task in samples}
-    with untouched(model):
-        for task, its in samples.items():
-            raw[task][BACKBONE] = option_likelihoods(model, tokenizer, its.probe, None)
-        for source, its in samples.items():
-            with pilot(model, its.pilot, settings) as name:
-                for task, other in samples.items():
-                    raw[task][source] = option_likelihoods(model, tokenizer, other.probe, name)
-    result = {}
-    for measure in MEASURES:
-        probes = {}
-        for task, its in samples.items():
-            losses = {source: losses_of(likelihoods, its.probe)[measure] for source, likelihoods in raw[task].items()}
-            own, base = losses.pop(task), statistics.fmean(losses[BACKBONE])
-            probes[task] = TaskProbe(
-                statistics.fmean(own) / base, statistics.stdev(own) / len(own) ** 0.5 / base, losses, its.note
-            )
-        plan = make_plan(probes)
-        result[measure] = {
-            "hierarchy": plan.parents,
-            "complexity": {task: round(probe.complexity, 4) for task, probe in probes.items()},
-            "gains": {f"{e.parent}>{e.child}": [round(e.gain, 4), round(e.error, 4)] for e in plan.edges},
-        }
-    return result
+def estimate(command: list[str]) -> dict:
+    """What was promised, what happened, and the relative errors."""
+    promised, real = (
+        json.loads(
+            subprocess.run(
+                [*command, "--child", what], capture_output=True, text=True, check=True
+            ).stdout.splitlines()[-1]
+        )
+        for what in ("promise", "train")
+    )
+    errors = {key: round(promised[key] / real[key] - 1, 4) for key in real}
+    return {"value": errors["seconds"], "errors": errors, "promised": promised, "real": real}
+
+
+def child(what: str, backbone: str, tokenizer, rows: dict[str, list[dict]]) -> None:
+    """Prints seconds and peak bytes of training three tasks, promised or measured; the bytes of libraries are measured."""
+    libraries = peak_bytes()
+    data = {task: sample(rows[task], ROWS, 0) for task in ESTIMATED}
+    if what == "train":
+        reset_peak()
+        begin = time.perf_counter()
+        train_hft(backbone, tokenizer, ESTIMATED, data, 0, TRAINING)
+        print(json.dumps({"seconds": time.perf_counter() - begin, "bytes": peak_bytes()}))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        training = {**TRAINING, "gradient_checkpointing": False, "output_dir": folder}
+        recipe = Recipe(backbone=backbone, hierarchy=ESTIMATED, quantization=NF4, training=training)
+        probes = {task: TaskProbe(1.0, 0.1, {"backbone": [1.0] * 9}) for task in ESTIMATED}
+        begin = time.perf_counter()
+        model = without_tasks(backbone)
+        loading = time.perf_counter() - begin
+        costs = plan_costs(Plan(ESTIMATED, probes, ()), recipe, model, data, tokenizer)
+    seconds = costs.total_seconds() + loading
+    print(json.dumps({"seconds": seconds, "bytes": costs.memory.total + libraries}))
 
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "planner.jsonl")
-    settings = ["measures", *(f"alone: {task}" for task in TREE), *(f"{up}>{down}" for up, down in PAIRS), "found"]
+    pairs = [f"{parent}>{child}" for parent, child in PAIRS]
+    settings = ["measures", *(f"alone: {task}" for task in CHILDREN), *pairs, "found", "estimate", "fourteen"]
     arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
+    arguments.add_argument("--child", choices=["promise", "train"], help="a process of `estimate`")
     args = arguments.parse_args()
     backbone, tokenizer = prepare(args.backbone)
-    rows, validation = read_tasks(args.data, TREE, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
+    needed = TREE if "fourteen" not in args.settings or args.child else CL14
+    rows, validation = read_tasks(args.data, needed, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
+    if args.child is not None:
+        child(args.child, backbone, tokenizer, rows)
+        return
     for setting, seed in todo(args.out, "planner", args.settings.split(","), args.seeds):
-        if setting == "measures":
-            with cell(args.out, "planner", setting, seed) as result:
-                found = measures(backbone, tokenizer, {task: rows[task] for task in TREE}, seed)
-                result.update(value=sum(map(len, found[MEASURES[0]]["hierarchy"].values())), measures=found)
+        if seed and setting in ("estimate", "fourteen"):
             continue
-        if setting == "found":
-            seen = [c for c in read_cells(args.out) if (c["setting"], c["seed"]) == ("measures", seed)]
-            if not seen:
-                print(f"found, seed {seed}: needs the cell `measures` first")
-                continue
-            tree = seen[0]["measures"][MEASURES[0]]["hierarchy"]
-        elif setting.startswith("alone: "):
-            tree = {setting.removeprefix("alone: "): []}
-        else:
-            parent, child = setting.split(">")
-            tree = {parent: [], child: [parent]}
+        tree = tree_of(setting, seed, args.out)
+        if tree is None:
+            print(f"found, seed {seed}: needs the cell `measures` first")
+            continue
         with cell(args.out, "planner", setting, seed) as result:
-            train = {task: sample(rows[task], ROWS, seed) for task in tree}
-            model = train_hft(backbone, tokenizer, tree, train, seed, TRAINING)
-            last = list(tree) if setting == "found" else list(tree)[-1:]
-            tasks = score(model, tokenizer, {task: validation[task] for task in last}, lambda task: task)
-            result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree)
+            settings = ProbeSettings(max_length=TRAINING["max_length"], seed=seed)
+            if setting == "measures":
+                found = measure_all(without_tasks(backbone), tokenizer, {task: rows[task] for task in TREE}, settings)
+                result.update(value=sum(map(len, found["hierarchy"].values())), **found)
+            elif setting == "fourteen":
+                model, data = without_tasks(backbone), {task: rows[task] for task in CL14}
+                begin = time.perf_counter()
+                plan = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, progress=False)
+                result.update(value=round(time.perf_counter() - begin, 1), hierarchy=plan.parents)
+            elif setting == "estimate":
+                result.update(estimate([sys.executable, __file__, "--data", args.data, "--backbone", backbone]))
+            else:
+                train = {task: sample(rows[task], ROWS, seed) for task in tree}
+                model = train_hft(backbone, tokenizer, tree, train, seed, TRAINING)
+                last = list(tree) if setting == "found" else list(tree)[-1:]
+                tasks = score(model, tokenizer, {task: validation[task] for task in last}, lambda task: task)
+                result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree)
+
+
+def tree_of(setting: str, seed: int, out) -> dict[str, list[str]] | None:
+    """What a setting trains; nothing for some; None if it is not known yet."""
+    if setting == "found":
+        seen = [c for c in read_cells(out) if (c["name"], c["setting"], c["seed"]) == ("planner", "measures", seed)]
+        return seen[0]["hierarchy"] if seen else None
+    if setting.startswith("alone: "):
+        return {setting.removeprefix("alone: "): []}
+    parent, is_pair, child = setting.partition(">")
+    return {parent: [], child: [parent]} if is_pair else {}
 
 
 if __name__ == "__main__":

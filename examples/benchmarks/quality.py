@@ -40,9 +40,22 @@ FAMILY = ["yelp", "amazon", "mnli", "cb", "rte", "sst2"]
 UNSEEN = ["copa", "boolq"]  # never trained with `family`: what is left of general ability
 GRID = (1e-3, 2e-3)
 BUDGETS: dict[str, dict[str, Any]] = {
-    "small": {"samples": 200, "eval_rows": 200, "max_input_tokens": 64, "batch": 8, "epochs": 1},
-    "full": {"samples": None, "eval_rows": None, "max_input_tokens": 200, "batch": 16, "epochs": 1},
+    "small": {
+        "samples": 200,
+        "rows": {"validation": 100, "test": 200},
+        "max_input_tokens": 64,
+        "batch": 8,
+        "epochs": 1,
+    },
+    "full": {
+        "samples": None,
+        "rows": {"validation": None, "test": None},
+        "max_input_tokens": 200,
+        "batch": 16,
+        "epochs": 1,
+    },
 }
+FORGETTING_ROWS = 100  # of each task's test rows: scored when the task was learnt, and again in the end
 RANK = 16
 
 
@@ -126,6 +139,11 @@ def general_ability(model: Any, tokenizer: Any, rows: dict[str, list[dict]], tex
     return {"perplexity": round(float(torch.tensor(loss / tokens).exp()), 4), "unseen": unseen}
 
 
+def points_of(right: list[float]) -> float:
+    """The share of right answers, in %."""
+    return round(100 * sum(right) / len(right), 2)
+
+
 def majority(rows: list[dict]) -> float:
     """The share of the commonest answer, in %."""
     answers = [row["completion"] for row in rows]
@@ -146,11 +164,11 @@ class Benchmark:
         def read(task: str, split: str) -> list[dict]:
             rows = read_rows(args.data, task, split, self.tokenizer, self.budget["max_input_tokens"])
             random.Random(0).shuffle(rows)
-            return rows if split == "train" else rows[: self.budget["eval_rows"]]
+            return rows[: self.budget["rows"].get(split)]
 
         self.rows = {split: {t: read(t, split) for t in self.tasks} for split in ("train", "validation", "test")}
         self.unseen = {task: read(task, "validation") for task in UNSEEN if task not in self.tasks}
-        self.texts = [row["prompt"].split("\n", 2)[-1] for row in read("agnews", "validation")[:100]]
+        self.texts = [row["prompt"].split("\n", 2)[-1] for row in read("agnews", "validation")[:50]]
 
     def run(self, method: str, rate: float, seed: int) -> None:
         """One cell, if it is not there yet."""
@@ -163,12 +181,11 @@ class Benchmark:
         with cell(self.out, self.name, setting, seed) as result:
             is_hft = method.startswith("hft")
             result.update(method=method, learning_rate=rate)
-            just_learnt: dict[str, float] = {}
+            just_learnt: dict[str, list[float]] = {}
 
             def after_task(task: str, model_of: Any) -> None:
-                rows = {task: self.rows["test"][task]}
-                its = score(model_of(task), self.tokenizer, rows, lambda task: task if is_hft else None)
-                just_learnt[task] = its[task]["accuracy"]
+                rows = {task: self.rows["test"][task][:FORGETTING_ROWS]}
+                score(model_of(task), self.tokenizer, rows, lambda task: task if is_hft else None, just_learnt)
 
             with_options = {t: sample(self.rows["train"][t], self.budget["samples"], seed, True) for t in self.tasks}
 
@@ -200,9 +217,10 @@ class Benchmark:
                 guess = {task: majority(rows) for task, rows in self.rows[split].items()}
                 result[split] = {"ap": mean_accuracy(scores), "tasks": scores, "majority": guess}
                 if split == "test" and just_learnt:  # without the last task, which nothing came after
-                    lost = [just_learnt[task] - scores[task]["accuracy"] for task in list(just_learnt)[:-1]]
-                    result[split].update(just_learnt=just_learnt, forgetting=round(sum(lost) / len(lost), 3))
-                if is_hft:
+                    points = {t: [points_of(its), points_of(right[t][: len(its)])] for t, its in just_learnt.items()}
+                    lost = [before - after for before, after in list(points.values())[:-1]]
+                    result[split].update(just_learnt=points, forgetting=round(sum(lost) / len(lost), 3))
+                if split == "test" and is_hft:
                     routed = routed_score(outcome.model_of(""), self.tokenizer, self.rows[split], right)
                     result[split].update(routed={"ap": mean_accuracy(routed), "tasks": routed})
             result.update(value=result["validation"]["ap"], trainable=outcome.trainable, stored=outcome.stored)

@@ -114,31 +114,37 @@ def speed() -> dict[str, float]:
 
 
 def planner() -> dict[str, float]:
-    """The planner's gains against measured ones: rank correlation over all pairs, and what the chosen parents cost."""
-    cells, truth, found = read("planner"), {}, {}
+    """The planner's measures of help against measured gains, what its parents cost, and its estimates."""
+    cells = read("planner")
+    truth: dict[tuple[str, str, int], float] = {}
     for (setting, seed), cell in cells.items():
         parent, is_pair, child = setting.partition(">")
         if is_pair and (f"alone: {child}", seed) in cells and ("measures", seed) in cells:
-            gains = cells["measures", seed]["measures"]["calibrated"]["gains"]
             truth[parent, child, seed] = cell["value"] - cells[f"alone: {child}", seed]["value"]
-            found[parent, child, seed] = gains[f"{parent}>{child}"][0]
     figures: dict[str, float] = {}
     if len(truth) >= 10:
         pairs = sorted(truth)
-        ranks = [_ranks([of[pair] for pair in pairs]) for of in (truth, found)]
-        figures["planner.rank_correlation"] = round(statistics.correlation(*ranks), 3)
+        measured = {seed: cells["measures", seed] for *_, seed in pairs}
+        for measure in measured[pairs[0][2]]["help"]:
+            found = [measured[seed]["help"][measure][f"{parent}>{child}"] for parent, child, seed in pairs]
+            ranks = _ranks([truth[pair] for pair in pairs]), _ranks(found)
+            name = "planner.rank_correlation" + ("" if measure == "calibrated" else f"_{measure}")
+            figures[name] = round(statistics.correlation(*ranks), 3)
         regrets = []
         for child, seed in sorted({pair[1:] for pair in pairs}):
-            its = [pair for pair in pairs if pair[1:] == (child, seed)]
-            chosen = max(its, key=found.__getitem__)
-            parents = cells["measures", seed]["measures"]["calibrated"]["hierarchy"][child]
-            got = truth[chosen] if parents else 0.0
-            regrets.append(max(0.0, *(truth[pair] for pair in its)) - got)
+            gains = {parent: truth[parent, child, seed] for parent, *rest in pairs if rest == [child, seed]}
+            its = [parent for parent in measured[seed]["hierarchy"][child] if parent in gains]
+            regrets.append(max(0.0, *gains.values()) - (gains[its[0]] if its else 0.0))
         figures["planner.parent_regret_points"] = round(statistics.mean(regrets), 3)
     both = {("found", seed): cell for (setting, seed), cell in cells.items() if setting == "found"}
     if gap := difference({**both, **read("ablation-200")}, "found", "full"):
         figures["planner.ap_found_minus_hand"] = round(gap[0], 3)
         figures["planner.ap_found_minus_hand_se"] = round(gap[1], 3)
+    if ("fourteen", 0) in cells:
+        figures["planner.seconds_14_tasks"] = cells["fourteen", 0]["value"]
+    if ("estimate", 0) in cells:
+        errors = cells["estimate", 0]["errors"]
+        figures |= {"planner.time_estimate_error": errors["seconds"], "planner.memory_estimate_error": errors["bytes"]}
     return figures
 
 
