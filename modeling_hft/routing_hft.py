@@ -33,12 +33,15 @@ class HFTRouting:
         Returns:
             A decision a row, with names and probabilities.
         """
-        whole = self.config.whole_hierarchy()
+        return self.route_features(self.prompt_features(input_ids, attention_mask))
+
+    def route_features(self, features_ND: torch.Tensor) -> list[HFTRoute]:
+        """As `route`, for N prompts whose features `features_of` or `prompt_features` gave."""
         return [
             dataclasses.replace(route, task=BACKBONE, reason=f"it belongs to {route.task}, which is not loaded")
             if route.task in self.config.left_out
             else route
-            for route in self.hft_router.route(self.prompt_features(input_ids, attention_mask), whole)
+            for route in self.hft_router.route(features_ND, self.config.whole_hierarchy())
         ]
 
     def add_routes(self, task: str, prompts: Sequence[Sequence[int]], batch_size: int = 16) -> None:

@@ -113,6 +113,7 @@ def test_the_router_leaves_other_tasks_prompts_to_the_backbone(whole, model):
             assert theirs.task == "backbone" and theirs.reason == f"it belongs to {ours.task}, which is not loaded"
         else:
             assert theirs == ours
+    assert [route.task for route in part.route_features(part.features_of(x.tolist()))] == [r.task for r in found]
 
 
 def test_a_part_never_wipes_out_the_rest(whole, tmp_path):

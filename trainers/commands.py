@@ -251,35 +251,22 @@ def serve(model: str, rest: Sequence[str]) -> int:
 
 
 def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
-    from datasets import disable_progress_bars
-    from transformers import AutoTokenizer
-
-    import hft
     from hft.hierarchy_hft import BACKBONE
 
     from .evaluation import mean_and_error, score_task
     from .metrics import metric_name
-    from .recipes import read_recipe, test_set
+    from .recipes import test_set
     from .run_record import write_json
 
-    disable_progress_bars()
-    overrides = {"data": args.data, "eval_samples": args.samples, "train_samples": args.samples}
-    recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
-    model = hft.HFTForCausalLM.from_pretrained(
-        args.model, quantization_config=recipe.quantization_config(), device_map="auto"
-    )
-    tasks = args.task or [task for task in model.hierarchy.names if task in recipe.hierarchy]
-    for task in tasks:
-        model.hierarchy.check(task)
-    if not tasks:
-        raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    recipe, model, tokenizer, tasks = _with_recipe(args)
     results = {}
+    for task in args.task or ():
+        model.hierarchy.check(task)
     columns: dict[str, tuple[str, str | None]] = {"backbone": ("backbone", BACKBONE), "hft": ("with its path", "")}
     if model.hft_router.tasks():
         columns["routed"] = ("routed", None)
     print(f"{'task':<16}{'rows':>6}" + "".join(f"{title:>16}" for title, _ in columns.values()))
-    for task in tasks:
+    for task in args.task or tasks:
         data = test_set(recipe, task, args.split, tokenizer)
         cells = {}
         for column, (_title, active) in columns.items():
@@ -317,26 +304,12 @@ def _measure(args: argparse.Namespace, record: Any) -> None:
     """What a report shows beyond a run's own record: contributions, scores on others' paths, the router's choices."""
     from collections import Counter
 
-    from datasets import disable_progress_bars
-    from transformers import AutoTokenizer
-
-    import hft
-
     from .evaluation import routes_of, score_task
     from .interference import contributions, cross_scores
-    from .recipes import read_recipe, test_set
+    from .recipes import test_set
     from .run_record import as_score
 
-    disable_progress_bars()
-    overrides = {"data": args.data, "eval_samples": args.samples}
-    recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
-    model = hft.HFTForCausalLM.from_pretrained(
-        str(args.model), quantization_config=recipe.quantization_config(), device_map="auto"
-    )
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    tasks = [task for task in model.hierarchy.names if task in recipe.hierarchy]
-    if not tasks:
-        raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")
+    recipe, model, tokenizer, tasks = _with_recipe(args)
     sets = {task: test_set(recipe, task, "validation", tokenizer, args.samples) for task in tasks}
     for task, data in sets.items():
         _whole, record.sources[task] = contributions(model, tokenizer, task, data, args.batch_size, True)
@@ -345,6 +318,27 @@ def _measure(args: argparse.Namespace, record: Any) -> None:
             routed = score_task(model, tokenizer, data, None, args.batch_size, f"{task}, routed")
             record.routed[task] = as_score(routed)
     record.cross = cross_scores(model, tokenizer, sets, args.batch_size, True)
+
+
+def _with_recipe(args: argparse.Namespace) -> tuple[Any, Any, Any, list[str]]:
+    """The recipe of the data, the model, its tokenizer, and those of its tasks that the recipe describes."""
+    from datasets import disable_progress_bars
+    from transformers import AutoTokenizer
+
+    import hft
+
+    from .recipes import read_recipe
+
+    disable_progress_bars()
+    overrides = {"data": args.data, "eval_samples": args.samples, "train_samples": args.samples}
+    recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
+    model = hft.HFTForCausalLM.from_pretrained(
+        str(args.model), quantization_config=recipe.quantization_config(), device_map="auto"
+    )
+    tasks = [task for task in model.hierarchy.names if task in recipe.hierarchy]
+    if not tasks:
+        raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")
+    return recipe, model, AutoTokenizer.from_pretrained(args.model, trust_remote_code=False), tasks
 
 
 def generate(args: argparse.Namespace, _: dict[str, Any]) -> None:

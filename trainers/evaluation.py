@@ -144,7 +144,7 @@ def _score_options_on(
 def routes_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
     """Which task, or `"backbone"`, the router finds for the prompt of each row."""
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
-    return [route.task for route in model.hft_router.route(model.features_of(prompts), model.hierarchy)]
+    return [route.task for route in model.route_features(model.features_of(prompts))]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:

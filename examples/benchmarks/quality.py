@@ -110,7 +110,7 @@ def routed_score(
     results = {}
     for task, its in rows.items():
         features = model.features_of([tokenizer(row["prompt"])["input_ids"] for row in its])
-        named = [route.task for route in model.hft_router.route(features, model.hierarchy)]
+        named = [route.task for route in model.route_features(features)]
         right = list(given[task])
         for name in set(named) - {task}:
             places = [i for i, its_name in enumerate(named) if its_name == name]
