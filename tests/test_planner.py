@@ -404,6 +404,23 @@ class TestOddData:
         assert plan.probes["equal"].complexity == 0 and plan.parents["equal"] == []
         assert "all answers are equal" in plan.probes["equal"].note
 
+    def test_another_language(self, fresh, tokenizer):
+        """Words that the tokenizer hardly knows: the task is placed, on measurements, like any other."""
+        words = {"yes": "да", "no": "нет", "a": "один", "b": "два"}
+
+        def foreign(row):
+            prompt = " ".join(words.get(word, word[::-1] + "ж") for word in row["prompt"].split())
+            options = [words.get(option.strip(), option + "ж") for option in row["options"]]
+            return {
+                "prompt": prompt,
+                "completion": options[row["options"].index(row["completion"])],
+                "options": options,
+            }
+
+        plan = self.plan(fresh, tokenizer, same=rows_of("same"), foreign=[foreign(row) for row in rows_of("same")])
+        assert {edge.child for edge in plan.edges} == {"same", "foreign"} and all(edge.reason for edge in plan.edges)
+        assert all(math.isfinite(edge.gain) for edge in plan.edges)
+
     def test_identical_tasks(self, fresh, tokenizer):
         plan = self.plan(fresh, tokenizer, one=rows_of("same"), two=rows_of("same"))
         one, two = plan.probes["one"], plan.probes["two"]
