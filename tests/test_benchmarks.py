@@ -88,6 +88,23 @@ def test_the_quality_tables_by_hand(tmp_path, monkeypatch):
     assert figures["quality.small.family.ap_learnable_hft"] == 65.0
 
 
+def test_the_memorys_table_by_hand(tmp_path, monkeypatch):
+    def score(accuracy, off=None):
+        return {"accuracy": accuracy} | ({"without page 1": {"accuracy": off}} if off is not None else {})
+
+    added = {"a": {"a": [1.0, 2.0], "page:1": [3.0, 0.0]}}
+    cells = [
+        {"setting": "first", "seed": 0, "tasks": {"a": score(80.0, 60.0)}, "added": added},
+        {"setting": "first", "seed": 1, "tasks": {"a": score(82.0, 60.0)}, "added": added},
+        {"setting": "a: without page 1", "seed": 0, "tasks": {"a": score(70.0)}, "added": added},
+    ]
+    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps({"name": "memory", **cell}) for cell in cells))
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    first, other = table.memory().splitlines()[2:]
+    assert first == "| a | first, writing page 1 together | 81.0 ± 1.0 | 60.0 ± 0.0 | 50.0 ± 0.0 % |"
+    assert other == "| a | later, without page 1 | 70.0 |  |  |"
+
+
 def test_the_planners_figures_by_hand(tmp_path, monkeypatch):
     """Three children with two parents each; the plan takes the right one, the wrong one, and none."""
     truth = {"a>x": 5, "b>x": 1, "a>y": 4, "b>y": 2, "a>z": 3, "b>z": -1}

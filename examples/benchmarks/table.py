@@ -3,6 +3,7 @@
 python examples/benchmarks/table.py ablation
 python examples/benchmarks/table.py quality --budget small --tasks family
 python examples/benchmarks/table.py tasks --budget small --tasks family
+python examples/benchmarks/table.py memory
 """
 
 import argparse
@@ -92,6 +93,28 @@ def quality_tasks(budget: str, tasks: str) -> str:
     return "\n".join(lines)
 
 
+def memory() -> str:
+    """Tasks in rows, as they were learnt: the score with and without page 1, and what share of the update it makes up."""
+    cells = read("memory")
+    lines = ["| task | learnt | accuracy | with page 1 off | share of page 1 in the update |", "|---|---|---|---|---|"]
+    for setting in dict.fromkeys(setting for setting, _ in cells):
+        its = [cell for (name, _), cell in sorted(cells.items()) if name == setting]
+        way = "first, writing page 1 together" if setting == "first" else f"later, {setting.split(': ')[1]}"
+        for task in its[0]["tasks"]:
+            scores = [cell["tasks"][task] for cell in its]
+            off = [score["without page 1"]["accuracy"] for score in scores if "without page 1" in score]
+            shares = [100 * share_of_page_1(cell["added"][task]) for cell in its] if off else []
+            shown = [mean_se([score["accuracy"] for score in scores]), mean_se(off) if off else "",
+                     f"{mean_se(shares)} %" if shares else ""]  # fmt: skip
+            lines.append(f"| {task} | {way} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def share_of_page_1(added: Mapping[str, list[float]]) -> float:
+    """Page 1's part of the norms of all that is added, over all layers."""
+    return sum(added["page:1"]) / sum(map(sum, added.values()))
+
+
 def test_scores(cell: Mapping, method: str) -> dict[str, float]:
     """A cell's accuracies on test rows, with the router's tasks for `hft_routed`."""
     scores = cell["test"]["routed"] if method.endswith("_routed") else cell["test"]
@@ -127,12 +150,14 @@ def chosen(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=["ablation", "quality", "tasks"])
+    parser.add_argument("table", choices=["ablation", "memory", "quality", "tasks"])
     parser.add_argument("--budget", default="small")
     parser.add_argument("--tasks", default="family")
     args = parser.parse_args()
-    tables = {"quality": quality, "tasks": quality_tasks}
-    print(ablation() if args.table == "ablation" else tables[args.table](args.budget, args.tasks))
+    if args.table in ("quality", "tasks"):
+        print({"quality": quality, "tasks": quality_tasks}[args.table](args.budget, args.tasks))
+    else:
+        print({"ablation": ablation, "memory": memory}[args.table]())
 
 
 if __name__ == "__main__":
