@@ -148,7 +148,7 @@ def test_each_method_runs(backbones, tmp_path):
                     "input": f"t {i}",
                     "output": ["yes", "no"][i % 2],
                 }
-                for i in range(6)
+                for i in range(40 if split == "test" else 6)  # more than a batch
             ]
             with gzip.open(tmp_path / "data" / task / f"{split}.jsonl.gz", "wt") as file:
                 file.write("\n".join(json.dumps(row) for row in rows))

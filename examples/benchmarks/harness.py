@@ -156,16 +156,20 @@ def score(
     rows: Mapping[str, list[dict]],
     task_of: Callable[[str], str | None],
     right_of: dict[str, list[float]] | None = None,
+    first: int = 0,
 ) -> dict:
     """Accuracy (%) with its standard error and loss (nats an answer) of each task, options by likelihood.
 
     Args:
         task_of: task -> whose path to take; None for the plain model.
         right_of: gets, for each task, whether each row was right.
+        first: so many rows share no batch with the others, and so are scored to the bit as they are alone.
     """
     results = {}
     for task, its_rows in rows.items():
-        right, loss = score_options(model, tokenizer, its_rows, task_of(task))
+        parts = [part for part in (its_rows[:first], its_rows[first:]) if part]
+        scored = [score_options(model, tokenizer, part, task_of(task)) for part in parts]
+        right, loss = ([value for part in found for value in part] for found in zip(*scored, strict=True))
         if right_of is not None:
             right_of[task] = right
         mean = sum(right) / len(right)

@@ -213,7 +213,16 @@ class Benchmark:
                 for task, rows in self.rows[split].items():
                     which = task if is_hft else None
                     model = outcome.model_of(task)
-                    scores.update(score(model, self.tokenizer, {task: rows}, lambda _, which=which: which, right))
+                    scores.update(
+                        score(
+                            model,
+                            self.tokenizer,
+                            {task: rows},
+                            lambda _, which=which: which,
+                            right,
+                            first=FORGETTING_ROWS if split == "test" else 0,
+                        )
+                    )
                 guess = {task: majority(rows) for task, rows in self.rows[split].items()}
                 result[split] = {"ap": mean_accuracy(scores), "tasks": scores, "majority": guess}
                 if split == "test" and just_learnt:  # without the last task, which nothing came after
