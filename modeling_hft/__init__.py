@@ -12,6 +12,7 @@ from .nodes_hft import HFTNodes
 from .refresh_hft import HFTRefresh
 from .router_hft import HFTRoute, HFTRouter
 from .slim_hft import read_gates
+from .trimmed_hft import HFTTrim
 
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ __all__ = [
     "HFTRoute",
     "HFTRouter",
     "HFTRouterConfig",
+    "HFTTrim",
     "Hierarchy",
     "export_lora",
     "read_gates",

@@ -3,9 +3,13 @@
 B batch, T tokens, I/O in and out features, R rank of a whole path: the sum over its nodes and pages; K different tasks.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from .configuration_hft import HFTMemoryConfig
 from .memory_hft import HFTMemory
@@ -52,6 +56,10 @@ class HFTFused:
         """
         if path.task_of_row_B is None:
             (task,) = path.tasks
+            if task.kept is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                pairs, g_R = self._sources(task, x_BTI)
+                factors = [factor for pair in pairs for factor in pair]
+                return self._with_top(_PathProduct.apply(x_BTI, g_R, *factors), x_BTI, task)
             down_RI, up_OR = self.factors(task, x_BTI)
             return self._with_top(F.linear(F.linear(x_BTI, down_RI), up_OR), x_BTI, task)
         # A path a row: each row meets the factors of its own task only. Some decoders flatten rows and tokens into one axis.
@@ -108,14 +116,17 @@ class HFTFused:
         return pair
 
     def _fuse(self, task: HFTTaskPath, like: torch.Tensor) -> Pair:
+        pairs, g_R = self._sources(task, like)
+        down_RI, up_OR = _concatenated(pairs, like)
+        return down_RI, (up_OR * g_R).to(like.dtype)
+
+    def _sources(self, task: HFTTaskPath, like: torch.Tensor) -> tuple[list[Pair], torch.Tensor]:
+        """The factors of all sources, and a gate for each of their columns [R], on the device of `like`."""
         pairs = [self.nodes.pair(node) for node in task.sources.nodes]
         with_pages = self.memory is not None and self.config.read == "linear"
         if with_pages:
             pairs += [self.memory.pair(page) for page in task.sources.pages]
-        down_RI = torch.cat([down for down, _ in pairs]).to(like)
-        up_OR = torch.cat([up for _, up in pairs], dim=1).to(like.device)
-        g_R = task.column_gates(self.nodes.layer, with_pages).to(like.device)
-        return down_RI, (up_OR * g_R).to(like.dtype)
+        return pairs, task.column_gates(self.nodes.layer, with_pages).to(like.device)
 
     def _with_top(self, added_BTO: torch.Tensor, x_BTI: torch.Tensor, task: HFTTaskPath) -> torch.Tensor:
         """Adds what a task reads sparsely from its pages, if that is how they are read."""
@@ -126,3 +137,51 @@ class HFTFused:
             read_BTO = self.memory.read_top(x_BTI, page, self.config.top_k)
             added_BTO = added_BTO + (read_BTO * g).to(added_BTO.dtype)
         return added_BTO
+
+
+def _concatenated(pairs: Sequence[Pair], like: torch.Tensor) -> Pair:
+    """Sources as one pair: down [R, I] in the dtype of `like`, up [O, R] as it is; on its device."""
+    down_RI = torch.cat([down for down, _ in pairs]).to(like)
+    return down_RI, torch.cat([up for _, up in pairs], dim=1).to(like.device)
+
+
+class _PathProduct(torch.autograd.Function):
+    """(x A^T) (g B)^T, the very sums of an evaluation pass, with a backward pass that leaves out what does not train.
+
+    Autograd by itself would compute the gradients of all concatenated factors, those of sealed ancestors and pages among
+    them, which on a long path are most of it, and drop them. A gate needs no factor's gradient: its own is a sum over the
+    rank axis.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTI: torch.Tensor, g_R: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+        """`factors`: down and up of each source, one after another."""
+        pairs = list(zip(factors[::2], factors[1::2], strict=True))
+        down_RI, up_OR = _concatenated(pairs, x_BTI)
+        h_BTR = F.linear(x_BTI, down_RI)
+        ctx.save_for_backward(x_BTI, h_BTR, g_R, down_RI, up_OR.to(x_BTI.dtype))
+        ctx.ranks = [len(down) for down, _ in pairs]
+        ctx.dtypes = [factor.dtype for factor in factors]
+        return F.linear(h_BTR, (up_OR * g_R).to(x_BTI.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_BTO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_BTI, h_BTR, g_R, down_RI, up_OR = ctx.saved_tensors
+        dy_NO = dy_BTO.flatten(0, -2)  # N: all leading axes
+        x_NI, h_NR = (saved.flatten(0, -2).to(dy_NO.dtype) for saved in (x_BTI, h_BTR))
+        ungated_NR = dy_NO @ up_OR.to(dy_NO.dtype)
+        dh_NR = (ungated_NR * g_R).to(dy_NO.dtype)
+        needs_x, needs_gates, *needs = ctx.needs_input_grad
+        dx_BTI = (dh_NR @ down_RI.to(dy_NO.dtype)).to(x_BTI.dtype).view_as(x_BTI) if needs_x else None
+        dg_R = (ungated_NR.to(g_R.dtype) * h_NR).sum(0) if needs_gates else None
+        gradients: list[torch.Tensor | None] = []
+        begin = 0
+        for source, rank in enumerate(ctx.ranks):
+            own = slice(begin, begin + rank)
+            ddown_RI = dh_NR[:, own].T @ x_NI if needs[2 * source] else None
+            dup_OR = (dy_NO.T @ h_NR[:, own]) * g_R[own] if needs[2 * source + 1] else None
+            gradients += [ddown_RI, dup_OR]
+            begin += rank
+        cast = zip(gradients, ctx.dtypes, strict=True)
+        return dx_BTI, dg_R, *(None if gradient is None else gradient.to(dtype) for gradient, dtype in cast)

@@ -19,6 +19,7 @@ from transformers.utils import cached_file
 
 from .files_hft import replacing, write_tensors
 from .nodes_hft import beside, flat
+from .trimmed_hft import balanced
 
 
 # What a LoRA adds at each linear, by its name within the decoder: A [R, I] and B [O, R].
@@ -68,14 +69,9 @@ def shrink_rank(A_RI: torch.Tensor, B_OR: torch.Tensor, rank: int) -> tuple[torc
     """
     if len(A_RI) <= rank:
         return A_RI, B_OR, 0.0
-    left_OR, up_RR = torch.linalg.qr(B_OR.double())
-    right_IR, down_RR = torch.linalg.qr(A_RI.double().T)
-    U_RR, S_R, Vh_RR = torch.linalg.svd(up_RR @ down_RR.T)
-    root_R = S_R[:rank].sqrt()
+    down_RI, up_OR, S_R = balanced(A_RI, B_OR)
     error = float(S_R[rank:].norm() / S_R.norm().clamp(min=1e-30))
-    A = root_R[:, None] * (Vh_RR[:rank] @ right_IR.T)
-    B = (left_OR @ U_RR[:, :rank]) * root_R
-    return A.to(A_RI.dtype), B.to(B_OR.dtype), error
+    return down_RI[:rank].to(A_RI.dtype), up_OR[:, :rank].to(B_OR.dtype), error
 
 
 def cut_path(factors: Factors, max_rank: int | None) -> tuple[Factors, float]:

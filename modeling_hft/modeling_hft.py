@@ -38,6 +38,7 @@ from .router_hft import HFTRoute, HFTRouter
 from .routing_hft import HFTRouting
 from .storage_hft import HFTStorage
 from .tasks_hft import HFTTasks
+from .trimmed_hft import HFTTrimming
 
 
 logger = logging.get_logger(__name__)
@@ -46,7 +47,7 @@ logger = logging.get_logger(__name__)
 Task = str | Sequence[str | None] | torch.Tensor
 
 
-class HFTPreTrainedModel(HFTTasks, HFTFolding, HFTRefreshing, HFTRouting, HFTStorage, PreTrainedModel):
+class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRouting, HFTStorage, PreTrainedModel):
     """What `HFTModel` and `HFTForCausalLM` share: the backbone, the tasks, saving and loading."""
 
     config_class = HFTConfig

@@ -36,8 +36,12 @@ class HFTFactors(nn.Module):
         """Makes room for a pair: [rank, I] and [O, rank]. `reset_parameters` fills it."""
         down_RI = torch.empty(rank, self.in_features, dtype=dtype, device=device)
         up_OR = torch.empty(self.out_features, rank, dtype=dtype, device=device)
-        self.register_parameter(f"{self.DOWN}_{name}", nn.Parameter(down_RI))
-        self.register_parameter(f"{self.UP}_{name}", nn.Parameter(up_OR))
+        self.put(name, nn.Parameter(down_RI), nn.Parameter(up_OR))
+
+    def put(self, name: str, down_RI: nn.Parameter, up_OR: nn.Parameter) -> None:
+        """Lets a name mean this pair."""
+        self.register_parameter(f"{self.DOWN}_{name}", down_RI)
+        self.register_parameter(f"{self.UP}_{name}", up_OR)
 
     def remove(self, name: str) -> None:
         """Lets go of a pair."""

@@ -95,7 +95,7 @@ class HFTRefreshing:
                 f"and {len(checks)}."
             )
         old_entry, old_gates = copy.deepcopy(entry), self.hft_gates.of(task)
-        with _only_gates_train(self):
+        with frozen(self):
             before = self._losses(task, checks, batch_size)
             try:
                 self._read_everything(task)
@@ -209,7 +209,7 @@ class HFTRefreshing:
 
 
 @contextmanager
-def _only_gates_train(model: Any):
+def frozen(model: Any):
     """Evaluation mode, nothing trainable; afterwards as before."""
     training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
     model.eval()

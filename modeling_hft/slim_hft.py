@@ -102,7 +102,8 @@ class HFTSlimFiles:
         """Takes over what the tasks of a slim folder have learnt and which are sealed, into this model of the same tasks.
 
         Args:
-            folder: written by `save_pretrained` of a model with the same tasks.
+            folder: written by `save_pretrained` of a model with the same tasks. Tasks that are sealed there may have been
+                trimmed to other ranks.
             sealed_only: leave open tasks as they are.
 
         Raises:
@@ -112,8 +113,13 @@ class HFTSlimFiles:
         self._check_unfolded()
         saved = HFTConfig.from_pretrained(folder)
 
+        sealed = saved.sealed_tasks()
+
         def shape(config: HFTConfig) -> list[tuple[Any, ...]]:
-            return [(task["name"], task["parents"], task["rank"]) for task in config.tasks]
+            return [
+                (task["name"], task["parents"], *([] if task["name"] in sealed else [task["rank"]]))
+                for task in config.tasks
+            ]
 
         if shape(saved) != shape(self.config):
             raise ValueError(f"'{folder}' holds other tasks ({shape(saved)}) than this model ({shape(self.config)}).")

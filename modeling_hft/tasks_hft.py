@@ -12,6 +12,7 @@ from .gates_hft import HFTGateTable
 from .hierarchy_hft import Hierarchy
 from .nodes_hft import flat
 from .path_hft import HFTSources
+from .trimmed_hft import HFTTrim
 
 
 class HFTTasks:
@@ -167,7 +168,7 @@ class HFTTasks:
         """
         tasks = sorted(tasks, key=self.hierarchy.level)
         self.set_trainable(tasks)  # checks the names before anything changes
-        new = [task for task in tasks if not any(nodes.pair(task)[1].any() for nodes in self.hft_nodes.values())]
+        new = [task for task in tasks if not self._has_learnt(task)]
         without = [task for task in new if self._open_page(task) is None]
         if without and self.config.memory_config.read != "off":
             self._add_page(without)
@@ -176,6 +177,9 @@ class HFTTasks:
             own = self._open_page(task)
             self._begin_as_parents(task, sealed if own is None else [*sealed, own])
         self.set_trainable(tasks)
+
+    def _has_learnt(self, task: str) -> bool:
+        return any(nodes.pair(task)[1].any() for nodes in self.hft_nodes.values())
 
     def _open_page(self, task: str) -> int | None:
         """The page that an open task writes."""
@@ -236,7 +240,7 @@ class HFTTasks:
             if memory is not None and str(page["id"]) not in memory.names():
                 self._make_page(page)
         for task in self.config.tasks:
-            if task["name"] not in nodes.names():
+            if task["name"] not in nodes.names() or len(nodes.pair(task["name"])[0]) != task["rank"]:
                 self._make_node(task)
             if task["name"] not in self.hft_gates.tasks() or (
                 self.hft_gates.of(task["name"]).shape[1] != len(self.sources(task["name"]))
@@ -307,15 +311,29 @@ class HFTTasks:
             self.hft_gates.of(task).requires_grad_(self.config.gating_config.trainable)
 
     @torch.no_grad()
-    def seal(self, tasks: Iterable[str]) -> None:
+    def seal(
+        self,
+        tasks: Iterable[str],
+        rank_tolerance: float | None = None,
+        validation: Mapping[str, Iterable[Mapping[str, Sequence[int]]]] | None = None,
+    ) -> list[HFTTrim]:
         """Ends the learning of these tasks for good: from here on, what they compute does not change any more.
 
         Their nodes and the page that they wrote are rounded to the backbone's dtype, in which they compute; gates stay
         float32.
 
+        Args:
+            tasks: their names.
+            rank_tolerance: cut each node, but no page, to the smallest rank that keeps the task's mean loss within this many
+                nats a token, see `trim`; None: no cuts.
+            validation: task -> tokenised rows that this is judged by.
+
+        Returns:
+            What each cut found out; empty without `rank_tolerance`.
+
         Raises:
             ValueError: if one of them is unknown, or stands on a task that is not sealed, or writes a page together with a
-                task that would stay open.
+                task that would stay open; with `rank_tolerance`, as `trim`. Then nothing has changed.
         """
         self._check_unfolded()
         tasks = sorted(tasks, key=self.hierarchy.level)
@@ -333,6 +351,12 @@ class HFTTasks:
                         f"Task {other!r} still writes the memory page {page['id']} together with {', '.join(tasks)}; "
                         "seal the tasks of a stage together."
                     )
+        trims = []
+        if rank_tolerance is not None:
+            rows = {task: list((validation or {}).get(task, ())) for task in tasks}
+            for task in tasks:
+                self._check_trim(task, rows[task], rank_tolerance)
+            trims = [self.trim(task, rows[task], rank_tolerance) for task in tasks]
         for entry, parameters in [
             *((self.config.task(task), self.task_parameters(task)) for task in tasks),
             *((page, self.page_parameters(page["id"])) for page in pages),
@@ -343,6 +367,7 @@ class HFTTasks:
                 parameter.grad = None
                 if not name.startswith("hft_gates."):
                     parameter.data = parameter.data.to(self.backbone.dtype)
+        return trims
 
 
 def _dtype(entry: Mapping[str, Any]) -> torch.dtype:

@@ -136,6 +136,62 @@ def test_the_summary_is_one_flat_json_object():
     assert figures and all(isinstance(value, int | float) for value in figures.values())
 
 
+def test_speeds_figures_and_table_by_hand(tmp_path, monkeypatch):
+    import table
+
+    lines = [
+        {"setting": "train path 4", "value": 1.2, "ratio": {"hft": 1.2, "hft without memory": 1.1}},
+        {"setting": "train tasks 64", "value": 1.01, "ratio": {"64 tasks": 1.01}},
+        {"setting": "decode", "value": 1.3, "ratio": {"task": 1.3, "folded": 1.25, "routed": 1.31, "merged": 1.0}},
+        {"setting": "load 1 of 64", "value": 0.5, "times": {"one": 1.23456, "all": 2.4}, "bytes_per_task": 9_800_000},
+        {"setting": "instead", "value": 1.4, "ratio": {"train": {"4 active": 1.4, "poly": 2.0}, "decode": {"poly": 3.0}},
+         "does_not_run": {"xlora": "TypeError"}},
+    ]  # fmt: skip
+    text = [json.dumps({"name": "speed", "seed": 0, **line}) for line in lines]
+    (tmp_path / "speed.jsonl").write_text("\n".join(text))
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    assert summary.speed() == {
+        "speed.train_ratio_path4": 1.2,
+        "speed.train_ratio_64_tasks": 1.01,
+        "speed.decode_ratio": 1.3,
+        "speed.decode_ratio_folded": 1.25,
+        "speed.decode_ratio_merged": 1.0,
+        "speed.load_seconds_1_of_64": 1.235,
+        "speed.bytes_per_task": 9_800_000,
+    }
+    assert table.speed().splitlines()[2:] == [
+        "| a training step on a path of 4, over one PEFT LoRA's | 1.20 | hft without memory 1.10 |",
+        "| a training step with 64 tasks, over one with 4 | 1.01 |  |",
+        "| a token on a path of 4 nodes, over the backbone's | 1.30 | folded 1.25, routed 1.31, merged 1.00 |",
+        "| loading one task of 64, over loading all | 0.50 | 1.2 s, 9.8 MB a task |",
+        "| a training step with 4 active PEFT LoRAs, over one's | 1.40 "
+        "| train: poly 2.00, decode: poly 3.00, xlora: does not run |",
+    ]
+
+
+@pytest.mark.slow
+def test_each_speed_is_measured(backbones, tmp_path):
+    """On a tiny backbone, where calls cost more than sums: ratios are near 1, and equal things nearer."""
+    settings = ["train path 1", "train path 8", "train tasks 4", "train tasks 16", "decode", "load 1 of 64", "instead"]
+    out = tmp_path / "speed.jsonl"
+    command = [sys.executable, BENCHMARKS / "speed.py", "--settings", ",".join(settings), "--rounds", "5",
+               "--backbone", backbones["llama"], "--out", out]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    cells = {cell["setting"]: cell for cell in read_cells(out)}
+    assert list(cells) == settings
+    assert 0.5 < cells["train tasks 4"]["value"] < 2 and 0.3 < cells["train tasks 16"]["value"] < 3
+    assert 0.5 < cells["train path 1"]["value"] < 4 and len(cells["train path 1"]["dominated_by"]) == 6
+    decode = cells["decode"]["ratio"]
+    assert 0.5 < decode["merged"] < 2 and decode["folded"] > 0.7 and decode["task"] < 6
+    load = cells["load 1 of 64"]
+    assert load["value"] < 1 and load["files_read"] == ["model.safetensors", "tasks/t1.safetensors"]
+    rank, features = 16, 2 * (2 * 64 + 2 * 48 + 3 * 72)  # two layers: q and o, k and v, the three of the MLP
+    assert 0 < load["bytes_per_task"] - 4 * rank * features < 8192  # a header beside the tiny backbone's float32
+    assert set(cells["instead"]["ratio"]["train"]) == {"4 active", "poly"}
+    assert "scalings" in cells["instead"]["does_not_run"]["xlora, training"]
+
+
 @pytest.mark.slow
 def test_each_method_runs(backbones, tmp_path):
     for task in ("sst2", "yelp", "agnews", "copa", "boolq"):

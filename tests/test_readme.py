@@ -41,6 +41,11 @@ def test_the_ablations_table():
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() in README
 
 
+def test_the_speeds_table():
+    command = [sys.executable, ROOT / "examples/benchmarks/table.py", "speed"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() in README
+
+
 def test_the_routers_numbers():
     for line in (RESULTS / "routing.jsonl").read_text().splitlines():
         cell = json.loads(line)

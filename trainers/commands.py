@@ -32,13 +32,15 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     except OSError as error:
         raise OSError(f"The backbone '{recipe.backbone}' could not be loaded: {error}") from error
     data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
+    goes_by_losses = config.eval_strategy != "no" or config.rank_tolerance is not None
+    checks = {t: load_task(recipe, t, "validation", tokenizer) for t in data} if goes_by_losses else None
     samples = recipe.stage_eval_samples
     tests = {t: test_set(recipe, t, "validation", tokenizer, samples) for t in recipe.hierarchy} if samples else None
     model = hft.HFTForCausalLM.from_backbone(
         recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model
     )
     print(model.hierarchy.draw({task: f"{len(rows)} rows" for task, rows in data.items()}))
-    trainer = HFTTrainer(model, config, train_dataset=data, test_sets=tests, processing_class=tokenizer)
+    trainer = HFTTrainer(model, config, data, checks, test_sets=tests, processing_class=tokenizer)
     output = trainer.train(resume_from_checkpoint=args.resume or config.resume_from_checkpoint)
     trainer.create_model_card()
     print(

@@ -24,6 +24,9 @@ class HFTTrainingConfig(SFTConfig):
         mastery_patience: a task leaves its stage after so many evaluations in a row without a new lowest validation loss.
             None: never. When all tasks of a stage have left, it ends. Both need `eval_dataset` and `eval_strategy="steps"`.
         route_samples: prompts of each task from which the router learns to know it; 0: the router does not learn.
+        rank_tolerance: before a stage is sealed, each task's node is cut to the smallest rank that raises its mean loss on
+            128 rows of `eval_dataset` by no more than this, in nats a token; 0 or more. See `HFTForCausalLM.trim`. None: no
+            cuts.
         num_train_epochs, max_steps: of one stage.
         per_device_train_batch_size: rows of one micro-batch; they always belong to one task, and so do all micro-batches
             of an optimizer step.
@@ -38,6 +41,10 @@ class HFTTrainingConfig(SFTConfig):
     )
     mastery_patience: int | None = field(default=None, metadata={"help": "Evaluations without progress till it does."})
     route_samples: int = field(default=256, metadata={"help": "Prompts a task that the router learns from; 0: none."})
+
+    rank_tolerance: float | None = field(
+        default=None, metadata={"help": "Nats a token by which a sealed node's cut may raise the validation loss."}
+    )
 
     def __post_init__(self):
         if not accelerator.is_available():
@@ -60,6 +67,8 @@ class HFTTrainingConfig(SFTConfig):
             raise ValueError(f"`mastery_patience` is {self.mastery_patience}; it must be 1 or more.")
         if self.gate_shrink < 0:
             raise ValueError(f"`gate_shrink` is {self.gate_shrink}; it must be 0 or more.")
+        if self.rank_tolerance is not None and not self.rank_tolerance >= 0:
+            raise ValueError(f"`rank_tolerance` is {self.rank_tolerance}; it must be 0 nats a token or more.")
         if self.has_mastery() and self.eval_strategy == "no":
             raise ValueError(
                 "`mastery_accuracy` and `mastery_patience` go by evaluations, and `eval_strategy` is 'no'; "

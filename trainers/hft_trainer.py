@@ -26,7 +26,7 @@ from .routes import learn_routes
 from .sharing import HFTSharing
 from .stage_callback import StageCallback
 from .stage_scores import check_sets
-from .task_data import OneTaskCollator, TaskDatasets, check_labels, split_by_task, tag_rows
+from .task_data import OneTaskCollator, TaskDatasets, alone, check_labels, split_by_task, tag_rows
 
 
 logger = logging.get_logger(__name__)
@@ -87,11 +87,13 @@ class HFTTrainer(HFTSharing, SFTTrainer):
         self._test_sets = dict(test_sets or {})
         check_sets(self._test_sets, self._task_names)
         eval_sets = split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset is not None else {}
-        for task in self._train_sets if args.has_mastery() else ():
-            if task not in eval_sets:
-                raise ValueError(
-                    f"`mastery_patience` or `mastery_accuracy` is set, but `eval_dataset` has no rows of the task {task!r}."
-                )
+        for wanted, names in (
+            (args.has_mastery(), "`mastery_patience` or `mastery_accuracy`"),
+            (args.rank_tolerance is not None, "`rank_tolerance`"),
+        ):
+            for task in self._train_sets if wanted else ():
+                if task not in eval_sets:
+                    raise ValueError(f"{names} is set, but `eval_dataset` has no rows of the task {task!r}.")
         with replacing(args.output_dir):  # raises now, not after hours, if the folder cannot be written
             pass
 
@@ -261,10 +263,12 @@ class HFTTrainer(HFTSharing, SFTTrainer):
                 f"{stage}: mastery saved {sum(saved.values())} of {self.state.max_steps} steps {saved or ''}"
             )
         self.model.set_trainable([])
-        self.model.seal(stage.tasks)
+        tolerance = self.args.rank_tolerance
+        rows = {task: alone(self.eval_dataset[task]) for task in stage.tasks} if tolerance is not None else None
+        trims = self.model.seal(stage.tasks, tolerance, rows)
         if self.args.route_samples:
             learn_routes(self.model, stage.tasks, self._train_sets, self.processing_class, self.args.route_samples)
-        self._end_stage_record(stage, output)
+        self._end_stage_record(stage, output, trims)
         self.save_model()
         return output
 

@@ -25,6 +25,7 @@ BUDGET = (
     "gradient_accumulation_steps",
     "learning_rate",
     "gate_learning_rate",
+    "rank_tolerance",
     "lr_scheduler_type",
     "max_length",
     "packing",
@@ -50,7 +51,8 @@ class RunRecord:
         data: task -> how many rows it learnt from, its metric, and the Hub ids of its datasets.
         before: task -> the score of the plain backbone.
         start: task -> the score on its path as its stage began, for tasks with parents.
-        stages: one a stage: {"level", "tasks", "steps", "seconds", "log", "scores": task -> score}, bottom-up.
+        stages: one a stage: {"level", "tasks", "steps", "seconds", "log", "scores": task -> score, "trims": task -> what
+            `HFTTrim` says}, bottom-up.
         routed: task -> {"score", "se", "rows"} when the router chooses; `confusion`: task -> who answered -> rows.
         sources: task -> source -> {"score", "se", "drop", "drop_se", "gate"}: with that source switched off.
         cross: task -> path -> score of the task's rows on another task's path.

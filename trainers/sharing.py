@@ -1,6 +1,8 @@
 """What a training leaves for people: its record, pictures for trackers, the model card, and the push to the Hub."""
 
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import is_matplotlib_available
 
 from hft.storage_hft import check_shareable, upload
+from hft.trimmed_hft import HFTTrim
 
 from .charts import matrix_chart
 from .curriculum import Stage
@@ -42,12 +45,15 @@ class HFTSharing:
         self._scores.start(self.record, stage)
         self._save_record()
 
-    def _end_stage_record(self, stage: Stage, output: TrainOutput) -> None:
+    def _end_stage_record(self, stage: Stage, output: TrainOutput, trims: Sequence[HFTTrim] = ()) -> None:
         """After a stage was sealed, before the folder says so: a kill in between trains the stage again."""
         scores = self._scores.end(stage)
         log = [entry for entry in self.state.log_history if "loss" in entry]
         entry = {"level": stage.level, "tasks": list(stage.tasks), "steps": output.global_step}
         entry |= {"seconds": round(output.metrics["train_runtime"], 1), "log": log, "scores": scores}
+        entry["trims"] = {trim.task: {k: v for k, v in asdict(trim).items() if k != "task"} for trim in trims}
+        if self.is_world_process_zero():
+            print(*trims, sep="\n", end="\n" if trims else "", flush=True)
         self.record.add_stage(entry)
         self._save_record()
         if not scores:

@@ -70,6 +70,18 @@ def tag_rows(dataset: Dataset, task_id: int) -> Dataset:
     return dataset.cast(Features({**layout, "task": Value("int64")}))
 
 
+def alone(rows: Dataset, count: int = 128) -> list[dict[str, list[int]]]:
+    """Up to `count` tokenised rows {"input_ids", "labels"}, evenly spaced; what was packed into one row stands alone."""
+    found = []
+    for row in rows:
+        begin = 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            end = begin + length
+            found.append({name: row[name][begin:end] for name in ("input_ids", "labels")})
+            begin = end
+    return [found[place * len(found) // count] for place in range(count)] if len(found) > count else found
+
+
 def check_labels(task: str, rows: Dataset, ready: Dataset, max_length: int | None, packing: bool) -> None:
     """Sees to it that there is something to learn.
 

@@ -4,63 +4,22 @@
 
 Each value is a ratio of medians over interleaved rounds. `mixed N`: a forward pass of a batch of N rows with N different
 tasks, PEFT's `adapter_names` over ours (above 1: ours is faster). `routed prefill`: generating one token from a prompt with
-the task given, plus routing it, over the former.
+the task given, plus routing it, over the former. `train path N`, `train tasks N`: see speed_train.py; `decode`,
+`load 1 of 64`: speed_serve.py; `instead`: speed_peers.py.
 """
 
 import argparse
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+import speed_peers
+import speed_serve
+import speed_train
 import torch
 from harness import NF4, RESULTS, cell, prepare, todo
 from peft import LoraConfig, get_peft_model
+from timing import LINEARS, RANK, interleaved, prompts, with_nodes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-import hft
-
-
-RANK = 16
-LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-def interleaved(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median seconds of each way, one after another in each round, after one round that does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(rounds + 1):
-        for name, run in ways.items():
-            synchronize()
-            begin = time.perf_counter()
-            run()
-            synchronize()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(its) for name, its in seconds.items()}
-
-
-def synchronize() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-
-
-def with_nodes(backbone: str, num_tasks: int, **options) -> hft.HFTForCausalLM:
-    """A model in NF4 with sealed roots, all of whose nodes speak."""
-    model = hft.HFTForCausalLM.from_backbone(
-        backbone,
-        {f"t{i}": [] for i in range(num_tasks)},
-        rank=RANK,
-        quantization_config=BitsAndBytesConfig(**NF4),
-        **options,
-    )
-    model.seal(model.hierarchy.names)
-    for parameter in model.hft_nodes.parameters():
-        torch.nn.init.normal_(parameter, std=0.01)
-    return model.eval()
-
-
-def prompts(model, rows: int, length: int) -> torch.Tensor:
-    return torch.randint(100, 40000, (rows, length), generator=torch.Generator().manual_seed(0)).to(model.device)
 
 
 @torch.inference_mode()
@@ -114,6 +73,14 @@ def main() -> None:
     settings: dict[str, Callable[[str, int], dict]] = {
         "routed prefill": routed_prefill,
         **{f"mixed {n}": lambda backbone, rounds, n=n: mixed(backbone, n, rounds) for n in (2, 8, 16)},
+        **{f"train path {n}": lambda backbone, rounds, n=n: speed_train.path(backbone, n, rounds) for n in (1, 4, 8)},
+        **{
+            f"train tasks {n}": lambda backbone, rounds, n=n: speed_train.tasks(backbone, n, rounds)
+            for n in (4, 16, 64)
+        },
+        "decode": speed_serve.decode,
+        "load 1 of 64": speed_serve.load,
+        "instead": speed_peers.instead,
     }
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--backbone", help="Hub id or folder; SmolLM2-135M-Instruct by default")

@@ -107,10 +107,23 @@ def routing() -> dict[str, float]:
 
 
 def speed() -> dict[str, float]:
-    """Ratios of times, measured in one process, interleaved."""
+    """Ratios of times, measured in one process, interleaved; seconds and bytes of one task of 64."""
     cells = {setting: cell for (setting, _), cell in read("speed").items()}
-    names = {"routed prefill": "routing.prefill_ratio", "mixed 8": "speed.mixed8_vs_peft"}
-    return {key: cells[setting]["value"] for setting, key in names.items() if setting in cells}
+    names = {
+        "routed prefill": "routing.prefill_ratio",
+        "mixed 8": "speed.mixed8_vs_peft",
+        "train path 4": "speed.train_ratio_path4",
+        "train tasks 64": "speed.train_ratio_64_tasks",
+        "decode": "speed.decode_ratio",
+    }
+    figures = {key: cells[setting]["value"] for setting, key in names.items() if setting in cells}
+    if "decode" in cells:
+        figures["speed.decode_ratio_folded"] = cells["decode"]["ratio"]["folded"]
+        figures["speed.decode_ratio_merged"] = cells["decode"]["ratio"]["merged"]
+    if "load 1 of 64" in cells:
+        figures["speed.load_seconds_1_of_64"] = round(cells["load 1 of 64"]["times"]["one"], 3)
+        figures["speed.bytes_per_task"] = cells["load 1 of 64"]["bytes_per_task"]
+    return figures
 
 
 def planner() -> dict[str, float]:

@@ -4,11 +4,13 @@ python examples/benchmarks/table.py ablation
 python examples/benchmarks/table.py quality --budget small --tasks family
 python examples/benchmarks/table.py tasks --budget small --tasks family
 python examples/benchmarks/table.py memory
+python examples/benchmarks/table.py speed
 """
 
 import argparse
 import statistics
 from collections.abc import Mapping
+from typing import Any
 
 from summary import read
 
@@ -37,6 +39,17 @@ METHODS = {
     "hft": "HFT, task ids given",
     "hft_routed": "HFT, routed",
     "hft_planned": "HFT, task ids given, the planner's hierarchy",
+}
+
+
+SPEED = {
+    **{f"train path {n}": f"a training step on a path of {n}, over one PEFT LoRA's" for n in (1, 4, 8)},
+    **{f"train tasks {n}": f"a training step with {n} tasks, over one with 4" for n in (4, 16, 64)},
+    "decode": "a token on a path of 4 nodes, over the backbone's",
+    "routed prefill": "the first token after 256, routed, over the task given",
+    **{f"mixed {n}": f"{n} rows with {n} tasks: PEFT's `adapter_names` over ours" for n in (2, 8, 16)},
+    "load 1 of 64": "loading one task of 64, over loading all",
+    "instead": "a training step with 4 active PEFT LoRAs, over one's",
 }
 
 
@@ -148,16 +161,42 @@ def chosen(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
     return sorted((cell for cell in its if cell["learning_rate"] == rate), key=lambda cell: cell["seed"])
 
 
+def speed() -> str:
+    """What was timed in rows: the ratio, and what else was measured with it."""
+    cells = {setting: cell for (setting, _), cell in read("speed").items()}
+    lines = ["| what | ratio | with it |", "|---|---|---|"]
+    for setting, title in SPEED.items():
+        if setting in cells:
+            cell = cells[setting]
+            beside = [f"{name} {ratio:.2f}" for name, ratio in _flat(cell.get("ratio", {})) if ratio != cell["value"]]
+            if "bytes_per_task" in cell:
+                beside.append(f"{cell['times']['one']:.1f} s, {cell['bytes_per_task'] / 1e6:.1f} MB a task")
+            beside += [f"{name}: does not run" for name in cell.get("does_not_run", ())]
+            lines.append(f"| {title} | {cell['value']:.2f} | {', '.join(beside)} |")
+    return "\n".join(lines)
+
+
+def _flat(ratios: Mapping[str, Any], within: str = "") -> list[tuple[str, float]]:
+    found = []
+    for name, value in ratios.items():
+        found += _flat(value, f"{within}{name}: ") if isinstance(value, dict) else [(f"{within}{name}", value)]
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", choices=["ablation", "memory", "quality", "tasks"])
+    made = {
+        "ablation": ablation,
+        "memory": memory,
+        "speed": speed,
+        "quality": lambda: quality(args.budget, args.tasks),
+        "tasks": lambda: quality_tasks(args.budget, args.tasks),
+    }
+    parser.add_argument("table", choices=list(made))
     parser.add_argument("--budget", default="small")
     parser.add_argument("--tasks", default="family")
     args = parser.parse_args()
-    if args.table in ("quality", "tasks"):
-        print({"quality": quality, "tasks": quality_tasks}[args.table](args.budget, args.tasks))
-    else:
-        print({"ablation": ablation, "memory": memory}[args.table]())
+    print(made[args.table]())
 
 
 if __name__ == "__main__":

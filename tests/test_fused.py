@@ -1,0 +1,99 @@
+"""The training pass of a path: the same bits as in evaluation, gradients of what trains, and no sums for anything else."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import hft
+from hft.fused_hft import _PathProduct
+
+from .test_model import prompts
+from .tiny import bits, fill
+
+
+def chain(backbones, dtype=torch.float32, **options) -> hft.HFTForCausalLM:
+    """a -> b -> c, ranks 5, 5 and 2, of which a and b are sealed."""
+    made = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": ["a"]}, rank=5, dtype=dtype, **options)
+    made.add_task("c", ["b"], rank=2)
+    for seed, task in enumerate("abc"):
+        made.start_stage([task])
+        fill(made, seed=seed, only_trainable=True)
+        made.seal([task] if task != "c" else [])
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("read", ["linear", "topk"])
+def test_with_gradients_on_a_path_computes_the_same_bits(backbones, dtype, read):
+    model, x = chain(backbones, dtype, memory_config={"read": read, "slots": 3}), prompts(2, 6)
+    for task in "ac":
+        with_gradients = model(x, task=task).logits
+        with torch.no_grad():
+            assert bits(model(x, task=task).logits) == bits(with_gradients)
+        assert with_gradients.requires_grad == (task == "c")
+
+
+@pytest.mark.parametrize("trains", [(2, 3), (0, 5), (), (0, 1, 2, 3, 4, 5)])
+def test_gradients_are_autograds_own_and_nothing_else_is_summed(trains):
+    """`trains`: which of the factors down, up, down, up, ... do; the input and the gates do as well."""
+    ranks, inside, outside, tokens = (3, 2, 4), 7, 9, (2, 5)
+    shapes = [shape for rank in ranks for shape in ((rank, inside), (outside, rank))]
+    factors = [torch.randn(shape, dtype=torch.double, requires_grad=i in trains) for i, shape in enumerate(shapes)]
+    x = torch.randn(*tokens, inside, dtype=torch.double, requires_grad=True)
+    gates = torch.tensor([0.5, 0.0, -2.0], dtype=torch.double, requires_grad=True)  # a closed gate learns, too
+    weight = torch.randn(*tokens, outside, dtype=torch.double)
+
+    def run(product):
+        columns = torch.tensor([i for i, rank in enumerate(ranks) for _ in range(rank)])
+        wanted = [x, gates, *(factors[i] for i in trains)]
+        out = product(x, gates[columns], *factors)
+        with FlopCounterMode(display=False) as counter:
+            found = torch.autograd.grad((out * weight).sum(), wanted)
+        return out.detach(), found, counter.get_total_flops()
+
+    def plain(x, g_R, *factors):
+        return F.linear(F.linear(x, torch.cat(factors[::2])), torch.cat(factors[1::2], 1) * g_R)
+
+    ours, found, flops = run(_PathProduct.apply)
+    theirs, expected, _ = run(plain)
+    assert bits(ours) == bits(theirs)
+    for gradient, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, truth, rtol=1e-10, atol=1e-10)
+    a_column = 2 * 2 * 5  # flops a column of one factor, over a feature
+    through = sum(ranks) * (inside + outside)
+    own = sum(ranks[i // 2] * (outside if i % 2 else inside) for i in trains)
+    assert flops == a_column * (through + own)
+
+
+def test_a_sealed_ancestor_costs_no_gradients_in_the_whole_model(backbones):
+    model, x = chain(backbones, memory_config={"read": "off"}), prompts(2, 6)
+
+    def flops() -> int:
+        loss = model(x, task="c").logits.square().mean()
+        with FlopCounterMode(display=False) as counter:
+            loss.backward()
+        return counter.get_total_flops()
+
+    few = flops()
+    assert {name[-1] for name, p in model.named_parameters() if p.grad is not None} == {"c"}
+    model.requires_grad_(True)
+    model.backbone.requires_grad_(False)
+    features = sum(nodes.in_features + nodes.out_features for nodes in model.hft_nodes.values())
+    assert flops() - few == 2 * 12 * (5 + 5) * features
+
+
+def test_mixed_precision_trains_too(backbones):
+    """Under autocast the product's input is float32 and its output bfloat16."""
+    model, x = chain(backbones), prompts(2, 6)
+    gradients = []
+    for enabled in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = model(x, task="c").logits.float().square().mean()
+        loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys() == set(model.learning_parameters("c"))
+    for name, exact in gradients[0].items():
+        assert gradients[1][name].dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(exact.flatten(), gradients[1][name].flatten(), 0) > 0.9, name
