@@ -5,6 +5,7 @@ its own, and the negative log-likelihoods of its labels are summed: no padding, 
 """
 
 import importlib.util
+import itertools
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def rows_of(batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
     for b, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
         if "position_ids" in batch:
             starts = [*(batch["position_ids"][b] == 0).nonzero().flatten().tolist(), len(ids)]
-            for begin, end in zip(starts, starts[1:], strict=False):
+            for begin, end in itertools.pairwise(starts):
                 found.append((ids[begin:end], labels[begin:end]))
         else:
             mask = batch["attention_mask"][b].bool()

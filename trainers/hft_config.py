@@ -58,6 +58,11 @@ class HFTTrainingConfig(SFTConfig):
             raise ValueError(f"`mastery_accuracy` is {self.mastery_accuracy}; it must be above 0 and at most 1.")
         if self.mastery_patience is not None and self.mastery_patience < 1:
             raise ValueError(f"`mastery_patience` is {self.mastery_patience}; it must be 1 or more.")
+        if self.torch_compile and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`torch_compile` does not go with reentrant checkpointing; leave `use_reentrant` out of "
+                "`gradient_checkpointing_kwargs`."
+            )
         if self.gate_shrink < 0:
             raise ValueError(f"`gate_shrink` is {self.gate_shrink}; it must be 0 or more.")
         if self.has_mastery() and self.eval_strategy == "no":

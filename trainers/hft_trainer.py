@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from hft.files_hft import replacing
 from hft.modeling_hft import HFTForCausalLM
 
 from .checkpoints import RunFolder
+from .compiled import CompiledDecoder
 from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
 from .hft_config import HFTTrainingConfig
@@ -119,6 +121,9 @@ class HFTTrainer(HFTSharing, SFTTrainer):
                 **kwargs,
             )
         self.data_collator = OneTaskCollator(self.data_collator)
+        self._compiled: CompiledDecoder | None = None
+        if args.torch_compile:
+            self._compiled = CompiledDecoder(model, args.torch_compile_backend, args.torch_compile_mode)
         progress = StagePrinter if args.disable_tqdm else StageProgress
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(progress(lambda: self.stage))
@@ -301,7 +306,7 @@ class HFTTrainer(HFTSharing, SFTTrainer):
         inputs = dict(inputs)
         task = self._last_task = self._task_names[int(inputs.pop("task")[0])]
         # TRL's fused loss calls `base_model` directly, past any `forward` of ours, so the path is set around it.
-        with self.accelerator.unwrap_model(model).activate(task):
+        with self._on_path(task):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = (result[0] if return_outputs else result).detach()
         if num_items_in_batch is not None:
@@ -310,6 +315,19 @@ class HFTTrainer(HFTSharing, SFTTrainer):
         if self.model.training:  # in evaluation the Trainer itself logs a loss a task
             self._metrics["train"][f"{task}_loss"].append(loss.item())
         return result
+
+    @contextlib.contextmanager
+    def _on_path(self, task: str) -> Iterator[None]:
+        if self._compiled is None:
+            with self.model.activate(task):
+                yield
+        else:
+            with self.model.activate(task, rank=self._compiled.rank), self._compiled.running():
+                yield
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """As the Trainer's, but accelerate compiles nothing: it would make each task's name part of the graph."""
+        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, with the gates in a group of their own: another learning rate, no decay."""
