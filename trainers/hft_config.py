@@ -70,7 +70,14 @@ class HFTTrainingConfig(SFTConfig):
                 "`mastery_accuracy` and `mastery_patience` go by evaluations, and `eval_strategy` is 'no'; "
                 "set it to 'steps', and `eval_steps`."
             )
+        if self.ddp_find_unused_parameters is None:  # a step holds one task; what its siblings own gets no gradient
+            self.ddp_find_unused_parameters = True
         super().__post_init__()
+        if self.world_size > 1 and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                f"Reentrant checkpointing hides from DDP which parameters a step uses, and there are {self.world_size} "
+                "processes; leave `use_reentrant` out of `gradient_checkpointing_kwargs`."
+            )
 
     def has_mastery(self) -> bool:
         """Whether tasks may leave their stage early."""
