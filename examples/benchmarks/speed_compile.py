@@ -40,7 +40,8 @@ def serve(backbone: str, rounds: int, length: int, cached: int) -> dict:
     rank = model.widest_rank()
     compiled = torch.compile(model, fullgraph=True)
     ids = prompts(model, 1, length)
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=cached + length) if cached else None
+    room = cached + length * (4 * rounds + 8)  # each pass adds to the cache
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=room) if cached else None
     positions = torch.arange(cached, cached + length, device=model.device)[None]
     options = {"past_key_values": cache, "position_ids": positions, "use_cache": cached > 0, "logits_to_keep": 1}
     results, seconds = {}, {}
