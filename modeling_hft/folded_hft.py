@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from .path_hft import HFTPath
+from .fused_hft import padded
+from .path_hft import HFTPath, HFTTaskPath, Pair
 
 
 class HFTFolding:
@@ -19,7 +20,7 @@ class HFTFolding:
     _unmerged: dict[str, torch.Tensor] | None = None  # the backbone's weights as they were; None unless merged
 
     @torch.no_grad()
-    def fold(self, task: str, merge: bool = False) -> None:
+    def fold(self, task: str, merge: bool = False, rank: int | None = None) -> None:
         """From here on `forward` and `generate` serve this task, also without `task=`, and no other; until `unfold`.
 
         The path is computed once: one pair, down [R, I] and up [O, R] with the gates in it, a linear. Passes no longer look
@@ -31,18 +32,18 @@ class HFTFolding:
             merge: add the path to the backbone's weights instead, so that a pass costs what the backbone's costs; logits
                 then differ by the rounding of the weights. The weights as they were are kept in main memory, as many bytes
                 again as the adapted linears have, and `unfold` brings them back bit by bit.
+            rank: fill the pairs with zeros up to this R, so that all tasks that are folded to it look the same to a compiled
+                model: after one `torch.compile(model)`, `unfold()` and `fold(other, rank=same)` switch tasks without
+                compiling again. `model.widest_rank()` fits all. Logits may then differ in their last bits.
 
         Raises:
             ValueError: an unknown task, a model that is folded already, or one that cannot be merged: quantised, offloaded,
-                or with a memory that is read sparsely.
+                or with a memory that is read sparsely; or a `rank` below the path's.
         """
         self.hierarchy.check(task)
         self._check_unfolded()
         with torch.inference_mode(False):
-            path = HFTPath((self._task_path(task, kept={}),))
-            pairs = {}
-            for name, fused in self._fused.items():
-                pairs[name] = fused.factors(path.tasks[0], self._like(name))
+            path, pairs = self._ready_path(task, rank)
             if merge:
                 self._check_mergeable(task)
                 self._unmerged = {}
@@ -60,6 +61,27 @@ class HFTFolding:
         for name, weight_OI in (self._unmerged or {}).items():
             self.base_model.get_submodule(name).weight.copy_(weight_OI)
         self._folded, self._folded_path, self._unmerged = None, None, None
+
+    def widest_rank(self) -> int:
+        """The R that holds each task's path, also once the stages that are still open have written their pages."""
+        sealed = self.config.sealed_tasks()
+        num_open = sum(any(task not in sealed for task in level) for level in self.hierarchy.levels())
+        pages = sum(page["slots"] for page in self.config.pages) + self.config.memory_config.slots * num_open
+        paths = (sum(self.config.task(node)["rank"] for node in self.sources(t).nodes) for t in self.hierarchy.names)
+        return max(paths, default=0) + pages
+
+    def _ready_path(self, task: str, rank: int | None) -> tuple[HFTPath, dict[str, Pair]]:
+        """A path whose linears find their pairs made, of rank R or filled up to `rank`; and these pairs.
+
+        A compiled pass sees them as inputs: neither a task's name nor its own rank is part of the graph.
+        """
+        path: HFTTaskPath = self._task_path(task, kept={})
+        if rank is not None:
+            self._check_fits(task, len(path.source_of_column_R), rank)
+        pairs = {name: fused.factors(path, self._like(name)) for name, fused in self._fused.items()}
+        if rank is not None:
+            path.kept.update((name, padded(pair, rank)) for name, pair in pairs.items())
+        return HFTPath((path,)), path.kept
 
     def _like(self, name: str) -> torch.Tensor:
         """A tensor of the dtype and on the device in which a linear computes."""
@@ -84,6 +106,18 @@ class HFTFolding:
     def _check_unmerged(self) -> None:
         if self._unmerged is not None:
             raise ValueError(f"Task {self._folded!r} is merged into the backbone's weights; call unfold() first.")
+
+    def _check_fits(self, task: str, path_rank: int, rank: int) -> None:
+        if self.config.memory_config.read == "topk" and self.sources(task).pages:
+            raise ValueError(
+                f"Task {task!r} reads its memory sparsely (`topk`), which no pair of a given rank can stand for; leave "
+                "`rank` out, and compile anew for each task."
+            )
+        if rank < path_rank:
+            raise ValueError(
+                f"`rank` is {rank}, but the path of task {task!r} has rank {path_rank}; model.widest_rank() holds every "
+                "task's."
+            )
 
     def _check_mergeable(self, task: str) -> None:
         if self.config.memory_config.read == "topk" and self.sources(task).pages:

@@ -93,8 +93,7 @@ class HFTFused:
         ):
             return self._stack[1]
         rank = max(len(down_RI) for down_RI, _ in pairs)
-        downs = [F.pad(down_RI, (0, 0, 0, rank - len(down_RI))) for down_RI, _ in pairs]
-        ups = [F.pad(up_OR, (0, rank - up_OR.shape[1])) for _, up_OR in pairs]
+        downs, ups = zip(*(padded(pair, rank) for pair in pairs), strict=True)
         stack = (
             torch.stack([*downs, torch.zeros_like(downs[0])]),
             torch.stack([*ups, torch.zeros_like(ups[0])]),
@@ -111,6 +110,8 @@ class HFTFused:
         if task.kept is None:
             return self._fuse(task, like)
         pair = task.kept.get(self.name)
+        if pair is not None and torch.compiler.is_compiling():
+            return pair[0].to(like), pair[1].to(like)  # to make it again, a graph would have to know the task
         if pair is None or pair[0].dtype != like.dtype or pair[0].device != like.device:
             pair = task.kept[self.name] = self._fuse(task, like)
         return pair
@@ -137,6 +138,12 @@ class HFTFused:
             read_BTO = self.memory.read_top(x_BTI, page, self.config.top_k)
             added_BTO = added_BTO + (read_BTO * g).to(added_BTO.dtype)
         return added_BTO
+
+
+def padded(pair: Pair, rank: int) -> Pair:
+    """Factors [R, I] and [O, R] with zeros up to a larger rank: they compute the same."""
+    down_RI, up_OR = pair
+    return F.pad(down_RI, (0, 0, 0, rank - len(down_RI))), F.pad(up_OR, (0, rank - up_OR.shape[1]))
 
 
 def _concatenated(pairs: Sequence[Pair], like: torch.Tensor) -> Pair:

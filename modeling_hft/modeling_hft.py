@@ -99,7 +99,9 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
             fused = self._fused[name] = HFTFused(name, nodes, memory, self.config.memory_config)
             self._hooks.append(self.base_model.get_submodule(name).register_forward_hook(fused.on_linear))
 
-    def activate(self, task: Task | None, num_rows: int | None = None) -> AbstractContextManager[None]:
+    def activate(
+        self, task: Task | None, num_rows: int | None = None, rank: int | None = None
+    ) -> AbstractContextManager[None]:
         """Within the block, passes that name no task of their own take this one.
 
         `forward` and `generate` take `task=` themselves; this is for code that calls parts of the model.
@@ -107,10 +109,14 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         Args:
             task: a name, a name a row, or ids [B]; `"backbone"` for the plain backbone, None to change nothing.
             num_rows: B, to check a list against.
+            rank: of one name only: make all linears' factors now, filled with zeros up to this R, so that a decoder compiled
+                inside meets the same graph for every task (see `fold`). Parameters must not change within the block.
 
         Raises:
-            ValueError: an unknown name, or as many names as there are not rows.
+            ValueError: an unknown name, or as many names as there are not rows; or a rank that is too small.
         """
+        if rank is not None and isinstance(task, str) and self._rows(task, num_rows) != [None]:
+            return on_path(self._ready_path(task, rank)[0])
         return nullcontext() if task is None else on_path(self._path(task, num_rows))
 
     def _one_pass(self, task: Task | None, num_rows: int | None) -> AbstractContextManager[None]:

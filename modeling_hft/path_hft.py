@@ -111,7 +111,8 @@ def on_path(path: HFTPath | None) -> Iterator[None]:
 def keep_path(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     """A checkpoint function whose recompute takes the path that the forward pass took.
 
-    The recompute runs during `backward`, when another path may be active, or none; and in a thread of its own on CUDA.
+    The recompute runs during `backward`, when another path may be active, or none; and in a thread of its own on CUDA. In a
+    compiled pass there is nothing to do: its recompute is part of the graph.
 
     Args:
         checkpoint: as `torch.utils.checkpoint.checkpoint`: called with a function and that function's arguments.
@@ -119,6 +120,8 @@ def keep_path(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(checkpoint)
     def checkpoint_on_path(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return checkpoint(function, *args, **kwargs)
         path = _state.path
 
         def recomputable(*inputs: Any, **options: Any) -> Any:

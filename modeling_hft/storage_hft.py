@@ -297,13 +297,15 @@ class HFTStorage(HFTSlimFiles):
     def _write_config_and_code(self, folder: os.PathLike, slim: bool) -> None:
         config = copy.deepcopy(self.config)
         config.slim = slim
-        config.architectures = [type(self).__name__]
+        # FSDP makes a class of its own of a model's, whose code is not ours.
+        own_class = next(made for made in type(self).__mro__ if "_auto_class" in vars(made))
+        config.architectures = [own_class.__name__]
         config.auto_map = dict(AUTO_MAP)
         config.dtype = str(self.backbone.dtype).removeprefix("torch.")
         config.text_config._name_or_path = ""  # it would be a folder of this machine
         if slim:
             vars(config).pop("quantization_config", None)  # the reader chooses how to hold the backbone
-        custom_object_save(self, folder)
+        custom_object_save(own_class, folder)
         config.save_pretrained(folder)
         if self.can_generate():
             self.generation_config.save_pretrained(folder)

@@ -130,6 +130,74 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch):
     assert figures["planner.ap_found_minus_hand"] == 2.5 and figures["planner.ap_found_minus_hand_se"] == 0.5
 
 
+def test_the_gpus_figures_by_hand(tmp_path, monkeypatch):
+    """A try on a CPU, which has no peak, gives no figure."""
+    cells = {
+        "8b hft": (3000, 12.5),
+        "8b trl": (2500, 11.0),
+        "1b hft": (9000, 4.0),
+        "tiny hft": (1, 1),
+        "135m hft": (5, None),
+    }
+    lines = [
+        {
+            "name": "gpu",
+            "setting": setting,
+            "seed": 0,
+            "value": value,
+            **({"peak_allocated_gib": peak} if peak else {}),
+        }
+        for setting, (value, peak) in cells.items()
+    ]
+    lines.append({"name": "compile", "setting": "decode", "seed": 0, "value": 1.5})
+    (tmp_path / "g.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    assert summary.headline() == {
+        "speed.compiled_decode": 1.5,
+        "gpu.peak_gib_8b": 12.5,
+        "gpu.peak_gib_8b_trl": 11.0,
+        "gpu.tokens_per_second_vs_trl_8b": 1.2,
+        "gpu.peak_gib_1b": 4.0,
+    }
+
+
+@pytest.mark.parametrize("method", ["hft", "trl"])
+def test_the_gpu_script_on_a_tiny_shape(tmp_path, monkeypatch, method):
+    """The whole of a cell's process, but on the CPU: the backbone is in NF4 and most of it is no 16-bit weight."""
+    import gpu
+    from random_backbones import config_of, random_backbone
+
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(False)
+    backbone = random_backbone(config_of("tiny", "sdpa"), torch.device("cpu"))
+    kinds = {type(module).__name__ for module in backbone.base_model.modules()}
+    assert "Linear4bit" in kinds and "Linear" not in kinds
+    assert not [name for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()) if tensor.is_meta]
+    result = gpu.measure(method, "tiny", 32, 6)
+    assert result["steps"] == 6 and result["value"] > 0 and 4 < result["loss"] < 9  # a uniform guess: 6.2
+    assert "peak_allocated_gib" not in result or torch.cuda.is_available()
+
+
+def test_the_gpu_script_goes_on_after_a_cell_that_failed(tmp_path, monkeypatch, capsys):
+    import gpu
+
+    whole_run = subprocess.run
+
+    def run(command, **options):
+        if "--one" not in command:  # what tells the machine's name
+            return whole_run(command, **options)
+        if "tiny hft" in command:
+            raise subprocess.CalledProcessError(9, command)
+        Path(command[command.index("--out") + 1]).write_text(json.dumps({"value": 3.0, "loss": 1.0}))
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--shapes", "tiny", "--out", str(tmp_path / "gpu.jsonl")])
+    gpu.main()
+    shown = capsys.readouterr().out
+    assert "tiny hft: failed with code 9; its output is above. Going on." in shown
+    assert [cell["setting"] for cell in read_cells(tmp_path / "gpu.jsonl")] == ["tiny trl"]
+
+
 def test_the_summary_is_one_flat_json_object():
     done = subprocess.run([sys.executable, BENCHMARKS / "summary.py", "--json"], capture_output=True, text=True)
     figures = json.loads(done.stdout)

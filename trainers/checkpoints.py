@@ -20,10 +20,12 @@ class RunFolder:
 
     Args:
         path: the folder, or one checkpoint in it.
+        writes: whether this process is the one that writes there, and may clean up.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, writes: bool = True):
         self.path = path
+        self.writes = writes
 
     def begin(self) -> None:
         """From here on the folder describes a new run; a resume must never pick up another one's checkpoints.
@@ -41,7 +43,7 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Removes what a kill left of a save that never came to its end."""
-        for pattern in (".writing-*", f"stage-*/{PREFIX_CHECKPOINT_DIR}-*/.writing-*"):
+        for pattern in () if not self.writes else (".writing-*", f"stage-*/{PREFIX_CHECKPOINT_DIR}-*/.writing-*"):
             for unfinished in self.path.glob(pattern):
                 shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -18,9 +18,11 @@ from hft.files_hft import replacing
 from hft.modeling_hft import HFTForCausalLM
 
 from .checkpoints import RunFolder
+from .compiled import CompiledDecoder
 from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
 from .hft_config import HFTTrainingConfig
+from .processes import HFTProcesses
 from .progress import StagePrinter, StageProgress
 from .routes import learn_routes
 from .sharing import HFTSharing
@@ -32,7 +34,7 @@ from .task_data import OneTaskCollator, TaskDatasets, alone, check_labels, split
 logger = logging.get_logger(__name__)
 
 
-class HFTTrainer(HFTSharing, SFTTrainer):
+class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
     """Trains the open tasks of an HFT model level by level and seals each level.
 
     Unlike `SFTTrainer`, it takes a dataset a task; `train` runs one training a stage, with a fresh optimizer and schedule,
@@ -94,8 +96,9 @@ class HFTTrainer(HFTSharing, SFTTrainer):
             for task in self._train_sets if wanted else ():
                 if task not in eval_sets:
                     raise ValueError(f"{names} is set, but `eval_dataset` has no rows of the task {task!r}.")
-        with replacing(args.output_dir):  # raises now, not after hours, if the folder cannot be written
-            pass
+        if args.should_save:
+            with replacing(args.output_dir):  # raises now, not after hours, if the folder cannot be written
+                pass
 
         self.stage: Stage | None = None
         self.mastery = Mastery([])  # of the stage
@@ -121,10 +124,13 @@ class HFTTrainer(HFTSharing, SFTTrainer):
                 **kwargs,
             )
         self.data_collator = OneTaskCollator(self.data_collator)
+        self._compiled: CompiledDecoder | None = None
+        if args.torch_compile:
+            self._compiled = CompiledDecoder(model, args.torch_compile_backend, args.torch_compile_mode)
         progress = StagePrinter if args.disable_tqdm else StageProgress
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(progress(lambda: self.stage))
-        self.add_callback(StageCallback(self._shrink_gates, lambda: self.mastery))
+        self.add_callback(StageCallback(self._shrink_gates, lambda: self.mastery, lambda: self._sampler))
 
     def _open_sets(self, model: PreTrainedModel, sets: dict[str, Dataset]) -> dict[str, Dataset]:
         """The data of the tasks that are still to learn, in the model's order."""
@@ -184,7 +190,8 @@ class HFTTrainer(HFTSharing, SFTTrainer):
         block = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         rows = {task: len(self._prepared[task]) for task in self.stage.tasks}
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return BlockSampler(rows, block, seed)
+        self._sampler = BlockSampler(rows, block, seed)
+        return self._sampler
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
         """As SFTTrainer's; `eval_dataset` takes the forms that the trainer takes."""
@@ -207,12 +214,15 @@ class HFTTrainer(HFTSharing, SFTTrainer):
             ValueError: a folder to resume from that holds no run, or a folder that holds another run's checkpoints.
         """
         if resume_from_checkpoint:
-            folder = RunFolder(self._root if resume_from_checkpoint is True else Path(resume_from_checkpoint))
+            folder = RunFolder(
+                self._root if resume_from_checkpoint is True else Path(resume_from_checkpoint), self.args.should_save
+            )
             checkpoint = folder.restore(self.model, is_own=folder.path == self._root)
         else:
             checkpoint = None
-            RunFolder(self._root).begin()
+            RunFolder(self._root, self.args.should_save).begin()
             self.save_model(_internal_call=True)
+        self.accelerator.wait_for_everyone()  # all have read the folder before anyone trains and writes
         config = self.model.config
         if missing := [task for task in config.open_tasks() if task not in self._prepared]:
             raise ValueError(
@@ -279,6 +289,7 @@ class HFTTrainer(HFTSharing, SFTTrainer):
             # The step passes without computing, so that order, schedule and resuming stay what they are.
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
+        self._average_gradients()
         if len(self._checked) == len(self.stage.tasks):
             return loss  # reading the id would make a GPU wait
         task = self._task_names[int(inputs["task"][0])]
@@ -305,15 +316,27 @@ class HFTTrainer(HFTSharing, SFTTrainer):
         inputs = dict(inputs)
         task = self._last_task = self._task_names[int(inputs.pop("task")[0])]
         # TRL's fused loss calls `base_model` directly, past any `forward` of ours, so the path is set around it.
-        with self.accelerator.unwrap_model(model).activate(task):
+        with self._on_path(task):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = (result[0] if return_outputs else result).detach()
-        if num_items_in_batch is not None:
-            num_labels = (inputs["labels"][..., 1:] != -100).sum()
-            loss = loss * num_items_in_batch / num_labels.clamp(min=1)
         if self.model.training:  # in evaluation the Trainer itself logs a loss a task
-            self._metrics["train"][f"{task}_loss"].append(loss.item())
+            loss = (result[0] if return_outputs else result).detach()
+            num_labels = (inputs["labels"][..., 1:] != -100).sum()
+            if num_items_in_batch is not None:  # of the whole step; and DDP's mean is made up for
+                loss = loss * num_items_in_batch / self.accelerator.num_processes
+            else:
+                loss = loss * num_labels
+            total, count = self._summed(loss, num_labels)
+            self._metrics["train"][f"{task}_loss"].append(total / max(count, 1))
         return result
+
+    @contextlib.contextmanager
+    def _on_path(self, task: str) -> Iterator[None]:
+        if self._compiled is None:
+            with self.model.activate(task):
+                yield
+        else:
+            with self.model.activate(task, rank=self._compiled.rank), self._compiled.running():
+                yield
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, with the gates in a group of their own: another learning rate, no decay."""

@@ -13,7 +13,11 @@ from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from hft.configuration_hft import HFTConfig
+from hft.hierarchy_hft import Hierarchy
 from hft.modeling_hft import HFTForCausalLM
+
+from .hft_config import HFTTrainingConfig
+from .recipes import Recipe
 
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
@@ -113,6 +117,49 @@ def estimate_memory(
         activations=kept,
         logits=_loss_bytes(scored, text_config, on_accelerator),
     )
+
+
+def estimate_recipe(
+    recipe: Recipe,
+    text_config: PreTrainedConfig,
+    length: int | None = None,
+    num_scored: int | None = None,
+    on_accelerator: bool = True,
+) -> MemoryEstimate:
+    """The largest of the estimates of a recipe's stages, with 32-bit optimizer states.
+
+    Args:
+        recipe: as `read_recipe` gives it.
+        text_config: of its backbone.
+        length: of the longest row, in tokens; the recipe's `max_length` by default.
+        num_scored, on_accelerator: see `estimate_memory`; on a GPU TRL scores the answers only, which may be all.
+    """
+    tree = Hierarchy(recipe.hierarchy)
+    training = HFTTrainingConfig(**{**recipe.training, "bf16": False, "use_cpu": True})
+    memory = {"slots": 8, "read": "linear", **recipe.model.get("memory_config", {})}
+    rank, slots = recipe.model.get("rank", 16), 0 if memory["read"] == "off" else memory["slots"]
+    batch_size, length = training.per_device_train_batch_size, length or training.max_length or 1024
+    estimates, num_sealed = [], 0
+    for level, tasks in enumerate(tree.levels(), start=1):
+        estimates.append(
+            estimate_memory(
+                text_config,
+                rank=rank,
+                path_rank=rank * max(len(tree.path(task)) for task in tasks) + slots * level,
+                num_training=len(tasks),
+                num_sealed=num_sealed,
+                slots=slots,
+                batch_size=batch_size,
+                length=length,
+                num_scored=num_scored,
+                on_accelerator=on_accelerator,
+                load_in_4bit=recipe.quantization.get("load_in_4bit", False),
+                double_quant=recipe.quantization.get("bnb_4bit_use_double_quant", False),
+                gradient_checkpointing=training.gradient_checkpointing,
+            )
+        )
+        num_sealed += len(tasks)
+    return max(estimates, key=lambda estimate: estimate.total)
 
 
 def _loss_bytes(scored: int, text_config: PreTrainedConfig, on_accelerator: bool) -> int:

@@ -1,5 +1,6 @@
 """What training a plan will cost, a task and in all: steps, time, bytes on disk, the peak of memory."""
 
+import dataclasses
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation import Row
 from .hft_config import HFTTrainingConfig
-from .memory_estimate import MemoryEstimate, estimate_memory, node_bytes
+from .memory_estimate import MemoryEstimate, estimate_recipe, node_bytes
 from .planner import Plan
 from .recipes import Recipe
 from .task_data import tokenize_rows
@@ -98,25 +99,18 @@ def plan_costs(
     }
     batch = training.per_device_train_batch_size
     on_accelerator = torch.accelerator.is_available()
-    memory = estimate_memory(
+    longest = max(map(max, lengths.values()))
+    memory = estimate_recipe(
+        dataclasses.replace(recipe, hierarchy=plan.parents, model={**recipe.model, "rank": rank}),
         model.config.text_config,
-        rank=rank,
-        path_rank=rank + slots + max(more.values()),
-        num_training=max(map(len, hierarchy.levels())),
-        num_sealed=len(hierarchy) - len(hierarchy.levels()[-1]),
-        slots=slots,
-        batch_size=batch,
-        length=max(map(max, lengths.values())),
-        num_scored=batch * longest_answer if on_accelerator else None,
-        on_accelerator=on_accelerator,
-        load_in_4bit=bool(recipe.quantization.get("load_in_4bit")),
-        double_quant=bool(recipe.quantization.get("bnb_4bit_use_double_quant")),
-        gradient_checkpointing=training.gradient_checkpointing,
+        longest,
+        batch * longest_answer if on_accelerator else None,
+        on_accelerator,
     )
     num_pages = len(hierarchy.levels()) if slots else 0
     stage_seconds = timing.per_stage * len(hierarchy.levels())
     sizes = node_bytes(model, rank), node_bytes(model, slots)
-    return PlanCosts(steps, seconds, stage_seconds, *sizes, num_pages, max(map(max, lengths.values())), memory)
+    return PlanCosts(steps, seconds, stage_seconds, *sizes, num_pages, longest, memory)
 
 
 def _lengths(

@@ -1,4 +1,4 @@
-"""What happens between the optimizer steps of a stage: gates shrink, and mastered tasks leave."""
+"""What happens between the optimizer steps of a stage: gates shrink, mastered tasks leave, and an epoch's order begins."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from .curriculum import Mastery
+from .curriculum import BlockSampler, Mastery
 
 
 logger = logging.get_logger(__name__)
@@ -18,11 +18,20 @@ class StageCallback(TrainerCallback):
     Args:
         shrink: called after each optimizer step.
         mastery: gives the stage's rules.
+        sampler: gives the one that orders the stage's rows.
     """
 
-    def __init__(self, shrink: Callable[[], None], mastery: Callable[[], Mastery]):
+    def __init__(
+        self, shrink: Callable[[], None], mastery: Callable[[], Mastery], sampler: Callable[[], BlockSampler]
+    ):
         self.shrink = shrink
         self.mastery = mastery
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # In several processes, the epoch of a resumed run does not reach the sampler through accelerate's wrappers.
+        sampler = self.sampler()
+        sampler.set_epoch(state.global_step * sampler.block_size // len(sampler))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.gate_shrink:

@@ -166,9 +166,32 @@ def _ranks(values: list[float]) -> list[float]:
     return [sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values]
 
 
+def compiled() -> dict[str, float]:
+    """Eager time over compiled time, for a token decoded and a step trained."""
+    cells = {setting: cell for (setting, _), cell in read("compile").items()}
+    return {
+        f"speed.compiled_{setting}": cells[setting]["value"] for setting in ("decode", "train") if setting in cells
+    }
+
+
+def gpu() -> dict[str, float]:
+    """Peak memory and speed on one GPU, beside plain TRL and PEFT on the same shape; only cells that had a GPU."""
+    cells = {setting: cell for (setting, _), cell in read("gpu").items() if "peak_allocated_gib" in cell}
+    figures: dict[str, float] = {}
+    for shape in ("8b", "1b", "135m"):
+        if f"{shape} hft" in cells:
+            figures[f"gpu.peak_gib_{shape}"] = cells[f"{shape} hft"]["peak_allocated_gib"]
+        if f"{shape} trl" in cells:
+            figures[f"gpu.peak_gib_{shape}_trl"] = cells[f"{shape} trl"]["peak_allocated_gib"]
+        if f"{shape} hft" in cells and f"{shape} trl" in cells:
+            ratio = cells[f"{shape} hft"]["value"] / cells[f"{shape} trl"]["value"]
+            figures[f"gpu.tokens_per_second_vs_trl_{shape}"] = round(ratio, 3)
+    return figures
+
+
 def headline() -> dict[str, float]:
     """All figures of which there are results."""
-    return {**ablation(), **quality(), **routing(), **speed(), **planner()}
+    return {**ablation(), **quality(), **routing(), **speed(), **compiled(), **gpu(), **planner()}
 
 
 def main() -> None:

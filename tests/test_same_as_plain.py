@@ -1,0 +1,252 @@
+"""Every way to train faster or in less memory computes what plain passes compute: loss and gradients, row by row.
+
+The real trainer takes real steps. At each, the rows are taken out of its batch again, each is passed through the backbone on
+its own, and the negative log-likelihoods of its labels are summed: no padding, packing, checkpointing or chunked head.
+"""
+
+import importlib.util
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from transformers import BitsAndBytesConfig
+
+import hft
+from hft.trainers import HFTTrainer, HFTTrainingConfig
+
+from .naive import naive_logits
+from .test_model import prompts
+from .tiny import VOCABULARY, fill, grow
+
+
+NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16,
+                         bnb_4bit_use_double_quant=True)  # fmt: skip
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.03, "nf4": 0.03}  # of a gradient's norm
+
+
+def rows_of(batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The token ids and labels of each row [T_i], whether a batch is padded, packed or padding-free."""
+    found = []
+    for b, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"], strict=True)):
+        if "position_ids" in batch:
+            starts = [*(batch["position_ids"][b] == 0).nonzero().flatten().tolist(), len(ids)]
+            for begin, end in itertools.pairwise(starts):
+                found.append((ids[begin:end], labels[begin:end]))
+        else:
+            mask = batch["attention_mask"][b].bool()
+            found.append((ids[mask], labels[mask]))
+    return found
+
+
+def plain_step(model, task: str, batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Mean loss over the labels, and its gradient by parameter."""
+    own = {name: p for name, p in model.learning_parameters(task).items() if p.requires_grad}
+    total, count = torch.zeros(()), 0
+    model.eval()  # layers are checkpointed in training only
+    with model.activate(task):
+        for ids, labels in rows_of(batch):
+            logits = model.backbone(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
+            total = total + F.cross_entropy(logits, labels[1:], ignore_index=-100, reduction="sum")
+            count += int((labels[1:] != -100).sum())
+    model.train()
+    loss = total / count
+    return loss.detach(), dict(zip(own, torch.autograd.grad(loss, list(own.values())), strict=True))
+
+
+class Watching(HFTTrainer):
+    """Compares each step with plain passes, before the optimizer moves anything."""
+
+    tolerance: float
+    seen: list[str]
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        task = self._task_names[int(inputs["task"][0])]
+        fill_silent(self.model, task)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        expected, gradients = plain_step(self.model, task, inputs)
+        torch.testing.assert_close(loss, expected, rtol=self.tolerance, atol=0)
+        for name, parameter in self.model.learning_parameters(task).items():
+            error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
+            assert error < self.tolerance, f"{name}: {error}"
+        self.seen.append(task)
+        return loss
+
+
+def fill_silent(model, task: str) -> None:
+    """A node that is silent gives its down projection no gradient, whatever is wrong."""
+    with torch.no_grad():
+        for parameter in model.learning_parameters(task).values():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+
+
+def train(backbone, tokenizer, folder, how: str, texts=None, **options) -> Watching:
+    torch.manual_seed(0)
+    quantized = {"quantization_config": NF4} if how == "nf4" else {}
+    model = hft.HFTForCausalLM.from_backbone(
+        backbone, {"a": [], "b": ["a"]}, rank=3, memory_config={"slots": 2},
+        dtype=torch.float32 if how == "float32" else torch.bfloat16, **quantized,
+    )  # fmt: skip
+    data = texts or {
+        task: Dataset.from_list(
+            [{"prompt": f"{task}{i}" + " so" * (i % 4), "completion": f" then {i}" * (1 + i % 2)} for i in range(9)]
+        )
+        for task in "ab"
+    }
+    options = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "bf16": False, "save_strategy": "no",
+               "disable_tqdm": True, "gradient_checkpointing": False, "learning_rate": 1e-2, "report_to": "none",
+               **options}  # fmt: skip
+    trainer = Watching(
+        model, HFTTrainingConfig(str(folder), **options), train_dataset=data, processing_class=tokenizer
+    )
+    trainer.tolerance, trainer.seen = TOLERANCE[how], []
+    trainer.train()
+    return trainer
+
+
+WAYS = {
+    "padded": {},
+    "checkpointed": {"gradient_checkpointing": True},
+    "checkpointed, reentrant": {
+        "gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}
+    },
+    "packed": {"packing": True, "max_length": 64},
+    "padding-free": {"padding_free": True, "max_length": None},
+    "packed and checkpointed": {"packing": True, "max_length": 64, "gradient_checkpointing": True},
+}  # fmt: skip
+
+
+@pytest.fixture
+def quantizable(monkeypatch):
+    """bitsandbytes' kernels fill their own memory, and are not all deterministic."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("how", ["float32", "bfloat16", "nf4"])
+@pytest.mark.parametrize("way", WAYS)
+def test_loss_and_gradients_are_those_of_plain_passes(backbones, tokenizer, tmp_path, quantizable, way, how):
+    trainer = train(backbones["llama"], tokenizer, tmp_path, how, **WAYS[way])
+    assert set(trainer.seen) == {"a", "b"}
+    if "packing" in WAYS[way]:
+        assert len(trainer.seen) < 2 * 3  # several rows went into one
+
+
+@pytest.mark.parametrize("scored", ["all positions", "labelled positions"])
+def test_the_chunked_head_computes_the_plain_loss(backbones, tokenizer, tmp_path, monkeypatch, scored):
+    """TRL scores all positions on a CPU, and only those with a label on a GPU."""
+    import trl.trainer.utils
+
+    monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda device: scored == "labelled positions")
+    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 100)  # of 261 words: a remainder
+    assert train(backbones["llama"], tokenizer, tmp_path, "float32").seen
+
+
+def test_sequences_of_2048_tokens(backbones, tokenizer, tmp_path):
+    texts = {
+        task: Dataset.from_list([{"text": f"{task} {i} " * n} for i, n in enumerate((480, 200, 90, 40))])
+        for task in "ab"
+    }
+    options = {"packing": True, "max_length": 2048, "gradient_checkpointing": True, "per_device_train_batch_size": 1}
+    trainer = train(backbones["llama"], tokenizer, tmp_path, "float32", texts, **options, max_steps=2)
+    assert trainer.seen == ["a", "a", "b", "b"]
+    assert max(len(row["input_ids"]) for row in trainer._prepared["a"]) > 1900
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is None, reason="flash-attn is not installed")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="flash-attention needs a GPU")
+def test_flash_attention_computes_the_plain_loss(backbones, tokenizer, tmp_path):
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": []}, dtype=torch.bfloat16, attn_implementation="flash_attention_2", device_map="cuda"
+    )
+    grow(model)
+    x = prompts(2, 9).cuda()
+    flash = model(x, task="a").logits
+    model.backbone.set_attn_implementation("eager")
+    torch.testing.assert_close(flash, model(x, task="a").logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_are_isolated_with_either_attention(backbones, tokenizer, tmp_path, attention):
+    parts = [prompts(1, length, seed=length) for length in (5, 1, 8)]
+    positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, attn_implementation=attention)
+    grow(model)
+    with torch.no_grad():
+        packed = model(torch.cat(parts, 1), position_ids=positions, task="a", use_cache=False).logits[0]
+        expected = torch.cat([model(part, task="a", use_cache=False).logits[0] for part in parts])
+    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_paged_8_bit_optimizer_reaches_the_trainer(backbones, tokenizer, tmp_path):
+    trainer = train(backbones["llama"], tokenizer, tmp_path, "float32", optim="paged_adamw_8bit")
+    optimizer = trainer.optimizer.optimizer
+    assert type(optimizer).__name__ == "AdamW" and optimizer.is_paged and optimizer.args.optim_bits == 8
+
+
+# ---- invariant 4: each fast path against the naive loop ----
+
+
+@pytest.fixture
+def naive_model(backbones):
+    """Two open tasks on sealed ones, in float64, where equal means equal."""
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": [], "e": [], "b": ["a"], "d": ["a", "e"]}, rank=3, memory_config={"slots": 2}
+    )
+    model.start_stage(["a", "e"])
+    model.set_trainable(["a", "e"])
+    fill(model)
+    model.seal(["a", "e"])
+    model.start_stage(["b", "d"])
+    model.double()
+    fill(model)
+    return model
+
+
+def gradients_of(model, logits, weight):
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad((logits * weight).sum(), list(own.values()), allow_unused=True)
+    return dict(zip(own, found, strict=True))
+
+
+@pytest.mark.parametrize("way", ["checkpointed", "checkpointed, mixed", "packed", "packed and checkpointed"])
+def test_4_training_paths_are_the_naive_loop(naive_model, way):
+    model = naive_model
+    rows = ["d", "b", "a"] if "mixed" in way else ["d"] * 3
+    x, kwargs = prompts(3, 5), {"use_cache": False}
+    if "packed" in way:
+        lengths = (4, 1, 6)
+        x, rows = prompts(1, sum(lengths)), ["d"]
+        kwargs["position_ids"] = torch.cat([torch.arange(length) for length in lengths])[None]
+    weight = torch.randn(*x.shape, VOCABULARY, dtype=torch.float64)
+    naive = naive_logits(model, x, rows, **kwargs)
+    expected = gradients_of(model, naive, weight)
+    model.train()
+    if "checkpointed" in way:
+        model.activation_checkpointing_enable()
+    logits = model(x, task=rows, **kwargs).logits
+    torch.testing.assert_close(logits, naive, rtol=1e-9, atol=1e-9)
+    actual = gradients_of(model, logits, weight)
+    for name, gradient in expected.items():
+        assert (gradient is None) == (actual[name] is None), name
+        if gradient is not None:
+            assert gradient.abs().max() > 0
+            torch.testing.assert_close(actual[name], gradient, rtol=1e-7, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("way", ["kept", "kept, mixed", "kept, each its own", "folded", "merged"])
+def test_4_serving_paths_are_the_naive_loop(naive_model, way):
+    model, x = naive_model, prompts(3, 5)
+    model.seal(["b", "d"])
+    model.eval()
+    rows = {"kept, mixed": ["d", None, "b"], "kept, each its own": ["d", "b", "a"]}.get(way, ["d"] * 3)
+    with torch.no_grad():
+        naive = naive_logits(model, x, rows)
+        if way.startswith("kept"):
+            model(x, task=rows)  # makes what the next pass finds
+        else:
+            model.fold("d", merge=way == "merged")
+        tolerance = 1e-6 if way == "merged" else 1e-9  # merged in float32
+        torch.testing.assert_close(model(x, task=rows).logits, naive, rtol=tolerance, atol=tolerance)

@@ -1,0 +1,76 @@
+"""Training in several processes: what they agree on, and who writes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin, reduce
+
+
+class HFTProcesses:
+    """The part of `HFTTrainer` that knows of other processes, and of what accelerate would do to the model.
+
+    All processes take the same task in the same step, since a block of `BlockSampler` is what an optimizer step takes in all
+    of them. What other tasks of the stage own gets no gradient in that step, and DDP must look for it
+    (`ddp_find_unused_parameters`); a parameter that no process used keeps no gradient, so the optimizer leaves it alone.
+
+    Under FSDP only the backbone is sharded. Nodes, gates and pages are small, change with each stage, and differ in dtype;
+    each process holds them whole, and their gradients are averaged here, before they are clipped.
+    """
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """As the Trainer's, but accelerate compiles nothing: it would make each task's name part of the graph."""
+        return {**super()._build_accelerator_args(**kwargs), "dynamo_plugin": TorchDynamoPlugin(backend="no")}
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; under FSDP, what HFT owns stays out of it."""
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            plugin = self.accelerator.state.fsdp_plugin
+            check_fsdp(plugin)
+            model = self.model
+            plugin.ignored_modules = [model.hft_nodes, model.hft_memory, model.hft_gates]
+
+    @contextmanager
+    def _nothing_is_sharded(self) -> Iterator[None]:
+        """What a run saves and resumes from is not: under FSDP, too, the main process alone writes it, as without."""
+        is_fsdp_enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = is_fsdp_enabled
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with self._nothing_is_sharded():
+            super().save_model(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
+        with self._nothing_is_sharded():
+            super()._save_optimizer_and_scheduler(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
+        with self._nothing_is_sharded():
+            super()._load_optimizer_and_scheduler(*args, **kwargs)
+
+    def _summed(self, *numbers: torch.Tensor) -> list[float]:
+        """Each number, summed over all processes."""
+        return self.accelerator.reduce(torch.stack([n.detach().float() for n in numbers]), "sum").tolist()
+
+    def _average_gradients(self) -> None:
+        """Once an optimizer step: what DDP does for parameters that FSDP left whole."""
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+            for parameter in self.model.parameters():
+                if parameter.requires_grad and parameter.grad is not None:
+                    parameter.grad = reduce(parameter.grad, "mean")
+
+
+def check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Raises ValueError for ways of FSDP in which HFT's own parameters would come out wrong."""
+    if plugin.fsdp_version != 2:
+        raise ValueError("HFT trains under FSDP version 2 only; set `fsdp_version: 2` in accelerate's configuration.")
+    if plugin.cpu_ram_efficient_loading:
+        raise ValueError(
+            "`fsdp_cpu_ram_efficient_loading` loads weights in one process only, and HFT's own are not sent on to the "
+            "others; set it to false in accelerate's configuration."
+        )
