@@ -37,24 +37,21 @@ class HFTMemoryConfig(PreTrainedConfig):
     """The task-agnostic memory: pages of key-value slots beside linears, one page a stage.
 
     Args:
-        read: how the pages are read. `"linear"`: a page adds V K x, so that a task's path stays one plain LoRA. `"topk"`:
-            each token reads its best-matching slots only. `"off"`: there is no memory.
+        read: `"linear"`: a page adds V K x, so that a task's path stays one plain LoRA. `"off"`: there is no memory.
         slots: S, the slots of a new page at each linear; 1 or more.
-        top_k: how many slots a token reads with `"topk"`; 1 to `slots`.
         target_modules: the linears that carry slots, among those that carry nodes: `"all-linear"` or a list of last names.
         init: a task's gate on its own stage's page at the start.
         root_init: a root's gates on pages that were there before it, at the start. A child's start at its parents' values.
 
     Raises:
-        ValueError: a number of slots below 1, or a `top_k` that is not within 1 to `slots`.
+        ValueError: a number of slots below 1.
     """
 
     model_type = "hft_memory"
     base_config_key = "memory_config"
 
-    read: Literal["off", "linear", "topk"] = "linear"
+    read: Literal["off", "linear"] = "linear"
     slots: int = 8
-    top_k: int = 2
     target_modules: str | list[str] = "all-linear"
     init: float = 1.0
     root_init: float = 1.0
@@ -62,8 +59,6 @@ class HFTMemoryConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.slots < 1:
             raise ValueError(f"`slots` is {self.slots}; a page needs 1 or more.")
-        if not 1 <= self.top_k <= self.slots:
-            raise ValueError(f"`top_k` is {self.top_k}; with {self.slots} slots it must be 1 to {self.slots}.")
         super().__post_init__(**kwargs)
 
 

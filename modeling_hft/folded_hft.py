@@ -37,8 +37,8 @@ class HFTFolding:
                 compiling again. `model.widest_rank()` fits all. Logits may then differ in their last bits.
 
         Raises:
-            ValueError: an unknown task, a model that is folded already, or one that cannot be merged: quantised, offloaded,
-                or with a memory that is read sparsely; or a `rank` below the path's.
+            ValueError: an unknown task, a model that is folded already, or one that cannot be merged: quantised or offloaded;
+                or a `rank` below the path's.
         """
         self.hierarchy.check(task)
         self._check_unfolded()
@@ -108,11 +108,6 @@ class HFTFolding:
             raise ValueError(f"Task {self._folded!r} is merged into the backbone's weights; call unfold() first.")
 
     def _check_fits(self, task: str, path_rank: int, rank: int) -> None:
-        if self.config.memory_config.read == "topk" and self.sources(task).pages:
-            raise ValueError(
-                f"Task {task!r} reads its memory sparsely (`topk`), which no pair of a given rank can stand for; leave "
-                "`rank` out, and compile anew for each task."
-            )
         if rank < path_rank:
             raise ValueError(
                 f"`rank` is {rank}, but the path of task {task!r} has rank {path_rank}; model.widest_rank() holds every "
@@ -120,11 +115,6 @@ class HFTFolding:
             )
 
     def _check_mergeable(self, task: str) -> None:
-        if self.config.memory_config.read == "topk" and self.sources(task).pages:
-            raise ValueError(
-                f"Task {task!r} reads its memory sparsely (`topk`), which no one matrix can stand for; fold it without "
-                "merge=True."
-            )
         for name in self._fused:
             linear = self.base_model.get_submodule(name)
             if type(linear).forward is not nn.Linear.forward or linear.weight.device.type == "meta":

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from .configuration_hft import HFTMemoryConfig
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTNodes
 from .path_hft import HFTPath, HFTTaskPath, Pair, active_path
@@ -27,14 +26,12 @@ class HFTFused:
         name: the linear's name within the decoder.
         nodes: the nodes beside the linear.
         memory: the pages beside it; None if this linear carries none.
-        config: how pages are read.
     """
 
-    def __init__(self, name: str, nodes: HFTNodes, memory: HFTMemory | None, config: HFTMemoryConfig):
+    def __init__(self, name: str, nodes: HFTNodes, memory: HFTMemory | None):
         self.name = name
         self.nodes = nodes
         self.memory = memory
-        self.config = config
         self._stack: tuple[list[Pair], Pair] | None = None  # of a mixed batch: what it was made of, and the result
 
     def on_linear(self, linear: nn.Module, args: tuple[torch.Tensor, ...], y_BTO: torch.Tensor) -> torch.Tensor | None:
@@ -59,9 +56,9 @@ class HFTFused:
             if task.kept is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 pairs, g_R = self._sources(task, x_BTI)
                 factors = [factor for pair in pairs for factor in pair]
-                return self._with_top(_PathProduct.apply(x_BTI, g_R, *factors), x_BTI, task)
+                return _PathProduct.apply(x_BTI, g_R, *factors)
             down_RI, up_OR = self.factors(task, x_BTI)
-            return self._with_top(F.linear(F.linear(x_BTI, down_RI), up_OR), x_BTI, task)
+            return F.linear(F.linear(x_BTI, down_RI), up_OR)
         # A path a row: each row meets the factors of its own task only. Some decoders flatten rows and tokens into one axis.
         rows_BTI = x_BTI.reshape(len(path.task_of_row_B), -1, x_BTI.shape[-1])
         down_BRI, up_BOR = self._stacked([self.factors(task, x_BTI) for task in path.tasks])
@@ -71,10 +68,6 @@ class HFTFused:
             rows_B = path.task_of_row_B.to(x_BTI.device)
             down_BRI, up_BOR = down_BRI[rows_B], up_BOR[rows_B]
         added_BTO = (rows_BTI @ down_BRI.mT) @ up_BOR.mT
-        if self.memory is not None and self.config.read == "topk":
-            for k, task in enumerate(path.tasks):
-                is_its_B11 = (path.task_of_row_B.to(x_BTI.device) == k)[:, None, None]
-                added_BTO = torch.where(is_its_B11, self._with_top(added_BTO, rows_BTI, task), added_BTO)
         return added_BTO.reshape(*x_BTI.shape[:-1], -1)
 
     def _stacked(self, pairs: list[Pair]) -> Pair:
@@ -124,20 +117,9 @@ class HFTFused:
     def _sources(self, task: HFTTaskPath, like: torch.Tensor) -> tuple[list[Pair], torch.Tensor]:
         """The factors of all sources, and a gate for each of their columns [R], on the device of `like`."""
         pairs = [self.nodes.pair(node) for node in task.sources.nodes]
-        with_pages = self.memory is not None and self.config.read == "linear"
-        if with_pages:
+        if self.memory is not None:
             pairs += [self.memory.pair(page) for page in task.sources.pages]
-        return pairs, task.column_gates(self.nodes.layer, with_pages).to(like.device)
-
-    def _with_top(self, added_BTO: torch.Tensor, x_BTI: torch.Tensor, task: HFTTaskPath) -> torch.Tensor:
-        """Adds what a task reads sparsely from its pages, if that is how they are read."""
-        if self.memory is None or self.config.read != "topk":
-            return added_BTO
-        gates_P = task.page_gates(self.nodes.layer).to(x_BTI.device)
-        for page, g in zip(task.sources.pages, gates_P.unbind(), strict=True):
-            read_BTO = self.memory.read_top(x_BTI, page, self.config.top_k)
-            added_BTO = added_BTO + (read_BTO * g).to(added_BTO.dtype)
-        return added_BTO
+        return pairs, task.column_gates(self.nodes.layer, self.memory is not None).to(like.device)
 
 
 def padded(pair: Pair, rank: int) -> Pair:

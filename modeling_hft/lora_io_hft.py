@@ -35,14 +35,10 @@ def path_factors(model: PreTrainedModel, task: str) -> Factors:
     Nodes and pages whose gates are 0 at all layers are left out.
 
     Raises:
-        ValueError: an unknown task, or a memory that is read sparsely, which no LoRA can express.
+        ValueError: an unknown task.
     """
     model.hierarchy.check(task)
     sources, gates_LN = model.sources(task), model.hft_gates.of(task).detach()
-    if model.config.memory_config.read == "topk" and sources.pages:
-        raise ValueError(
-            f"Task {task!r} reads its memory pages sparsely (`read` is 'topk'), and a LoRA is linear; it cannot be exported."
-        )
     used = gates_LN.any(0).tolist()
     factors = {}
     for name in model._layer_of:
@@ -119,7 +115,7 @@ def export_lora(
         `rank`, `path_rank`, and `svd_error`: the largest relative error at any linear.
 
     Raises:
-        ValueError: an unknown task, a sparse memory, a rank below 1 or above what servers take.
+        ValueError: an unknown task, a rank below 1 or above what servers take.
         ImportError: without peft.
     """
     from peft import LoraConfig

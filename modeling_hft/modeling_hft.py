@@ -96,7 +96,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         self._fused = {}
         for name in self._layer_of:
             nodes, memory = self.hft_nodes[flat(name)], beside(self.hft_memory, name)
-            fused = self._fused[name] = HFTFused(name, nodes, memory, self.config.memory_config)
+            fused = self._fused[name] = HFTFused(name, nodes, memory)
             self._hooks.append(self.base_model.get_submodule(name).register_forward_hook(fused.on_linear))
 
     def activate(

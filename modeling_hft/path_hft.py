@@ -62,10 +62,6 @@ class HFTTaskPath:
         columns = self.source_of_column_R if with_pages else self.source_of_column_R[: self.num_node_columns]
         return self.gates[layer][columns]
 
-    def page_gates(self, layer: int) -> torch.Tensor:
-        """One layer's gates on the pages: [P], float32."""
-        return self.gates[layer, len(self.sources.nodes) :]
-
 
 @dataclass(frozen=True)
 class HFTPath:

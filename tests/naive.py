@@ -2,8 +2,6 @@
 
 y[b, t] = W x[b, t] + sum over the nodes n that row b's task reads of g[task, n, layer] * B_n (A_n x[b, t])
                     + sum over its pages p and their slots s       of g[task, p, layer] * K_p[s] . x[b, t] * V_p[:, s]
-
-With the sparse read, the last sum is over the token's best slots, and a softmax over these takes the place of K . x.
 """
 
 import torch
@@ -48,10 +46,6 @@ def add_sources(model, task, nodes, memory, layer, x, y):
             continue
         K, V = memory.pair(str(page))
         match = [key @ x for key in K]
-        if model.config.memory_config.read == "topk":
-            best = sorted(range(len(match)), key=lambda s: -match[s])[: model.config.memory_config.top_k]
-            total = sum(match[s].exp() for s in best)
-            match = [match[s].exp() / total if s in best else 0.0 for s in range(len(match))]
         for s, weight in enumerate(match):
             y = y + g * weight * V[:, s]
     return y

@@ -158,18 +158,9 @@ def test_nf4_trains_compiled(backbones, tokenizer, tmp_path):
     assert trained("2", torch_compile=True, torch_compile_backend="aot_eager") == pytest.approx(expected, rel=0.02)
 
 
-def test_what_cannot_have_one_graph_is_refused(backbones, tokenizer, tmp_path):
-    memory = {"read": "topk", "slots": 3}
-    with pytest.raises(ValueError, match=re.escape("`torch_compile` does not go with a memory that is read sparsely")):
-        make(backbones, tokenizer, tmp_path, torch_compile=True, memory=memory)
+def test_what_cannot_have_one_graph_is_refused():
     with pytest.raises(ValueError, match="`torch_compile` does not go with reentrant checkpointing; leave"):
         HFTTrainingConfig(torch_compile=True, gradient_checkpointing_kwargs={"use_reentrant": True})
-    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": ["a"]}, rank=3, memory_config=memory)
-    grow(model)
-    with pytest.raises(
-        ValueError, match=r"Task 'b' reads its memory sparsely \(`topk`\), which no pair of a given rank"
-    ):
-        model.fold("b", rank=99)
 
 
 def test_a_rank_that_is_too_small_is_refused(model):

@@ -22,10 +22,9 @@ def sealed(model):
 
 
 @pytest.mark.parametrize("family", BACKBONES)
-@pytest.mark.parametrize("read", ["linear", "topk"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_folded_it_computes_the_same_bits_without_looking(backbones, family, read, dtype, monkeypatch):
-    memory = {"read": read, "slots": 3}
+def test_folded_it_computes_the_same_bits_without_looking(backbones, family, dtype, monkeypatch):
+    memory = {"slots": 3}
     model = hft.HFTForCausalLM.from_backbone(
         backbones[family], {"a": [], "b": ["a"], "c": ["b"]}, rank=3, memory_config=memory, dtype=dtype
     )
@@ -144,14 +143,6 @@ def test_4_bit_is_folded_but_not_merged(backbones):
         model.fold("a")
         assert bits(model(x).logits) == expected
     assert snapshot(model) == before
-
-
-def test_a_sparse_memory_is_not_merged(backbones):
-    memory = {"read": "topk", "slots": 3}
-    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, memory_config=memory)
-    grow(model)
-    with pytest.raises(ValueError, match="Task 'a' reads its memory sparsely"):
-        model.fold("a", merge=True)
 
 
 def test_training_a_folded_model_is_refused(model, tokenizer, tmp_path):

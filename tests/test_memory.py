@@ -36,9 +36,8 @@ def test_a_stage_writes_one_page_and_later_tasks_of_any_branch_read_it(grown):
     assert grown.gates("late").sources == ("late", "page:1", "page:2", "page:3")
 
 
-@pytest.mark.parametrize("read", ["linear", "topk"])
-def test_without_a_task_or_with_its_gates_at_zero_the_memory_is_silent(backbones, read):
-    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": ["a"]}, memory_config={"read": read})
+def test_without_a_task_or_with_its_gates_at_zero_the_memory_is_silent(backbones):
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": ["a"]})
     x = prompts(2, 6)
     plain = bits(model(x).logits)
     grow(model)
@@ -134,7 +133,6 @@ def test_the_gate_table(grown):
     ("memory", "message"),
     [
         ({"slots": 0}, "`slots` is 0; a page needs 1 or more."),
-        ({"slots": 4, "top_k": 5}, "`top_k` is 5; with 4 slots it must be 1 to 4."),
         ({"slot": 4}, "`memory_config` has the unknown key 'slot'. Did you mean 'slots'?"),
         ({"read": "dense"}, "read"),
         ({"target_modules": ["q_prj"]}, "`target_modules` names 'q_prj', which this backbone lacks."),

@@ -19,17 +19,9 @@ class CompiledDecoder:
     Args:
         model: an HFT model.
         backend, mode: as for `torch.compile`.
-
-    Raises:
-        ValueError: a memory that is read sparsely.
     """
 
     def __init__(self, model: PreTrainedModel, backend: str | None, mode: str | None):
-        if model.config.memory_config.read == "topk":
-            raise ValueError(
-                "`torch_compile` does not go with a memory that is read sparsely (`memory_config.read` is 'topk'): each "
-                "task would be compiled for itself. Leave it out, or read 'linear'."
-            )
         self.rank = model.widest_rank()
         self._model = model
         self._decoder: nn.Module = model.base_model

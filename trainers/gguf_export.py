@@ -55,7 +55,7 @@ def export_gguf_lora(
 
     Raises:
         ExportError: outside the tolerance; the files are removed.
-        ValueError: an unknown task, a sparse memory, a rank below 1, a backbone that cannot be written.
+        ValueError: an unknown task, a rank below 1, a backbone that cannot be written.
     """
     config = model.backbone.config
     check_backbone(config)
@@ -118,7 +118,7 @@ def export_gguf_model(
 
     Raises:
         ExportError: outside the tolerance, or prompts are split into other tokens; the files are removed.
-        ValueError: an unknown task, a sparse memory, an `onto` that is neither, a backbone or tokenizer that cannot be
+        ValueError: an unknown task, an `onto` that is neither, a backbone or tokenizer that cannot be
             written.
     """
     check_backbone(model.backbone.config)

@@ -126,7 +126,7 @@ def _check_same_ground(one: Path, first: HFTConfig, other: Path, second: HFTConf
             raise ValueError(
                 f"The models differ in `{name}`: {ours!r} and {theirs!r}; only models on the same can be united."
             )
-    for name in ("read", "top_k", "target_modules"):
+    for name in ("read", "target_modules"):
         ours, theirs = getattr(first.memory_config, name), getattr(second.memory_config, name)
         if ours != theirs:
             raise ValueError(f"The models' memories differ in `{name}`: {ours!r} and {theirs!r}.")

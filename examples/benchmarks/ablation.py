@@ -77,7 +77,6 @@ SETTINGS = {
     "flat": (lambda seed: {task: [] for task in TREE}, {}),
     "random_parents": (random_parents, {}),
     "reversed": (lambda seed: reversed_tree(), {}),
-    "topk": (lambda seed: TREE, {"memory_config": {"read": "topk"}}),
     "sequential": (lambda seed: TREE, {"trainer_class": InSequence}),
 }
 

@@ -18,7 +18,7 @@ from summary import read
 ABLATION = {
     "full": "the full method",
     "no_memory": "without memory",
-    "topk": "memory read sparsely (top-k)",
+    "topk": "memory read sparsely (top-k; since removed)",
     "no_gates": "all gates stay at 1",
     "flat": "without parents",
     "random_parents": "random parents",
