@@ -36,13 +36,9 @@ def test_the_recipes_numbers():
     assert f"{report['train_seconds'] / 60:.0f} minutes" in README
 
 
-def test_the_ablations_table():
-    command = [sys.executable, ROOT / "examples/benchmarks/table.py", "ablation"]
-    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() in README
-
-
-def test_the_speeds_table():
-    command = [sys.executable, ROOT / "examples/benchmarks/table.py", "speed"]
+@pytest.mark.parametrize("table", ["ablation", "memory", "speed"])
+def test_the_benchmarks_tables(table):
+    command = [sys.executable, ROOT / "examples/benchmarks/table.py", table]
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() in README
 
 
