@@ -23,8 +23,9 @@ install: $(INSTALLED)
 demo: install
 	$(BIN)/hft demo --out $(OUT)
 
+# A process a core, a thread each: threads of several processes would wait for one another.
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
