@@ -37,7 +37,7 @@ class HFTFolding:
                 compiling again. `model.widest_rank()` fits all. Logits may then differ in their last bits.
 
         Raises:
-            ValueError: an unknown task, a model that is folded already, or one that cannot be merged: quantised or offloaded;
+            ValueError: an unknown task, a model that is folded already, or one that cannot be merged (quantised, offloaded);
                 or a `rank` below the path's.
         """
         self.hierarchy.check(task)

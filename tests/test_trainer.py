@@ -448,6 +448,9 @@ def test_an_unwritable_folder_is_found_before_training(backbones, tokenizer, tmp
 def test_the_run_folder_is_a_model_with_a_card_and_no_path_of_this_machine(backbones, tokenizer, tmp_path):
     trainer = make(backbones, tokenizer, tmp_path, {"a": [], "b": ["a"]}, max_steps=1)
     trainer.train()
+    assert (
+        list(tmp_path.glob("stage-1/checkpoint-*")) and not (tmp_path / "README.md").exists()
+    )  # drawn once, not at each
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
     assert "└─ a\n   └─ b" in card and str(backbones["llama"]) not in card

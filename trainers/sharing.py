@@ -72,8 +72,12 @@ class HFTSharing:
             self.record.save(self._root)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes README.md, with pictures where matplotlib is installed; TRL's own card knows nothing of tasks."""
-        if self.is_world_process_zero():
+        """Writes README.md, with pictures where matplotlib is installed; TRL's own card knows nothing of tasks.
+
+        Not within a stage, where TRL asks for a card at each checkpoint: drawing takes seconds.
+        """
+        within_stage = self.args.output_dir != str(self._root)
+        if self.is_world_process_zero() and not within_stage:
             write_model_card(self.model, self._root, RunRecord.load(self._root), self.hub_model_id)
 
     def push_to_hub(self, commit_message: str = "End of training", token: str | None = None, **kwargs: Any) -> str:
