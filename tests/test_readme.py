@@ -36,7 +36,7 @@ def test_the_recipes_numbers():
     assert f"{report['train_seconds'] / 60:.0f} minutes" in README
 
 
-@pytest.mark.parametrize("table", ["ablation", "memory", "speed"])
+@pytest.mark.parametrize("table", ["ablation", "memory", "speed", "quality", "tasks"])
 def test_the_benchmarks_tables(table):
     command = [sys.executable, ROOT / "examples/benchmarks/table.py", table]
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() in README
