@@ -42,6 +42,15 @@ def test_the_benchmarks_tables(table):
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() in README
 
 
+def test_the_planners_estimates():
+    cells = [json.loads(line) for line in (RESULTS / "planner.jsonl").read_text().splitlines()]
+    cell = next(cell for cell in cells if cell["setting"] == "estimate")
+    assert f"{100 * cell['errors']['seconds']:.1f} % too much" in README
+    assert f"{-100 * cell['errors']['bytes']:.1f} % too little memory" in README
+    real, promised = (cell[key]["bytes"] / 1e9 for key in ("real", "promised"))
+    assert f"held {real:.1f} GB where it promised {promised:.1f}" in README
+
+
 def test_the_routers_numbers():
     for line in (RESULTS / "routing.jsonl").read_text().splitlines():
         cell = json.loads(line)
