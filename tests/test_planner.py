@@ -313,6 +313,7 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     assert "Next: hft train" in shown and "Why (gain" in shown
     tree = yaml.safe_load((tmp_path / "plan.yaml").read_text())["hierarchy"]
     num_levels = len(hft.Hierarchy(tree).levels())
+    assert "timed-short" not in shown  # the tasks that steps are timed on are nobody's business
     assert re.search(rf"\nin all +{2 * num_levels} ", shown) and "Peak of a step with rows of " in shown
     assert re.search(rf"\n# in all +{2 * num_levels} ", (tmp_path / "plan.yaml").read_text())
     assert set(tree) == {"same", "copy", "sign"}

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .evaluation import Row
 from .hft_config import HFTTrainingConfig
 from .hft_trainer import HFTTrainer
+from .progress import StagePrinter
 from .routes import prompts_of
 
 
@@ -108,6 +109,7 @@ def time_steps(
         trainer = _TimedTrainer(
             model, HFTTrainingConfig(**{**training, **quiet}), train_dataset=data, processing_class=tokenizer
         )
+        trainer.remove_callback(StagePrinter)
         begin = time.perf_counter()
         trainer.train()
         whole = time.perf_counter() - begin
