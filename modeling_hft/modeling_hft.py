@@ -285,6 +285,10 @@ class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
         Returns:
             What the backbone returns: logits [B, T, V], the loss if there are labels, the cache.
         """
+        if isinstance(logits_to_keep, int) and logits_to_keep > 0 and self.device.type == "cpu":
+            # As an index, which copies these positions: of a slice, a CPU's matmul copies the head's weights once a row.
+            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
+            logits_to_keep = torch.arange(max(length - logits_to_keep, 0), length)
         with self._one_pass(task, _num_rows(input_ids, inputs_embeds)):
             return self.backbone(
                 input_ids=input_ids,

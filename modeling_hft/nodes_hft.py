@@ -108,6 +108,11 @@ def adapted_linears(decoder: nn.Module, target_modules: str | Sequence[str]) -> 
     return {name: layer for name, layer in layer_of.items() if name.rsplit(".", 1)[-1] in target_modules}
 
 
+def numbers_a_rank(modules: nn.ModuleDict) -> int:
+    """How many numbers one rank of a node, or one slot of a page, has beside all linears together."""
+    return sum(factors.in_features + factors.out_features for factors in modules.values())
+
+
 def flat(name: str) -> str:
     """`layers.0.self_attn.q_proj` as a key of a ModuleDict, which cannot hold dots."""
     return name.replace(".", "_")

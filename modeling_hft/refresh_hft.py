@@ -102,9 +102,8 @@ class HFTRefreshing:
                 self._fit_gates(task, rows, num_steps, batch_size, learning_rate, seed)
                 self._drop_small_gates(task, threshold)
                 after = self._losses(task, checks, batch_size)
-                gains = [old - new for old, new in zip(before, after, strict=True)]
-                error = statistics.stdev(gains) / len(gains) ** 0.5
-                kept = statistics.mean(gains) > error
+                gain, error = mean_and_error([old - new for old, new in zip(before, after, strict=True)])
+                kept = gain > error
             except BaseException:
                 kept = False
                 raise
@@ -218,5 +217,11 @@ def frozen(model: Any):
         yield
     finally:
         model.train(training)
+        model.requires_grad_(False)
         for parameter in trainable:
             parameter.requires_grad_(True)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """The mean of two numbers or more, and its standard error."""
+    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .nodes_hft import numbers_a_rank
 from .path_hft import Pair
-from .refresh_hft import frozen
+from .refresh_hft import frozen, mean_and_error
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,7 @@ class HFTTrimming:
         for key, pair in best.items():
             for new, parameter in zip(pair, old[key], strict=True):
                 new.requires_grad_(parameter.requires_grad)
-        per_rank = sum(nodes.in_features + nodes.out_features for nodes in self.hft_nodes.values())
-        saved = (old_rank - rank) * per_rank * self.backbone.dtype.itemsize
+        saved = (old_rank - rank) * numbers_a_rank(self.hft_nodes) * self.backbone.dtype.itemsize
         return HFTTrim(task, old_rank, rank, statistics.mean(before), statistics.mean(after), error, saved)
 
     def _check_trim(self, task: str, rows: Sequence[Any], tolerance: float) -> None:
@@ -158,8 +158,3 @@ def balanced(down_RI: torch.Tensor, up_OR: torch.Tensor) -> tuple[torch.Tensor, 
     down = root_R[:, None] * (Vh_RR @ right_IR.T)
     up = (left_OR @ U_RR) * root_R
     return F.pad(down, (0, 0, 0, missing)), F.pad(up, (0, missing)), F.pad(S_R, (0, missing))
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of two numbers or more, and its standard error."""
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5

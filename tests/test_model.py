@@ -165,6 +165,18 @@ def test_cached_decoding_is_the_full_pass(model):
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), full, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("keep", [1, 3, 99])
+def test_the_last_logits_are_those_of_the_full_pass(model, keep):
+    """And the head gets them in one piece: of a slice, a CPU's matmul would copy its weights once a row."""
+    ids = torch.randint(5, 200, (4, 7))
+    whole = model(ids, task="b").logits
+    seen = []
+    handle = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    assert torch.equal(model(ids, task="b", logits_to_keep=keep).logits, whole[:, -keep:])
+    handle.remove()
+    assert seen[0].is_contiguous()
+
+
 def test_kept_factors_are_used_and_never_stale(model, monkeypatch):
     """Each way to change a parameter is seen; and what is kept is what would be made."""
     from hft.fused_hft import HFTFused

@@ -43,7 +43,9 @@ class RunFolder:
 
     def _sweep(self) -> None:
         """Removes what a kill left of a save that never came to its end."""
-        for pattern in () if not self.writes else (".writing-*", f"stage-*/{PREFIX_CHECKPOINT_DIR}-*/.writing-*"):
+        if not self.writes:
+            return
+        for pattern in (".writing-*", f"stage-*/{PREFIX_CHECKPOINT_DIR}-*/.writing-*"):
             for unfinished in self.path.glob(pattern):
                 shutil.rmtree(unfinished, ignore_errors=True)
 

@@ -85,17 +85,14 @@ def plan(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
 
 def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
-    from datasets import disable_progress_bars
     from transformers import AutoTokenizer
 
     import hft
 
-    from .recipes import load_task, read_recipe
+    from .recipes import load_task
     from .task_data import tokenize_rows
 
-    disable_progress_bars()
-    overrides = {"data": args.data, "train_samples": args.samples, "eval_samples": args.samples}
-    recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
+    recipe = _recipe_of(args)
     config, _ = hft.read_gates(args.model)
     config.sealed_task(args.task)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
@@ -324,16 +321,11 @@ def _measure(args: argparse.Namespace, record: Any) -> None:
 
 def _with_recipe(args: argparse.Namespace) -> tuple[Any, Any, Any, list[str]]:
     """The recipe of the data, the model, its tokenizer, and those of its tasks that the recipe describes."""
-    from datasets import disable_progress_bars
     from transformers import AutoTokenizer
 
     import hft
 
-    from .recipes import read_recipe
-
-    disable_progress_bars()
-    overrides = {"data": args.data, "eval_samples": args.samples, "train_samples": args.samples}
-    recipe = read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
+    recipe = _recipe_of(args)
     model = hft.HFTForCausalLM.from_pretrained(
         str(args.model), quantization_config=recipe.quantization_config(), device_map="auto"
     )
@@ -341,6 +333,17 @@ def _with_recipe(args: argparse.Namespace) -> tuple[Any, Any, Any, list[str]]:
     if not tasks:
         raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")
     return recipe, model, AutoTokenizer.from_pretrained(args.model, trust_remote_code=False), tasks
+
+
+def _recipe_of(args: argparse.Namespace) -> Any:
+    """The recipe, with the folder of data and the number of rows that the command line names."""
+    from datasets import disable_progress_bars
+
+    from .recipes import read_recipe
+
+    disable_progress_bars()
+    overrides = {"data": args.data, "eval_samples": args.samples, "train_samples": args.samples}
+    return read_recipe(args.recipe, {key: value for key, value in overrides.items() if value is not None})
 
 
 def generate(args: argparse.Namespace, _: dict[str, Any]) -> None:

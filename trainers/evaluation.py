@@ -204,6 +204,7 @@ def option_likelihoods(
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     found: list[list[float]] = [[] for _ in rows]
+    last = torch.tensor([-1], device=model.device)  # as an index, for plain models too: see HFTForCausalLM.forward
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
         ids = [prompts[i] for i in chosen]
@@ -217,7 +218,7 @@ def option_likelihoods(
             attention_mask=mask_BT,
             position_ids=position_BT,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
             **which,
         )
         cache, first_BV = first.past_key_values, first.logits[:, -1].float().log_softmax(-1)

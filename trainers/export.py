@@ -1,6 +1,5 @@
 """Exports that are checked each time: the files are read again by their own reader and must answer as HFT does."""
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,6 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from hft.files_hft import replacing
 from hft.lora_io_hft import Factors, export_lora, path_factors
+
+from .run_record import write_json
 
 
 # What any model can be asked, where nothing better is given.
@@ -106,7 +107,7 @@ def export_peft(
         agreement = compare(ours, theirs)
         report = {"task": task, "form": "peft", **report, **asdict(agreement), "prompts": len(prompts)}
         check(report, tolerance if report["svd_error"] == 0 else None)
-        (staging / "export.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(staging / "export.json", report)
     return report
 
 
@@ -152,7 +153,7 @@ def export_merged(
         report = {"task": task, "form": "merged", "onto": onto, "dtype": str(dtype), **asdict(agreement)}
         report["prompts"] = len(prompts)
         check(report, tolerance)
-        (staging / "export.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(staging / "export.json", report)
     return report
 
 

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import importlib.util
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from hft.lora_io_hft import Factors, cut_path, path_factors
 
 from .export import PROMPTS, ExportError, add_path, check, compare, logits_of, on_plain, plain_backbone, written
 from .gguf_files import ROPE_FACTORS, check_backbone, read_lora_gguf, write_lora, write_model
+from .run_record import write_json
 
 
 # Where ways to split a text into tokens part.
@@ -87,7 +87,7 @@ def export_gguf_lora(
                     backbone = Path(work) / f"{BACKBONE}.gguf"
                     write_model(plain, tokenizer, backbone, BACKBONE)
                 report["llama_cpp"] = _by_llama(backbone, tokenizer, prompts, exact, report, llama_tolerance, path)
-        (staging / "export.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(staging / "export.json", report)
     return report
 
 
@@ -139,7 +139,7 @@ def export_gguf_model(
         check(report, tolerance)
         if exact is not None:
             report["llama_cpp"] = _by_llama(path, tokenizer, prompts, exact, report, llama_tolerance)
-        (staging / "export.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_json(staging / "export.json", report)
     return report
 
 

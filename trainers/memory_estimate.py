@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from hft.configuration_hft import HFTConfig
+from hft.configuration_hft import HFTConfig, HFTMemoryConfig
 from hft.hierarchy_hft import Hierarchy
 from hft.modeling_hft import HFTForCausalLM
+from hft.nodes_hft import numbers_a_rank
 
 from .hft_config import HFTTrainingConfig
 from .recipes import Recipe
@@ -100,8 +101,7 @@ def estimate_memory(
     for parameter in model.backbone.parameters():  # a tied head comes once
         is_quantized = load_in_4bit and id(parameter) in frozen
         backbone += quantized_bytes(parameter.numel(), double_quant) if is_quantized else 2 * parameter.numel()
-    per_rank = sum(nodes.in_features + nodes.out_features for nodes in model.hft_nodes.values())
-    node, page = rank * per_rank, slots * per_rank
+    node, page = (count * numbers_a_rank(model.hft_nodes) for count in (rank, slots))
     trained = num_training * node + page
     kept = saved_bytes(model, fake, batch_size, length)
     if gradient_checkpointing:  # the input of each layer, and one layer at a time
@@ -136,8 +136,8 @@ def estimate_recipe(
     """
     tree = Hierarchy(recipe.hierarchy)
     training = HFTTrainingConfig(**{**recipe.training, "bf16": False, "use_cpu": True})
-    memory = {"slots": 8, "read": "linear", **recipe.model.get("memory_config", {})}
-    rank, slots = recipe.model.get("rank", 16), 0 if memory["read"] == "off" else memory["slots"]
+    memory = HFTMemoryConfig(**(recipe.model.get("memory_config") or {}))
+    rank, slots = recipe.model.get("rank", HFTConfig.rank), 0 if memory.read == "off" else memory.slots
     batch_size, length = training.per_device_train_batch_size, length or training.max_length or 1024
     estimates, num_sealed = [], 0
     for level, tasks in enumerate(tree.levels(), start=1):
@@ -179,8 +179,7 @@ def quantized_bytes(count: int, double_quant: bool) -> int:
 
 def node_bytes(model: nn.Module, rank: int) -> int:
     """What the factors of a sealed task take in its file, without the file's header."""
-    per_rank = sum(nodes.in_features + nodes.out_features for nodes in model.hft_nodes.values())
-    return rank * per_rank * model.backbone.dtype.itemsize
+    return rank * numbers_a_rank(model.hft_nodes) * model.backbone.dtype.itemsize
 
 
 def _without_memory(text_config: PreTrainedConfig, rank: int) -> tuple[HFTForCausalLM, FakeTensorMode]:

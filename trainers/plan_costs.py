@@ -101,7 +101,7 @@ def plan_costs(
     on_accelerator = torch.accelerator.is_available()
     longest = max(map(max, lengths.values()))
     memory = estimate_recipe(
-        dataclasses.replace(recipe, hierarchy=plan.parents, model={**recipe.model, "rank": rank}),
+        dataclasses.replace(recipe, hierarchy=plan.parents),
         model.config.text_config,
         longest,
         batch * longest_answer if on_accelerator else None,

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.hierarchy_hft import BACKBONE
+from hft.refresh_hft import frozen
 
 from .calibration import calibrated_losses
 from .evaluation import Row, option_likelihoods, prompt_ids, reference
@@ -162,7 +163,7 @@ def measure(
     """Trains a pilot a task and measures all pairs; the model is left as it was."""
     old = model.config.sealed_tasks()
     raw: dict[str, dict[str, list[Any]]] = {task: {} for task in samples}
-    with untouched(model), tqdm(total=2 * len(samples), disable=not progress) as bar:
+    with frozen(model), tqdm(total=2 * len(samples), disable=not progress) as bar:
         candidates = nearest_tasks(model, tokenizer, samples, settings.max_candidates)
         for task, sample in samples.items():
             bar.set_description(f"{task}: through the backbone{' and learnt tasks' if old else ''}")
@@ -266,17 +267,3 @@ def pilot(
         yield name
     finally:
         model.remove_task(name)
-
-
-@contextlib.contextmanager
-def untouched(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode within the block; afterwards, mode and what is trainable are as before."""
-    training, trainable = model.training, [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-        model.requires_grad_(False)
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from harness import NF4
+from harness import NF4, attention
 from peft import ArrowConfig, LoraConfig, OSFConfig, create_arrow_model, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
@@ -67,7 +67,7 @@ class Outcome:
 def load(setup: Setup, quantized: bool = True) -> Any:
     """The plain backbone."""
     how = {"quantization_config": BitsAndBytesConfig(**NF4)} if quantized else {"dtype": torch.bfloat16}
-    model = AutoModelForCausalLM.from_pretrained(setup.backbone, **how)
+    model = AutoModelForCausalLM.from_pretrained(setup.backbone, attn_implementation=attention(), **how)
     for module in model.modules():
         # Else the first evaluation on a CPU with AVX512-BF16 would repack the weights, and gradients would be wrong.
         if "support_avx512bf16_for_cpu" in vars(module):

@@ -13,7 +13,6 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,13 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerB
 from transformers.utils import logging
 
 import hft
-from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers import HFTTrainer, HFTTrainingConfig, run_record
 from hft.trainers.cli import keep_freed_memory
 from hft.trainers.demo_backbone import find_backbone
 from hft.trainers.evaluation import score_options
 
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 NF4 = dict(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
@@ -57,6 +55,11 @@ def prepare(backbone: str | None) -> tuple[str, PreTrainedTokenizerBase]:
     use_cpu_well()
     backbone = find_backbone()[0] if backbone is None else backbone
     return backbone, AutoTokenizer.from_pretrained(backbone)
+
+
+def attention() -> str:
+    """`eager` on a CPU, whose own kernel needs four times as long for the gradients of short bfloat16 rows."""
+    return "sdpa" if torch.accelerator.is_available() else "eager"
 
 
 def use_cpu_well() -> None:
@@ -128,6 +131,13 @@ def quiet_config(folder: str, seed: int, training: Mapping[str, Any]) -> HFTTrai
     )
 
 
+def without_tasks(backbone: str) -> hft.HFTForCausalLM:
+    """The backbone in NF4, for a hierarchy that is yet to be found."""
+    return hft.HFTForCausalLM.from_backbone(
+        backbone, {}, quantization_config=BitsAndBytesConfig(**NF4), attn_implementation=attention()
+    )
+
+
 def train_hft(
     backbone: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -141,7 +151,11 @@ def train_hft(
     """A model that has learnt the hierarchy's tasks, in NF4."""
     set_seed(seed)
     model = hft.HFTForCausalLM.from_backbone(
-        backbone, hierarchy, quantization_config=BitsAndBytesConfig(**NF4), **model_options
+        backbone,
+        hierarchy,
+        quantization_config=BitsAndBytesConfig(**NF4),
+        attn_implementation=attention(),
+        **model_options,
     )
     with tempfile.TemporaryDirectory() as folder:
         config = quiet_config(folder, seed, training)
@@ -172,14 +186,15 @@ def score(
         right, loss = ([value for part in found for value in part] for found in zip(*scored, strict=True))
         if right_of is not None:
             right_of[task] = right
-        mean = sum(right) / len(right)
-        results[task] = {
-            "accuracy": round(100 * mean, 2),
-            "se": round(100 * (mean * (1 - mean) / len(right)) ** 0.5, 2),
-            "loss": round(sum(loss) / len(loss), 4),
-            "rows": len(right),
-        }
+        results[task] = {**accuracy(right), "loss": round(sum(loss) / len(loss), 4)}
     return results
+
+
+def accuracy(right: list[float]) -> dict[str, Any]:
+    """The share of right answers, in %, its standard error, and their number."""
+    mean = sum(right) / len(right)
+    error = (mean * (1 - mean) / len(right)) ** 0.5
+    return {"accuracy": round(100 * mean, 2), "se": round(100 * error, 2), "rows": len(right)}
 
 
 def mean_accuracy(tasks: Mapping[str, Mapping[str, float]]) -> float:
@@ -218,11 +233,8 @@ def machine() -> str:
 
 def versions() -> dict[str, str]:
     """Of the packages that matter."""
-    found = {"hft": hft.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    found = run_record.versions()
+    return {"hft": hft.__version__, **{name: number for name, number in found.items() if name != "modeling-hft"}}
 
 
 def read_cells(path: Path) -> list[dict[str, Any]]:

@@ -30,12 +30,11 @@ from harness import (
     score,
     todo,
     train_hft,
+    without_tasks,
 )
 from planner_measures import measure_all
 from quality import CL14
-from transformers import BitsAndBytesConfig
 
-import hft
 from hft.trainers import plan_hierarchy
 from hft.trainers.plan_costs import plan_costs
 from hft.trainers.planner import Plan, TaskProbe
@@ -51,10 +50,6 @@ PAIRS = [
 CHILDREN = list(dict.fromkeys(child for _, child in PAIRS))
 ROWS = 200
 ESTIMATED = {"sst2": [], "agnews": [], "yelp": ["sst2"]}
-
-
-def without_tasks(backbone: str) -> hft.HFTForCausalLM:
-    return hft.HFTForCausalLM.from_backbone(backbone, {}, quantization_config=BitsAndBytesConfig(**NF4))
 
 
 def estimate(command: list[str]) -> dict:

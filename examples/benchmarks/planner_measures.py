@@ -8,10 +8,11 @@ import torch
 
 import hft
 from hft.hierarchy_hft import BACKBONE
+from hft.refresh_hft import frozen
 from hft.trainers.calibration import calibrated_losses
 from hft.trainers.evaluation import option_likelihoods, reference
 from hft.trainers.planner import TaskProbe, make_plan
-from hft.trainers.probes import ProbeSettings, Sample, as_probe, pilot, take_sample, untouched
+from hft.trainers.probes import ProbeSettings, Sample, as_probe, pilot, take_sample
 
 
 MEASURES = ("calibrated", "options", "tokens", "gradient")  # of help; the first is the planner's
@@ -27,7 +28,7 @@ def measure_all(
     """
     samples = {task: take_sample(task, its, tokenizer, settings) for task, its in rows.items()}
     raw: dict[str, dict[str, list[Any]]] = {task: {} for task in samples}
-    with untouched(model):
+    with frozen(model):
         gradients = {task: mean_gradient(model, its.pilot[:32], settings) for task, its in samples.items()}
         for task, its in samples.items():
             raw[task][BACKBONE] = option_likelihoods(model, tokenizer, its.probe, None)

@@ -15,10 +15,21 @@ from typing import Any
 
 import torch
 from baselines import METHODS, Outcome, Setup
-from harness import NF4, RESULTS, cell, mean_accuracy, parser, prepare, read_cells, read_rows, sample, score, train_hft
-from transformers import BitsAndBytesConfig
+from harness import (
+    RESULTS,
+    accuracy,
+    cell,
+    mean_accuracy,
+    parser,
+    prepare,
+    read_cells,
+    read_rows,
+    sample,
+    score,
+    train_hft,
+    without_tasks,
+)
 
-from hft import HFTForCausalLM
 from hft.trainers import HFTTrainer, plan_hierarchy
 from hft.trainers.evaluation import score_options
 from hft.trainers.probes import ProbeSettings
@@ -39,14 +50,10 @@ CL14 = {
 FAMILY = ["yelp", "amazon", "mnli", "cb", "rte", "sst2"]
 UNSEEN = ["copa", "boolq"]  # never trained with `family`: what is left of general ability
 GRID = (1e-3, 2e-3)
+SMALL = {"samples": 200, "rows": {"validation": 100, "test": 200}, "max_input_tokens": 64, "batch": 8}
 BUDGETS: dict[str, dict[str, Any]] = {
-    "small": {
-        "samples": 200,
-        "rows": {"validation": 100, "test": 200},
-        "max_input_tokens": 64,
-        "batch": 8,
-        "epochs": 1,
-    },
+    "short": {**SMALL, "epochs": 1},  # too short for most tasks: see the README
+    "small": {**SMALL, "epochs": 3},
     "full": {
         "samples": None,
         "rows": {"validation": None, "test": None},
@@ -71,7 +78,7 @@ def hft(setup: Setup) -> Outcome:
 
 def hft_planned(setup: Setup) -> Outcome:
     """HFT with the hierarchy that the planner finds in the training rows."""
-    model = HFTForCausalLM.from_backbone(setup.backbone, {}, quantization_config=BitsAndBytesConfig(**NF4))
+    model = without_tasks(setup.backbone)
     settings = ProbeSettings(max_length=setup.training["max_length"], seed=setup.seed)
     plan = plan_hierarchy(
         model, setup.with_options, processing_class=setup.tokenizer, settings=settings, progress=False
@@ -119,10 +126,8 @@ def routed_score(
                 places, score_options(model, tokenizer, [its[i] for i in places], which)[0], strict=True
             ):
                 right[i] = is_right
-        mean = sum(right) / len(its)
-        results[task] = {"accuracy": round(100 * mean, 2), "rows": len(its),
-                         "se": round(100 * (mean * (1 - mean) / len(its)) ** 0.5, 2),
-                         "found": round(100 * sum(name == task for name in named) / len(its), 2)}  # fmt: skip
+        found = accuracy([float(name == task) for name in named])["accuracy"]
+        results[task] = {**accuracy(right), "found": found}
     return results
 
 
@@ -137,11 +142,6 @@ def general_ability(model: Any, tokenizer: Any, rows: dict[str, list[dict]], tex
         tokens += ids.shape[1] - 1
     unseen = score(model, tokenizer, rows, lambda task: None)
     return {"perplexity": round(float(torch.tensor(loss / tokens).exp()), 4), "unseen": unseen}
-
-
-def points_of(right: list[float]) -> float:
-    """The share of right answers, in %."""
-    return round(100 * sum(right) / len(right), 2)
 
 
 def majority(rows: list[dict]) -> float:
@@ -226,7 +226,10 @@ class Benchmark:
                 guess = {task: majority(rows) for task, rows in self.rows[split].items()}
                 result[split] = {"ap": mean_accuracy(scores), "tasks": scores, "majority": guess}
                 if split == "test" and just_learnt:  # without the last task, which nothing came after
-                    points = {t: [points_of(its), points_of(right[t][: len(its)])] for t, its in just_learnt.items()}
+                    points = {
+                        t: [accuracy(its)["accuracy"], accuracy(right[t][: len(its)])["accuracy"]]
+                        for t, its in just_learnt.items()
+                    }
                     lost = [before - after for before, after in list(points.values())[:-1]]
                     result[split].update(just_learnt=points, forgetting=round(sum(lost) / len(lost), 3))
                 if split == "test" and is_hft:

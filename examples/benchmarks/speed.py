@@ -8,17 +8,15 @@ the task given, plus routing it, over the former. `train path N`, `train tasks N
 `load 1 of 64`: speed_serve.py; `instead`: speed_peers.py.
 """
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import speed_peers
 import speed_serve
 import speed_train
 import torch
-from harness import NF4, RESULTS, cell, prepare, todo
+from harness import NF4
 from peft import LoraConfig, get_peft_model
-from timing import LINEARS, RANK, interleaved, prompts, with_nodes
+from timing import LINEARS, RANK, fill_in, interleaved, last, prompts, with_nodes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 
@@ -36,11 +34,12 @@ def mixed(backbone: str, num_tasks: int, rounds: int) -> dict:
     results = {}
     for name, length in (("prefill", 64), ("decode", 1)):
         ids = prompts(ours, num_tasks, length)
+        options = {"logits_to_keep": last(1, ours), "use_cache": False}
         results[name] = interleaved(
             {
-                "ours": lambda ids=ids: ours(ids, task=tasks, logits_to_keep=1, use_cache=False),
-                "peft": lambda ids=ids: theirs(input_ids=ids, adapter_names=tasks, logits_to_keep=1, use_cache=False),
-                "backbone": lambda ids=ids: ours(ids, logits_to_keep=1, use_cache=False),
+                "ours": lambda ids=ids, options=options: ours(ids, task=tasks, **options),
+                "peft": lambda ids=ids, options=options: theirs(input_ids=ids, adapter_names=tasks, **options),
+                "backbone": lambda ids=ids, options=options: ours(ids, **options),
             },
             rounds,
         )
@@ -82,16 +81,7 @@ def main() -> None:
         "load 1 of 64": speed_serve.load,
         "instead": speed_peers.instead,
     }
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--backbone", help="Hub id or folder; SmolLM2-135M-Instruct by default")
-    arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
-    arguments.add_argument("--rounds", type=int, default=9)
-    arguments.add_argument("--out", type=Path, default=RESULTS / "speed.jsonl")
-    args = arguments.parse_args()
-    backbone, _ = prepare(args.backbone)
-    for setting, seed in todo(args.out, "speed", args.settings.split(","), 1):
-        with cell(args.out, "speed", setting, seed) as result:
-            result.update(settings[setting](backbone, args.rounds))
+    fill_in(__doc__.splitlines()[0], "speed", settings, 9, "speed.jsonl")
 
 
 if __name__ == "__main__":

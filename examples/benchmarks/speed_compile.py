@@ -7,14 +7,11 @@ one token of one row after 64, with a static cache and a folded task; `prefill`:
 and backward of 2 x 256 tokens. Compiled once for two tasks of different rank; a second graph would be an error.
 """
 
-import argparse
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-from harness import RESULTS, cell, prepare, todo
-from speed import interleaved, prompts
+from timing import fill_in, interleaved, prompts
 from transformers import StaticCache
 
 import hft
@@ -98,17 +95,8 @@ def main() -> None:
         "prefill": lambda backbone, rounds: serve(backbone, rounds, 256, 0),
         "train": train,
     }
-    arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    arguments.add_argument("--backbone", help="Hub id or folder; SmolLM2-135M-Instruct by default")
-    arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
-    arguments.add_argument("--rounds", type=int, default=5)
-    arguments.add_argument("--out", type=Path, default=RESULTS / "speed-compile.jsonl")
-    args = arguments.parse_args()
-    backbone, _ = prepare(args.backbone)
     torch._dynamo.config.error_on_recompile = True
-    for setting, seed in todo(args.out, "compile", args.settings.split(","), 1):
-        with cell(args.out, "compile", setting, seed) as result:
-            result.update(settings[setting](backbone, args.rounds))
+    fill_in(__doc__.splitlines()[0], "compile", settings, 5, "speed-compile.jsonl")
 
 
 if __name__ == "__main__":

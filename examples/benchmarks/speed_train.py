@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from harness import NF4
-from timing import RANK, chain, interleaved, prompts, ratios, speak, with_loras
+from timing import RANK, chain, interleaved, last, prompts, ratios, speak, with_loras
 from torch.profiler import ProfilerActivity, profile
 from transformers import BitsAndBytesConfig
 
@@ -33,7 +33,9 @@ def training_step(model: Any, **which: Any) -> Callable[[], None]:
     labels_BT = ids_BT[:, -SCORED:]
 
     def step() -> None:
-        logits_BTV = model(input_ids=ids_BT, logits_to_keep=SCORED + 1, use_cache=False, **which).logits[:, :-1]
+        logits_BTV = model(input_ids=ids_BT, logits_to_keep=last(SCORED + 1, model), use_cache=False, **which).logits[
+            :, :-1
+        ]
         loss = torch.nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten())
         loss.backward()
         optimizer.step()

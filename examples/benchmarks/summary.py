@@ -5,6 +5,7 @@ python examples/benchmarks/summary.py --json     # one flat JSON object; keys ar
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def quality() -> dict[str, float]:
     from table import LOW_RESOURCE, METHODS, chosen, learnable, test_scores
 
     figures: dict[str, float] = {}
-    for budget, tasks in (("small", "family"), ("small", "cl14"), ("full", "family"), ("full", "cl14")):
+    for budget, tasks in itertools.product(("short", "small", "full"), ("family", "cl14")):
         cells, prefix = read(f"quality-{budget}-{tasks}"), f"quality.{budget}.{tasks}"
         if not cells:
             continue
@@ -97,7 +98,7 @@ def routing() -> dict[str, float]:
     for form, key in (("as they are", ""), ("shared", "_shared_instruction"), ("stripped", "_stripped")):
         if form in cells:
             figures[f"routing.accuracy{key}"] = cells[form]["value"]
-    trained = [cell for cell in read("quality-small-cl14").values() if cell["method"] == "hft"]
+    trained = [cell for cell in read("quality-short-cl14").values() if cell["method"] == "hft"]
     if trained:
         gaps = [cell["test"]["routed"]["ap"] - cell["test"]["ap"] for cell in trained]
         figures["routing.ap_routed_minus_given"] = round(statistics.mean(gaps), 3)

@@ -1,12 +1,14 @@
 """What the speed benchmarks share: models whose nodes all speak, LoRAs beside them, and medians of interleaved rounds."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
-from harness import NF4
+from harness import NF4, RESULTS, cell, prepare, todo
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -15,6 +17,27 @@ import hft
 
 RANK = 16
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def fill_in(
+    description: str, name: str, settings: dict[str, Callable[[str, int], dict]], rounds: int, out: str
+) -> None:
+    """The command of a speed benchmark: its cells that are missing, each a function of the backbone and the rounds."""
+    arguments = argparse.ArgumentParser(description=description)
+    arguments.add_argument("--backbone", help="Hub id or folder; SmolLM2-135M-Instruct by default")
+    arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
+    arguments.add_argument("--rounds", type=int, default=rounds)
+    arguments.add_argument("--out", type=Path, default=RESULTS / out)
+    args = arguments.parse_args()
+    backbone, _ = prepare(args.backbone)
+    for setting, seed in todo(args.out, name, args.settings.split(","), 1):
+        with cell(args.out, name, setting, seed) as result:
+            result.update(settings[setting](backbone, args.rounds))
+
+
+def last(count: int, model: Any) -> torch.Tensor:
+    """`logits_to_keep` for so many positions. As an index: of a slice, a CPU's matmul copies the head once a row."""
+    return torch.arange(-count, 0, device=model.device)
 
 
 def synchronize() -> None:
