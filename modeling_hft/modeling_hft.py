@@ -32,7 +32,7 @@ from .hierarchy_hft import BACKBONE, Hierarchy, nearest
 from .kept_hft import HFTKept
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, beside, flat
-from .path_hft import HFTPath, HFTTaskPath, Pair, keep_path, on_path
+from .path_hft import HFTPath, HFTTaskPath, Pair, generating, keep_path, made_paths, on_path
 from .refresh_hft import HFTRefreshing
 from .router_hft import HFTRoute, HFTRouter
 from .routing_hft import HFTRouting
@@ -123,7 +123,13 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         """As `activate`, for a single pass: parameters do not change within it, so what is right when it begins stays so."""
         if task is None:
             return nullcontext() if self._folded_path is None else on_path(self._folded_path)
-        return on_path(self._path(task, num_rows, is_one_pass=True))
+        made = None if torch.compiler.is_compiling() else made_paths()
+        if made is None:
+            return on_path(self._path(task, num_rows, is_one_pass=True))
+        rows = tuple(self._rows(task, num_rows))
+        if (id(self), rows) not in made:
+            made[id(self), rows] = self._path(task, num_rows, is_one_pass=True)
+        return on_path(made[id(self), rows])
 
     def _path(self, task: Task, num_rows: int | None, is_one_pass: bool = False) -> HFTPath | None:
         rows = self._rows(task, num_rows)
@@ -145,7 +151,9 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
             self._kept.clear()  # a compiled training step may change parameters without raising their versions
             return None
         factors = self._kept.of(task, self._read_parameters(task))
-        return factors if is_one_pass else None
+        if not is_one_pass:
+            return None
+        return {} if factors is None and made_paths() is not None else factors
 
     def _task_path(self, task: str, kept: dict[str, Pair] | None) -> HFTTaskPath:
         sources = self.sources(task)
@@ -349,7 +357,8 @@ class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
             known = self.config.task_names()
             ids_B = [-1 if name == BACKBONE else known.index(name) for name in names]
             kwargs["task"] = torch.tensor(ids_B, device=self.get_input_embeddings().weight.device)
-        output = super().generate(inputs, *args, **kwargs)
+        with generating():
+            output = super().generate(inputs, *args, **kwargs)
         return (output, routes * (num_rows or 1) if len(routes) == 1 else routes) if return_route else output
 
 

@@ -83,6 +83,7 @@ class _ThreadState(threading.local):
     """A thread's own state: two threads may generate with different tasks at the same time."""
 
     path: HFTPath | None = None
+    made: dict[Any, HFTPath | None] | None = None
 
 
 _state = _ThreadState()
@@ -102,6 +103,22 @@ def on_path(path: HFTPath | None) -> Iterator[None]:
         yield
     finally:
         _state.path = before
+
+
+@contextmanager
+def generating() -> Iterator[None]:
+    """Inside, parameters do not change: a pass may take a path that an earlier pass made, without looking."""
+    before = _state.made
+    _state.made = {}
+    try:
+        yield
+    finally:
+        _state.made = before
+
+
+def made_paths() -> dict[Any, HFTPath | None] | None:
+    """The paths that were made while this thread generates, to be added to; None if it does not."""
+    return _state.made
 
 
 def keep_path(checkpoint: Callable[..., Any]) -> Callable[..., Any]:

@@ -96,3 +96,24 @@ def test_mixed_precision_trains_too(backbones):
     for name, exact in gradients[0].items():
         assert gradients[1][name].dtype == torch.float32
         assert torch.nn.functional.cosine_similarity(exact.flatten(), gradients[1][name].flatten(), 0) > 0.9, name
+
+
+def test_a_single_token_on_a_cpu_is_multiplied_in_float32(backbones):
+    """It differs from the whole prompt's pass by rounding, and sees a change of the parameters."""
+    model = chain(backbones, torch.bfloat16, memory_config={"slots": 3}).requires_grad_(False)
+    fused = model._fused["layers.0.mlp.up_proj"]
+
+    def both(task):
+        with torch.no_grad():
+            path = model._path(task, None, is_one_pass=True)
+            activations = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+            return fused.added(activations, path), fused.added(activations[:, -1:], path), path
+
+    whole, token, path = both("c")
+    assert (whole[:, -1:] - token).abs().max() <= 2**-7 * whole.abs().max() and token.dtype == whole.dtype
+    assert {pair[0].dtype for pair in path.tasks[0].kept.values()} == {torch.bfloat16, torch.float32}
+    with torch.no_grad():
+        model.hft_nodes["layers_0_mlp_up_proj"].pair("c")[1].mul_(-3)
+    changed, token, _ = both("c")
+    assert not torch.equal(whole, changed)
+    assert (changed[:, -1:] - token).abs().max() <= 2**-7 * changed.abs().max()

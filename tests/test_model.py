@@ -233,6 +233,38 @@ def test_kept_factors_are_used_and_never_stale(model, monkeypatch):
         assert bits(model(x, task="e").logits) == fresh("e")
 
 
+@pytest.mark.parametrize("is_open", [False, True], ids=["sealed", "open"])
+def test_generating_fuses_once_and_the_next_call_sees_a_change(model, monkeypatch, is_open):
+    """Open or sealed: tokens are those of passes that each look for themselves."""
+    model.eval().requires_grad_(False)
+    if is_open:
+        model.hft_gates.of("d").requires_grad_(True)
+    looked = []
+    read = type(model)._read_parameters
+    monkeypatch.setattr(type(model), "_read_parameters", lambda self, task: looked.append(task) or read(self, task))
+    x, rows = prompts(3, 6), ["d", "f", "backbone"]
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": 2}
+
+    def one_by_one(task):
+        """Greedy, a full pass a token."""
+        ids = x
+        for _ in range(5):
+            with torch.no_grad():
+                last = model(ids, task=task, use_cache=False).logits[:, -1]
+            ids = torch.cat([ids, last.argmax(-1)[:, None]], 1)
+        return ids
+
+    for scale in (1.0, -2.0):
+        with torch.no_grad():
+            model.hft_nodes["layers_1_mlp_up_proj"].pair("d")[1].mul_(scale)
+        for task in ("d", rows):
+            looked.clear()
+            found = model.generate(x, task=task, **{**options, "num_beams": 1})
+            assert len(looked) == len(set(task) - {"backbone"})
+            assert torch.equal(found, one_by_one(task))
+        assert model.generate(x, task=rows, **options).shape == (3, 11)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_recomputes_on_the_path_of_its_own_pass(model, reentrant):
     """Two forwards with different tasks before one backward: the recompute must not take the other's path, or none."""

@@ -9,6 +9,7 @@ the task given, plus routing it, over the former. `train path N`, `train tasks N
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import speed_peers
 import speed_serve
@@ -18,6 +19,8 @@ from harness import NF4
 from peft import LoraConfig, get_peft_model
 from timing import LINEARS, RANK, fill_in, interleaved, last, prompts, with_nodes
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from hft.path_hft import generating
 
 
 @torch.inference_mode()
@@ -35,14 +38,13 @@ def mixed(backbone: str, num_tasks: int, rounds: int) -> dict:
     for name, length in (("prefill", 64), ("decode", 1)):
         ids = prompts(ours, num_tasks, length)
         options = {"logits_to_keep": last(1, ours), "use_cache": False}
-        results[name] = interleaved(
-            {
-                "ours": lambda ids=ids, options=options: ours(ids, task=tasks, **options),
-                "peft": lambda ids=ids, options=options: theirs(input_ids=ids, adapter_names=tasks, **options),
-                "backbone": lambda ids=ids, options=options: ours(ids, **options),
-            },
-            rounds,
-        )
+        ways = {
+            "ours": lambda ids=ids, options=options: ours(ids, task=tasks, **options),
+            "peft": lambda ids=ids, options=options: theirs(input_ids=ids, adapter_names=tasks, **options),
+            "backbone": lambda ids=ids, options=options: ours(ids, **options),
+        }
+        with generating() if name == "decode" else nullcontext():  # as `generate` calls the model, token by token
+            results[name] = interleaved(ways, rounds)
     ratio = {name: round(its["peft"] / its["ours"], 3) for name, its in results.items()}
     return {"value": ratio["prefill"], "ratio": ratio, "times": results}
 
