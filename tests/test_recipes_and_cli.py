@@ -1,7 +1,9 @@
 """Recipes and the command `hft`, on real files."""
 
 import gzip
+import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -49,6 +51,29 @@ def tiny_run(backbones, data, tmp_path, *more: str) -> list[str]:
     """The shipped recipe for two steps a stage on a tiny backbone, not quantised."""
     return ["train", "cl14-small", "--backbone", str(backbones["llama"]), "--data", str(data), "--max_steps", "2",
             "--load_in_4bit", "false", "--output_dir", str(tmp_path / "run"), "--rank", "2", *more]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ["no", "'no'", "steps"])
+def test_a_strategy_may_be_the_word_no(tmp_path, text):
+    """Which YAML reads as false."""
+    (tmp_path / "r.yaml").write_text(f"backbone: x\nhierarchy: {{a: []}}\nsave_strategy: {text}\npacking: no\n")
+    training = read_recipe(tmp_path / "r.yaml").training
+    assert training["save_strategy"] == text.strip("'") and training["packing"] is False
+
+
+@pytest.mark.slow
+def test_of_two_processes_one_speaks(backbones, data, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    more = tiny_run(backbones, data, tmp_path, "--use_cpu", "true", "--eval_strategy", "no")
+    package = Path(importlib.util.find_spec("hft").origin).parent.parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{package}"}
+    command += ["-m", "hft.trainers.cli", *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for text, times in (("└─ mnli  6 rows", 1), (": 2 steps in", 2), ("After stage", 2), ("Next: ", 1)):
+        assert done.stdout.count(text) == times, done.stdout
+    assert done.stderr.count("rte, the backbone:   0%") == 1  # a bar
+    assert (tmp_path / "run/README.md").exists()
 
 
 def test_train_eval_generate(backbones, data, tmp_path, capsys):

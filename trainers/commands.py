@@ -39,10 +39,14 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     model = hft.HFTForCausalLM.from_backbone(
         recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model
     )
-    print(model.hierarchy.draw({task: f"{len(rows)} rows" for task, rows in data.items()}))
+    is_main = config.process_index == 0  # of several, one speaks
+    if is_main:
+        print(model.hierarchy.draw({task: f"{len(rows)} rows" for task, rows in data.items()}))
     trainer = HFTTrainer(model, config, data, checks, test_sets=tests, processing_class=tokenizer)
     output = trainer.train(resume_from_checkpoint=args.resume or config.resume_from_checkpoint)
     trainer.create_model_card()
+    if not is_main:
+        return
     print(
         f"{output.global_step} steps in {output.metrics['train_runtime']:.0f} s; the model is in {config.output_dir}"
     )

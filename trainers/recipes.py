@@ -133,7 +133,7 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
             raise ValueError(
                 f"Unknown key {key!r}. {nearest(key, [key for keys in _keys().values() for key in keys])}"
             )
-        sections[section][key] = _as_number(key, value, _keys()[section][key])
+        sections[section][key] = _as_meant(key, value, _keys()[section][key])
     for needed in ("backbone", "hierarchy"):
         if needed not in sections["recipe"]:
             raise ValueError(f"'{path}' lacks the key {needed!r}.")
@@ -174,8 +174,10 @@ def _find(path: str | os.PathLike) -> Path:
     raise FileNotFoundError(f"There is no recipe '{path}'. {nearest(str(path), names)}")
 
 
-def _as_number(key: str, value: Any, default: Any) -> Any:
-    """YAML 1.1 reads 1e-3 (without a dot) as a string."""
+def _as_meant(key: str, value: Any, default: Any) -> Any:
+    """YAML 1.1 reads 1e-3 (without a dot) as a string, and the word no as false."""
+    if value is False and isinstance(default, str):
+        return "no"
     if isinstance(value, str) and (isinstance(default, float) or key in _float_keys()):
         try:
             return float(value)

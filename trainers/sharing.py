@@ -32,9 +32,8 @@ class HFTSharing:
         self.record.budget = {name: budget[name] for name in BUDGET}
         for task, rows in self._train_sets.items():
             self.record.data[task] = {"rows": len(rows), **_origin(rows)}
-        self._scores = StageScores(
-            self.model, self.processing_class, self._test_sets, self.args.per_device_eval_batch_size
-        )
+        batch_size, has_bars = self.args.per_device_eval_batch_size, self.is_world_process_zero()
+        self._scores = StageScores(self.model, self.processing_class, self._test_sets, batch_size, has_bars)
         for task, data in self._test_sets.items():
             self.record.data.setdefault(task, {})["metric"] = metric_name(data.score)
         self._scores.begin(self.record)

@@ -20,6 +20,7 @@ class StageScores:
         tokenizer: its tokenizer.
         sets: task -> what it is tested on; tasks without one are left out.
         batch_size: prompts at once.
+        has_bars: whether to show how far it is; in one process of several.
     """
 
     def __init__(
@@ -28,11 +29,13 @@ class StageScores:
         tokenizer: PreTrainedTokenizerBase,
         sets: Mapping[str, EvalSet],
         batch_size: int = 16,
+        has_bars: bool = True,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self.sets = sets
         self.batch_size = batch_size
+        self.has_bars = has_bars
 
     def begin(self, record: RunRecord) -> None:
         """Before any stage: the plain backbone on every task."""
@@ -52,10 +55,8 @@ class StageScores:
         found: dict[str, Score] = {}
         for task in tasks:
             if task in self.sets:
-                which = path or task
-                scores = score_task(
-                    self.model, self.tokenizer, self.sets[task], which, self.batch_size, f"{task}, {when}"
-                )
+                which, bar = path or task, f"{task}, {when}" if self.has_bars else None
+                scores = score_task(self.model, self.tokenizer, self.sets[task], which, self.batch_size, bar)
                 found[task] = as_score(scores)
         return found
 
