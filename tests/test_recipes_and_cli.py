@@ -53,6 +53,17 @@ def tiny_run(backbones, data, tmp_path, *more: str) -> list[str]:
             "--load_in_4bit", "false", "--output_dir", str(tmp_path / "run"), "--rank", "2", *more]  # fmt: skip
 
 
+def test_mastery_from_the_command_and_its_lines(backbones, data, tmp_path, capsys):
+    """Losses are lines for people, and a stage's first do not hold what the stage before had left."""
+    more = ["--max_steps", "6", "--eval_strategy", "steps", "--eval_steps", "2", "--logging_steps", "4"]
+    assert main(tiny_run(backbones, data, tmp_path, *more, "--mastery_patience", "1", "--learning_rate", "1e-9")) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^step 4/6: loss \d\.\d{3} \(.+\), learning rate", shown, re.M) and "{'" not in shown
+    assert re.search(r"^step 2/6: sst2 on validation rows: loss \d\.\d{3}, \d+ % of its tokens right$", shown, re.M)
+    second = [line for line in shown.split("stage 1/2")[-1].splitlines() if re.match(r"step \d/6: loss", line)]
+    assert second and not any("sst2" in line or "mnli" in line for line in second)
+
+
 @pytest.mark.parametrize("text", ["no", "'no'", "steps"])
 def test_a_strategy_may_be_the_word_no(tmp_path, text):
     """Which YAML reads as false."""

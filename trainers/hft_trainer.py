@@ -245,6 +245,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         self.stage = stage
         self.mastery = Mastery(stage.tasks, self.args.mastery_accuracy, self.args.mastery_patience)
         self._checked = set()
+        self._metrics["train"].clear()  # what the stage before had not logged yet
         self.model.start_stage(stage.tasks)
         self._begin_stage_record(stage)
         self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])

@@ -14,6 +14,25 @@ def _summary(stage: Stage | None, logs: dict[str, Any]) -> str:
     return f"{stage}: {steps} steps in {logs['train_runtime']:.0f} s, mean loss {logs['train_loss']:.3f}"
 
 
+def _are_scores(logs: dict[str, Any]) -> bool:
+    """They are printed elsewhere, in words."""
+    return any(name.startswith("score/") for name in logs)
+
+
+def _in_words(logs: dict[str, Any], state: Any) -> str | None:
+    """The losses in a log, in one short line; None if there are none."""
+    where = f"step {state.global_step}/{state.max_steps}: "
+    by_task = {name.removesuffix("_loss"): loss for name, loss in logs.items() if name.endswith("_loss")}
+    if "loss" in logs:
+        tasks = ", ".join(f"{task} {loss:.3f}" for task, loss in by_task.items())
+        return f"{where}loss {logs['loss']:.3f} ({tasks}), learning rate {logs.get('learning_rate', 0.0):.2g}"
+    for task, loss in by_task.items():
+        right = logs.get("eval_mean_token_accuracy")
+        tokens = "" if right is None else f", {100 * right:.0f} % of its tokens right"
+        return f"{where}{task.removeprefix('eval_')} on validation rows: loss {loss:.3f}{tokens}"
+    return None
+
+
 class StageProgress(ProgressCallback):
     """A progress bar that names the stage."""
 
@@ -24,7 +43,9 @@ class StageProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "train_runtime" in logs and self.training_bar is not None:
             self.training_bar.write(_summary(self.stage(), logs))
-        else:
+        elif self.training_bar is not None and (words := _in_words(logs or {}, state)) is not None:
+            self.training_bar.write(words)
+        elif not _are_scores(logs or {}):
             super().on_log(args, state, control, logs=logs, **kwargs)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -42,7 +63,9 @@ class StagePrinter(PrinterCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "train_runtime" in logs and state.is_world_process_zero:
             print(_summary(self.stage(), logs))
-        elif not any(name.startswith("score/") for name in logs or ()):  # those are printed in words
+        elif state.is_world_process_zero and (words := _in_words(logs or {}, state)) is not None:
+            print(words)
+        elif not _are_scores(logs or {}):
             super().on_log(args, state, control, logs=logs, **kwargs)
 
     def on_train_begin(self, args, state, control, **kwargs):
