@@ -71,6 +71,24 @@ def test_every_task_keeps_its_bits(grown_apart, tmp_path):
     assert hft.HFTForCausalLM.from_pretrained(tmp_path / "same").hierarchy.names == one.hierarchy.names
 
 
+def test_pages_of_the_same_content_stay_several(backbones, tokenizer, tmp_path):
+    """As two pages that were never trained and were filled with the same numbers."""
+    base = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, rank=3, memory_config={"slots": 2})
+    grow(base)
+    base.save_pretrained(tmp_path / "base")
+    for name, names in (("one", "bcr"), ("other", "xys")):
+        model = branch(tmp_path / "base", tokenizer, tmp_path / name, names, 5)
+        with torch.no_grad():
+            for parameter in model.hft_memory.parameters():
+                parameter.fill_(0.25)
+        model.save_pretrained(tmp_path / name)
+    before = model(prompts(2, 6), task="y").logits
+    merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "union")
+    union = hft.HFTForCausalLM.from_pretrained(tmp_path / "union")
+    assert bits(union(prompts(2, 6), task="y").logits) == bits(before)
+    assert len(set(union.config.task("y")["pages"])) == len(model.config.task("y")["pages"]) == 3
+
+
 def test_clashes_are_refused_or_renamed(grown_apart, tokenizer, tmp_path, capsys):
     third = branch(tmp_path / "base", tokenizer, tmp_path / "third", ("b", "z", "r"), 9, kinds=(5,))
     command = ["merge", str(tmp_path / "one"), str(tmp_path / "third"), "--out", str(tmp_path / "union")]

@@ -143,19 +143,21 @@ def _check_lineage(folder: Path, config: HFTConfig) -> None:
 
 
 def _match_pages(one: Path, first: HFTConfig, other: Path, second: HFTConfig) -> dict[int, int]:
-    """The second model's page ids -> ids in the union: the same for the same content, else new ones."""
+    """The second model's page ids -> ids in the union: the same for the same content, else new ones. Each id comes once."""
 
     def digest(folder: Path, page: Mapping[str, Any]) -> bytes:
         return hashlib.sha256((folder / page_file(page["id"])).read_bytes()).digest()
 
-    known = {digest(one, page): page["id"] for page in first.pages}
+    known: dict[bytes, list[int]] = {}
+    for page in first.pages:
+        known.setdefault(digest(one, page), []).append(page["id"])
     next_id = 1 + max((page["id"] for page in first.pages), default=0)
     ids = {}
     for page in second.pages:
-        content = digest(other, page)
-        if content not in known:
-            known[content], next_id = next_id, next_id + 1
-        ids[page["id"]] = known[content]
+        if same := known.get(digest(other, page)):
+            ids[page["id"]] = same.pop(0)
+        else:
+            ids[page["id"]], next_id = next_id, next_id + 1
     return ids
 
 

@@ -7,6 +7,7 @@ best average on validation rows is its own, and only that one runs with the furt
 pass and looked at by `table.py` only, for the chosen rate.
 """
 
+import dataclasses
 import gc
 import json
 import random
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from baselines import METHODS, Outcome, Setup
+from datasets import concatenate_datasets
 from harness import (
     RESULTS,
     accuracy,
@@ -47,6 +49,12 @@ CL14 = {
         "wic": [],
     },
 }  # in the order of the benchmark's order 4
+FAMILIES = {
+    "sentiment": ["yelp", "amazon", "imdb", "sst2"],
+    "inference": ["mnli", "cb", "rte"],
+    "topics": ["dbpedia", "agnews"],
+    "reading": ["multirc", "boolq"],
+}
 FAMILY = ["yelp", "amazon", "mnli", "cb", "rte", "sst2"]
 UNSEEN = ["copa", "boolq"]  # never trained with `family`: what is left of general ability
 GRID = (1e-3, 2e-3)
@@ -76,6 +84,21 @@ def hft(setup: Setup) -> Outcome:
     return hft_on(setup, hierarchy(setup.order))
 
 
+def hft_families(setup: Setup) -> Outcome:
+    """HFT where related tasks stand on a root that learns from all of them: two of three of their steps are taken there."""
+    families = {name: [task for task in its if task in setup.order] for name, its in FAMILIES.items()}
+    families = {name: its for name, its in families.items() if len(its) > 1}
+    up = {task: [name for name, its in families.items() if task in its] for task in setup.order}
+    train = {name: concatenate_datasets([setup.train[task] for task in its] * 2) for name, its in families.items()}
+    train |= {task: setup.train[task] if up[task] else concatenate_datasets([setup.train[task]] * 3) for task in up}
+    training = {**setup.training, "num_train_epochs": setup.training["num_train_epochs"] / 3}
+    tree = {**{name: [] for name in families}, **up}
+    outcome = hft_on(dataclasses.replace(setup, train=train, training=training), tree)
+    for name in families:  # no prompt is a family's own
+        outcome.model_of(name).hft_router.remove(name)
+    return outcome
+
+
 def hft_planned(setup: Setup) -> Outcome:
     """HFT with the hierarchy that the planner finds in the training rows."""
     model = without_tasks(setup.backbone)
@@ -91,7 +114,7 @@ def hft_on(setup: Setup, tree: dict[str, list[str]]) -> Outcome:
         def _train_stage(self, stage, checkpoint, **kwargs):
             output = super()._train_stage(stage, checkpoint, **kwargs)
             self.model.eval()
-            for task in stage.tasks:
+            for task in [task for task in stage.tasks if task in setup.order]:
                 setup.after_task(task, lambda task: self.model)
             return output
 
@@ -103,7 +126,7 @@ def hft_on(setup: Setup, tree: dict[str, list[str]]) -> Outcome:
     return Outcome(lambda task: model, own, own, {"tree": tree})
 
 
-ALL = {**METHODS, "hft": hft, "hft_planned": hft_planned}
+ALL = {**METHODS, "hft": hft, "hft_families": hft_families, "hft_planned": hft_planned}
 
 
 def routed_score(

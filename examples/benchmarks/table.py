@@ -38,6 +38,7 @@ METHODS = {
     "arrow": "Arrow over one LoRA a task",
     "hft": "HFT, task ids given",
     "hft_routed": "HFT, routed",
+    "hft_families": "HFT, task ids given, a root a family",
     "hft_planned": "HFT, task ids given, the planner's hierarchy",
 }
 
