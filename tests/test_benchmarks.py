@@ -109,11 +109,16 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch):
     """Three children with two parents each; the plan takes the right one, the wrong one, and none."""
     truth = {"a>x": 5, "b>x": 1, "a>y": 4, "b>y": 2, "a>z": 3, "b>z": -1}
     gains = {"a>x": 0.6, "b>x": 0.1, "a>y": 0.2, "b>y": 0.3, "a>z": 0.05, "b>z": 0.0}
+    complexity = {child: {"a loss, of tokens": value} for child, value in zip("xyz", (0.2, 0.3, 0.9), strict=True)}
     measures = {"hierarchy": {"x": ["a"], "y": ["b"], "z": []}, "help": {"calibrated": gains, "gradient": truth}}
+    measures["complexity"] = complexity
     lines = []
     for seed in range(2):
         lines.append({"setting": "measures", "seed": seed, "value": 2, **measures})
-        lines += [{"setting": f"alone: {child}", "seed": seed, "value": 50} for child in "xyz"]
+        lines += [
+            {"setting": f"alone: {child}", "seed": seed, "value": 50, "need": {"steps": steps, "rank": 4 - steps}}
+            for child, steps in zip("xyz", (1, 2, 3), strict=True)
+        ]
         lines += [{"setting": pair, "seed": seed, "value": 50 + gain} for pair, gain in truth.items()]
         lines.append({"setting": "found", "seed": seed, "value": 60 + seed})
     lines.append({"setting": "estimate", "seed": 0, "value": 0.1, "errors": {"seconds": 0.1, "bytes": -0.02}})
@@ -126,6 +131,8 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch):
     assert figures["planner.parent_regret_points"] == pytest.approx((0 + 2 + 3) / 3, abs=1e-3)
     assert figures["planner.rank_correlation"] == pytest.approx(1 - 6 * (0 + 1 + 1 + 4 + 4 + 0) / (6 * 35), abs=1e-3)
     assert figures["planner.rank_correlation_gradient"] == 1.0
+    assert figures["planner.steps_needed_by_a_loss_of_tokens"] == 1.0
+    assert figures["planner.rank_needed_by_a_loss_of_tokens"] == -1.0
     assert figures["planner.seconds_14_tasks"] == 321.0 and figures["planner.memory_estimate_error"] == -0.02
     assert figures["planner.ap_found_minus_hand"] == 2.5 and figures["planner.ap_found_minus_hand_se"] == 0.5
 
@@ -260,11 +267,11 @@ def test_each_speed_is_measured(backbones, tmp_path):
     assert "scalings" in cells["instead"]["does_not_run"]["xlora, training"]
 
 
-@pytest.mark.slow
-def test_each_method_runs(backbones, tmp_path):
-    for task in ("sst2", "yelp", "agnews", "copa", "boolq"):
-        (tmp_path / "data" / task).mkdir(parents=True)
-        for split in ("train", "validation", "test"):
+def write_tasks(folder, tasks):
+    """Rows in the form of cl14: more for a test than a batch takes."""
+    for task in tasks:
+        (folder / task).mkdir(parents=True)
+        for split, count in (("train", 6), ("validation", 6), ("test", 40)):
             rows = [
                 {
                     "instruction": f"{task}?",
@@ -272,10 +279,37 @@ def test_each_method_runs(backbones, tmp_path):
                     "input": f"t {i}",
                     "output": ["yes", "no"][i % 2],
                 }
-                for i in range(40 if split == "test" else 6)  # more than a batch
+                for i in range(count)
             ]
-            with gzip.open(tmp_path / "data" / task / f"{split}.jsonl.gz", "wt") as file:
+            with gzip.open(folder / task / f"{split}.jsonl.gz", "wt") as file:
                 file.write("\n".join(json.dumps(row) for row in rows))
+
+
+def test_steps_needed_by_hand():
+    import planner
+
+    assert planner.steps_needed({0: 2.0, 5: 1.2, 10: 1.1, 15: 1.0, 20: 1.3}) == 10
+    assert planner.steps_needed({0: 2.0, 5: 2.5}) == 0  # nothing to learn
+
+
+@pytest.mark.slow
+def test_the_planners_truth_is_measured(backbones, tmp_path):
+    tasks = ["sst2", "yelp", "amazon", "rte", "mnli", "cb", "agnews"]
+    write_tasks(tmp_path / "data", tasks)
+    out = tmp_path / "planner.jsonl"
+    command = [sys.executable, BENCHMARKS / "planner.py", "--data", tmp_path / "data", "--seeds", "1", "--settings",
+               "measures,alone: cb,mnli>cb", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    measures, alone, pair = read_cells(out)
+    assert set(measures["complexity"]) == set(tasks)
+    assert "0" in alone["need"]["losses"] and str(alone["need"]["steps"]) in alone["need"]["losses"]
+    assert 1 <= alone["need"]["rank"] <= 16 and set(alone["tasks"]) == set(pair["tasks"]) == {"cb"}
+
+
+@pytest.mark.slow
+def test_each_method_runs(backbones, tmp_path):
+    write_tasks(tmp_path / "data", ("sst2", "yelp", "agnews", "copa", "boolq"))
     out = tmp_path / "quality.jsonl"
     command = [sys.executable, BENCHMARKS / "quality.py", "--data", tmp_path / "data", "--tasks", "sst2,yelp",
                "--seeds", "1", "--backbone", backbones["llama"], "--out", out]  # fmt: skip

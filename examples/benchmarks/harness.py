@@ -12,13 +12,13 @@ import platform
 import resource
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, disable_progress_bars, load_dataset
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils import logging
 
 import hft
@@ -146,9 +146,11 @@ def train_hft(
     seed: int,
     training: Mapping[str, Any],
     trainer_class: type[HFTTrainer] = HFTTrainer,
+    validation: Mapping[str, Dataset] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
     **model_options: Any,
 ) -> hft.HFTForCausalLM:
-    """A model that has learnt the hierarchy's tasks, in NF4."""
+    """A model that has learnt the hierarchy's tasks, in NF4; other `model_options` go to `from_backbone`."""
     set_seed(seed)
     model = hft.HFTForCausalLM.from_backbone(
         backbone,
@@ -159,7 +161,11 @@ def train_hft(
     )
     with tempfile.TemporaryDirectory() as folder:
         config = quiet_config(folder, seed, training)
-        trainer_class(model, config, train_dataset=dict(train), processing_class=tokenizer).train()
+        eval_dataset = None if validation is None else dict(validation)
+        trainer = trainer_class(
+            model, config, dict(train), eval_dataset, processing_class=tokenizer, callbacks=list(callbacks)
+        )
+        trainer.train()
     model.eval()
     return model
 

@@ -3,7 +3,8 @@
     python examples/benchmarks/planner.py --data DIR             # goes on where an earlier run stopped
 
 measures: complexities and gains of all pairs by several measures side by side, and the planner's hierarchy.
-alone, PARENT>CHILD: the truth: the child's accuracy with 200 rows, without and with a parent that was trained on 200 rows.
+alone, PARENT>CHILD: the truth: the child's accuracy with 200 rows and three epochs, without and with a parent trained so,
+too. `alone` also says how many steps and which rank the task really needs.
 found: the ablation's training on the hierarchy that the planner finds, to compare with its settings full, flat, reversed.
 estimate: what `hft plan` promises for three tasks against what happens, each in a process of its own.
 fourteen: the seconds of a plan of all fourteen tasks.
@@ -34,12 +35,14 @@ from harness import (
 )
 from planner_measures import measure_all
 from quality import CL14
+from transformers import TrainerCallback
 
 from hft.trainers import plan_hierarchy
 from hft.trainers.plan_costs import plan_costs
 from hft.trainers.planner import Plan, TaskProbe
 from hft.trainers.probes import ProbeSettings
 from hft.trainers.recipes import Recipe
+from hft.trainers.task_data import tokenize_rows
 
 
 # Related and unrelated, easy and hard, both ways round.
@@ -49,7 +52,43 @@ PAIRS = [
 ]  # fmt: skip
 CHILDREN = list(dict.fromkeys(child for _, child in PAIRS))
 ROWS = 200
+TRUTH = {**TRAINING, "num_train_epochs": 3}
+LOSSES = {"eval_strategy": "steps", "eval_steps": 5, "eval_on_start": True, "per_device_eval_batch_size": 32}
+RANK_TOLERANCE = 0.01  # nats a token
 ESTIMATED = {"sst2": [], "agnews": [], "yelp": ["sst2"]}
+
+
+class Curve(TrainerCallback):
+    """The validation loss by step."""
+
+    def __init__(self, task: str):
+        self.task = task
+        self.losses: dict[int, float] = {}
+
+    def on_evaluate(self, args, state, control, *, metrics, **kwargs):
+        self.losses[state.global_step] = round(metrics[f"eval_{self.task}_loss"], 4)
+
+
+def steps_needed(losses: dict[int, float]) -> int:
+    """The first step after which no more than a tenth of what there is to learn is left: of the fall to the lowest loss."""
+    lowest = min(losses.values())
+    return min(step for step, loss in losses.items() if loss <= lowest + (losses[0] - lowest) / 10)
+
+
+def learn_alone(
+    backbone: str, tokenizer, task: str, rows: list[dict], validation: list[dict], seed: int
+) -> tuple[dict, dict]:
+    """A task's scores where it stands on nothing, and what it needs: steps, and rank."""
+    checks, curve = sample(validation, 64, 0), Curve(task)
+    model = train_hft(
+        backbone, tokenizer, {task: []}, {task: sample(rows, ROWS, seed)}, seed, {**TRUTH, **LOSSES},
+        validation={task: checks}, callbacks=[curve],
+    )  # fmt: skip
+    tasks = score(model, tokenizer, {task: validation}, lambda task: task)
+    model.config.task(task)["sealed"] = False  # to be cut; the scores are of the whole node
+    trim = model.trim(task, tokenize_rows(checks, tokenizer, TRAINING["max_length"]), RANK_TOLERANCE)
+    need = {"steps": steps_needed(curve.losses), "rank": trim.rank, "losses": curve.losses}
+    return tasks, need
 
 
 def estimate(command: list[str]) -> dict:
@@ -120,9 +159,14 @@ def main() -> None:
                 result.update(value=round(time.perf_counter() - begin, 1), hierarchy=plan.parents)
             elif setting == "estimate":
                 result.update(estimate([sys.executable, __file__, "--data", args.data, "--backbone", backbone]))
+            elif setting.startswith("alone: "):
+                (task,) = tree
+                tasks, need = learn_alone(backbone, tokenizer, task, rows[task], validation[task], seed)
+                result.update(value=mean_accuracy(tasks), tasks=tasks, need=need)
             else:
                 train = {task: sample(rows[task], ROWS, seed) for task in tree}
-                model = train_hft(backbone, tokenizer, tree, train, seed, TRAINING)
+                training = TRAINING if setting == "found" else TRUTH
+                model = train_hft(backbone, tokenizer, tree, train, seed, training)
                 last = list(tree) if setting == "found" else list(tree)[-1:]
                 tasks = score(model, tokenizer, {task: validation[task] for task in last}, lambda task: task)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree)

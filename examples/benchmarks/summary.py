@@ -7,6 +7,7 @@ python examples/benchmarks/summary.py --json     # one flat JSON object; keys ar
 import argparse
 import itertools
 import json
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,6 +151,19 @@ def planner() -> dict[str, float]:
             its = [parent for parent in measured[seed]["hierarchy"][child] if parent in gains]
             regrets.append(max(0.0, *gains.values()) - (gains[its[0]] if its else 0.0))
         figures["planner.parent_regret_points"] = round(statistics.mean(regrets), 3)
+    needs = {
+        (setting.removeprefix("alone: "), seed): cell["need"]
+        for (setting, seed), cell in cells.items()
+        if "need" in cell and ("measures", seed) in cells
+    }
+    if len(needs) >= 5:
+        for measure in cells["measures", 0]["complexity"][next(iter(needs))[0]]:
+            found = [cells["measures", seed]["complexity"][task][measure] for task, seed in needs]
+            name = re.sub(r"\W+", "_", measure)
+            for what in ("steps", "rank"):
+                ranks = _ranks(found), _ranks([need[what] for need in needs.values()])
+                if len(set(ranks[0])) > 1 and len(set(ranks[1])) > 1:
+                    figures[f"planner.{what}_needed_by_{name}"] = round(statistics.correlation(*ranks), 3)
     both = {("found", seed): cell for (setting, seed), cell in cells.items() if setting == "found"}
     if gap := difference({**both, **read("ablation-200")}, "found", "full"):
         figures["planner.ap_found_minus_hand"] = round(gap[0], 3)
