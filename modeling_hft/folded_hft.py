@@ -25,7 +25,7 @@ class HFTFolding:
 
         The path is computed once: one pair, down [R, I] and up [O, R] with the gates in it, a linear. Passes no longer look
         whether a parameter has changed; logits are the same bits as before. It takes the pairs' memory besides the nodes':
-        2 (I + O) R bytes a linear in 16 bit.
+        2 (I + O) R bytes a linear in 16 bit, and twice as much again while a CPU generates.
 
         Args:
             task: its name.

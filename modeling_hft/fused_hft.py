@@ -57,8 +57,8 @@ class HFTFused:
                 pairs, g_R = self._sources(task, x_BTI)
                 factors = [factor for pair in pairs for factor in pair]
                 return _PathProduct.apply(x_BTI, g_R, *factors)
-            if task.kept is not None and _is_a_token_on_cpu(x_BTI):
-                down_RI, up_OR = self._wide_factors(task, task.kept, x_BTI)
+            if task.wide is not None and _is_a_token_on_cpu(x_BTI):
+                down_RI, up_OR = self._wide_factors(task, task.wide, x_BTI)
                 return F.linear(F.linear(x_BTI.float(), down_RI), up_OR).to(x_BTI.dtype)
             down_RI, up_OR = self.factors(task, x_BTI)
             return F.linear(F.linear(x_BTI, down_RI), up_OR)
@@ -112,13 +112,12 @@ class HFTFused:
             pair = task.kept[self.name] = self._fuse(task, like)
         return pair
 
-    def _wide_factors(self, task: HFTTaskPath, kept: dict[str, Pair], like: torch.Tensor) -> Pair:
-        """The same numbers in float32, kept beside them in `task.kept`."""
-        name = f"{self.name} in float32"
-        if name not in kept:
+    def _wide_factors(self, task: HFTTaskPath, wide: dict[str, Pair], like: torch.Tensor) -> Pair:
+        """The same numbers in float32, as many bytes again twice; they go when the last token has come."""
+        if self.name not in wide:
             down_RI, up_OR = self.factors(task, like)
-            kept[name] = (down_RI.float(), up_OR.float())
-        return kept[name]
+            wide[self.name] = (down_RI.float(), up_OR.float())
+        return wide[self.name]
 
     def _fuse(self, task: HFTTaskPath, like: torch.Tensor) -> Pair:
         pairs, g_R = self._sources(task, like)
@@ -140,9 +139,9 @@ def padded(pair: Pair, rank: int) -> Pair:
 
 
 def _is_a_token_on_cpu(x_BTI: torch.Tensor) -> bool:
-    """A pass of so few tokens that a CPU, which has to begin a product in 16 bit anew, multiplies faster in float32."""
+    """Whether these are so few tokens, up to four, that a CPU multiplies them faster in float32: a row's next one."""
     is_narrow = x_BTI.device.type == "cpu" and x_BTI.dtype in (torch.bfloat16, torch.float16)
-    return is_narrow and x_BTI.numel() <= 4 * x_BTI.shape[-1] and not torch.compiler.is_compiling()
+    return is_narrow and x_BTI.numel() <= 4 * x_BTI.shape[-1]
 
 
 def _concatenated(pairs: Sequence[Pair], like: torch.Tensor) -> Pair:

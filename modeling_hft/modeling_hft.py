@@ -128,7 +128,8 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
             return on_path(self._path(task, num_rows, is_one_pass=True))
         rows = tuple(self._rows(task, num_rows))
         if (id(self), rows) not in made:
-            made[id(self), rows] = self._path(task, num_rows, is_one_pass=True)
+            path = self._path(task, num_rows, is_one_pass=True)
+            made[id(self), rows] = None if path is None else path.with_wide_factors()
         return on_path(made[id(self), rows])
 
     def _path(self, task: Task, num_rows: int | None, is_one_pass: bool = False) -> HFTPath | None:
@@ -293,10 +294,11 @@ class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
         Returns:
             What the backbone returns: logits [B, T, V], the loss if there are labels, the cache.
         """
-        if isinstance(logits_to_keep, int) and logits_to_keep > 0 and self.device.type == "cpu":
+        given = inputs_embeds if input_ids is None else input_ids
+        if given is not None and isinstance(logits_to_keep, int) and logits_to_keep > 0 and self.device.type == "cpu":
             # As an index, which copies these positions: of a slice, a CPU's matmul copies the head's weights once a row.
-            length = (inputs_embeds if input_ids is None else input_ids).shape[1]
-            logits_to_keep = torch.arange(max(length - logits_to_keep, 0), length)
+            length = given.shape[1]
+            logits_to_keep = torch.arange(max(length - logits_to_keep, 0), length, device="cpu")
         with self._one_pass(task, _num_rows(input_ids, inputs_embeds)):
             return self.backbone(
                 input_ids=input_ids,

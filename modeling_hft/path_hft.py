@@ -7,7 +7,7 @@ import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class HFTTaskPath:
         num_node_columns: how many of these columns belong to nodes.
         kept: the fused factors that linears made on this path, by linear, and which are still right; linears add theirs.
             None: they make them anew.
+        wide: the same in float32, while tokens are generated; None otherwise.
     """
 
     task: str
@@ -56,6 +57,7 @@ class HFTTaskPath:
     source_of_column_R: torch.Tensor
     num_node_columns: int
     kept: dict[str, Pair] | None = None
+    wide: dict[str, Pair] | None = None
 
     def column_gates(self, layer: int, with_pages: bool) -> torch.Tensor:
         """One layer's gates, a number a column of the factors: [R], float32; the nodes' columns, or all."""
@@ -77,6 +79,10 @@ class HFTPath:
     tasks: tuple[HFTTaskPath, ...]
     task_of_row_B: torch.Tensor | None = None
     in_order: bool = False
+
+    def with_wide_factors(self) -> "HFTPath":
+        """The same paths with room for factors in float32."""
+        return replace(self, tasks=tuple(replace(task, wide={}) for task in self.tasks))
 
 
 class _ThreadState(threading.local):

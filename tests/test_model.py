@@ -3,6 +3,7 @@
 import copy
 import re
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -236,14 +237,18 @@ def test_kept_factors_are_used_and_never_stale(model, monkeypatch):
 @pytest.mark.parametrize("is_open", [False, True], ids=["sealed", "open"])
 def test_generating_fuses_once_and_the_next_call_sees_a_change(model, monkeypatch, is_open):
     """Open or sealed: tokens are those of passes that each look for themselves."""
+    from hft.fused_hft import HFTFused
+
     model.eval().requires_grad_(False)
     if is_open:
         model.hft_gates.of("d").requires_grad_(True)
     looked = []
     read = type(model)._read_parameters
     monkeypatch.setattr(type(model), "_read_parameters", lambda self, task: looked.append(task) or read(self, task))
+    fused, fuse = [], HFTFused._fuse
+    monkeypatch.setattr(HFTFused, "_fuse", lambda self, task, *rest: fused.append(task) or fuse(self, task, *rest))
     x, rows = prompts(3, 6), ["d", "f", "backbone"]
-    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": 2}
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     def one_by_one(task):
         """Greedy, a full pass a token."""
@@ -258,11 +263,35 @@ def test_generating_fuses_once_and_the_next_call_sees_a_change(model, monkeypatc
         with torch.no_grad():
             model.hft_nodes["layers_1_mlp_up_proj"].pair("d")[1].mul_(scale)
         for task in ("d", rows):
-            looked.clear()
-            found = model.generate(x, task=task, **{**options, "num_beams": 1})
-            assert len(looked) == len(set(task) - {"backbone"})
+            looked.clear(), fused.clear()
+            found = model.generate(x, task=task, **options)
+            num_tasks = len(set(task) - {"backbone"})
+            assert len(looked) == num_tasks and len(fused) <= 14 * num_tasks
             assert torch.equal(found, one_by_one(task))
-        assert model.generate(x, task=rows, **options).shape == (3, 11)
+        beams = model.generate(x, task=rows, num_beams=2, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr("hft.modeling_hft.generating", nullcontext)
+            assert torch.equal(beams, model.generate(x, task=rows, num_beams=2, **options))
+
+
+def test_generating_in_bfloat16_differs_from_passes_by_rounding_only(backbones):
+    """A token's factors are multiplied in float32 then; a folded model, too, and a pass of its own stays what it was."""
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], HIERARCHY, rank=3, dtype=torch.bfloat16)
+    grow(model)
+    x = prompts(2, 6)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+               "output_logits": True, "return_dict_in_generate": True}  # fmt: skip
+    for fold in (False, True):
+        with torch.no_grad():
+            before = bits(model(x[:, :1], task="d").logits)
+            if fold:
+                model.fold("d")
+            out = model.generate(x, task="d", **options)
+            whole = model(out.sequences, task="d").logits[:, 5:-1]
+            assert bits(model(x[:, :1], task="d").logits) == before
+        assert (torch.stack(out.logits, 1) - whole).abs().max() <= 2**-5 * whole.abs().max()
+    loss = model(inputs_embeds=model.get_input_embeddings()(x).detach().requires_grad_(), task="d").logits.sum()
+    loss.backward()  # nothing that was kept came out of inference mode
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -65,11 +65,12 @@ def test_mastery_from_the_command_and_its_lines(backbones, data, tmp_path, capsy
 
 
 @pytest.mark.parametrize("text", ["no", "'no'", "steps"])
-def test_a_strategy_may_be_the_word_no(tmp_path, text):
-    """Which YAML reads as false."""
-    (tmp_path / "r.yaml").write_text(f"backbone: x\nhierarchy: {{a: []}}\nsave_strategy: {text}\npacking: no\n")
-    training = read_recipe(tmp_path / "r.yaml").training
-    assert training["save_strategy"] == text.strip("'") and training["packing"] is False
+def test_words_that_yaml_reads_as_false(tmp_path, text):
+    lines = f"backbone: x\nhierarchy: {{a: []}}\nsave_strategy: {text}\npacking: no\nmemory_config: {{read: off}}\n"
+    (tmp_path / "r.yaml").write_text(lines)
+    recipe = read_recipe(tmp_path / "r.yaml")
+    assert recipe.training["save_strategy"] == text.strip("'") and recipe.training["packing"] is False
+    assert recipe.model["memory_config"] == {"read": "off"}
 
 
 @pytest.mark.slow

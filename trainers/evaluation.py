@@ -204,7 +204,7 @@ def option_likelihoods(
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     found: list[list[float]] = [[] for _ in rows]
-    last = torch.tensor([-1], device=model.device)  # as an index, for plain models too: see HFTForCausalLM.forward
+    last = torch.tensor([-1], device="cpu")  # as an index, for plain models too: see HFTForCausalLM.forward
     for begin in range(0, len(order), batch_size):
         chosen = order[begin : begin + batch_size]
         ids = [prompts[i] for i in chosen]

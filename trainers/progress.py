@@ -19,18 +19,20 @@ def _are_scores(logs: dict[str, Any]) -> bool:
     return any(name.startswith("score/") for name in logs)
 
 
-def _in_words(logs: dict[str, Any], state: Any) -> str | None:
-    """The losses in a log, in one short line; None if there are none."""
-    where = f"step {state.global_step}/{state.max_steps}: "
-    by_task = {name.removesuffix("_loss"): loss for name, loss in logs.items() if name.endswith("_loss")}
-    if "loss" in logs:
-        tasks = ", ".join(f"{task} {loss:.3f}" for task, loss in by_task.items())
-        return f"{where}loss {logs['loss']:.3f} ({tasks}), learning rate {logs.get('learning_rate', 0.0):.2g}"
-    for task, loss in by_task.items():
-        right = logs.get("eval_mean_token_accuracy")
-        tokens = "" if right is None else f", {100 * right:.0f} % of its tokens right"
-        return f"{where}{task.removeprefix('eval_')} on validation rows: loss {loss:.3f}{tokens}"
-    return None
+def _in_words(logs: dict[str, Any], state: Any, stage: Stage | None) -> str | None:
+    """The losses of a stage's tasks in a log, in one short line; None if there are none."""
+    where, tasks = f"step {state.global_step}/{state.max_steps}: ", stage.tasks if stage is not None else ()
+    if "loss" in logs and "learning_rate" in logs:
+        losses = ", ".join(f"{task} {logs[f'{task}_loss']:.3f}" for task in tasks if f"{task}_loss" in logs)
+        if not losses:
+            return f"{where}nothing to learn, the tasks of these steps are mastered"
+        return f"{where}loss {logs['loss']:.3f} ({losses}), learning rate {logs['learning_rate']:.2g}"
+    task = next((task for task in tasks if f"eval_{task}_loss" in logs), None)
+    if task is None:
+        return None
+    right = logs.get("eval_mean_token_accuracy")
+    tokens = "" if right is None else f", {100 * right:.0f} % of its tokens right"
+    return f"{where}{task} on validation rows: loss {logs[f'eval_{task}_loss']:.3f}{tokens}"
 
 
 class StageProgress(ProgressCallback):
@@ -43,7 +45,7 @@ class StageProgress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "train_runtime" in logs and self.training_bar is not None:
             self.training_bar.write(_summary(self.stage(), logs))
-        elif self.training_bar is not None and (words := _in_words(logs or {}, state)) is not None:
+        elif self.training_bar is not None and (words := _in_words(logs or {}, state, self.stage())) is not None:
             self.training_bar.write(words)
         elif not _are_scores(logs or {}):
             super().on_log(args, state, control, logs=logs, **kwargs)
@@ -63,7 +65,7 @@ class StagePrinter(PrinterCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is not None and "train_runtime" in logs and state.is_world_process_zero:
             print(_summary(self.stage(), logs))
-        elif state.is_world_process_zero and (words := _in_words(logs or {}, state)) is not None:
+        elif state.is_world_process_zero and (words := _in_words(logs or {}, state, self.stage())) is not None:
             print(words)
         elif not _are_scores(logs or {}):
             super().on_log(args, state, control, logs=logs, **kwargs)

@@ -175,9 +175,11 @@ def _find(path: str | os.PathLike) -> Path:
 
 
 def _as_meant(key: str, value: Any, default: Any) -> Any:
-    """YAML 1.1 reads 1e-3 (without a dot) as a string, and the word no as false."""
-    if value is False and isinstance(default, str):
+    """YAML 1.1 reads 1e-3 (without a dot) as a string, and the words no and off as false."""
+    if value is False and key.endswith("_strategy"):
         return "no"
+    if key == "memory_config" and isinstance(value, dict) and value.get("read") is False:
+        return {**value, "read": "off"}
     if isinstance(value, str) and (isinstance(default, float) or key in _float_keys()):
         try:
             return float(value)

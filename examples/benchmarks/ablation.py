@@ -9,7 +9,7 @@ accuracies on validation rows, options by likelihood.
 import itertools
 import random
 
-from harness import cell, mean_accuracy, parser, prepare, read_tasks, sample, score, todo, train_hft
+from harness import attention, cell, mean_accuracy, parser, prepare, read_tasks, sample, score, todo, train_hft
 
 from hft.trainers import HFTTrainer
 from hft.trainers.curriculum import BlockSampler
@@ -98,6 +98,7 @@ def main() -> None:
             tasks = score(model, tokenizer, validation, lambda task: task)
             gates = {task: {k: round(v, 4) for k, v in model.gates(task).mean().items()} for task in TREE}
             result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree, gates=gates, training=TRAINING)
+            result.update(attention=attention())
 
 
 if __name__ == "__main__":

@@ -131,10 +131,13 @@ def quiet_config(folder: str, seed: int, training: Mapping[str, Any]) -> HFTTrai
     )
 
 
-def without_tasks(backbone: str) -> hft.HFTForCausalLM:
+def without_tasks(backbone: str, attn_implementation: str | None = None) -> hft.HFTForCausalLM:
     """The backbone in NF4, for a hierarchy that is yet to be found."""
     return hft.HFTForCausalLM.from_backbone(
-        backbone, {}, quantization_config=BitsAndBytesConfig(**NF4), attn_implementation=attention()
+        backbone,
+        {},
+        quantization_config=BitsAndBytesConfig(**NF4),
+        attn_implementation=attn_implementation or attention(),
     )
 
 
@@ -156,8 +159,7 @@ def train_hft(
         backbone,
         hierarchy,
         quantization_config=BitsAndBytesConfig(**NF4),
-        attn_implementation=attention(),
-        **model_options,
+        **{"attn_implementation": attention(), **model_options},
     )
     with tempfile.TemporaryDirectory() as folder:
         config = quiet_config(folder, seed, training)

@@ -112,7 +112,7 @@ def child(what: str, backbone: str, tokenizer, rows: dict[str, list[dict]]) -> N
     if what == "train":
         reset_peak()
         begin = time.perf_counter()
-        train_hft(backbone, tokenizer, ESTIMATED, data, 0, TRAINING)
+        train_hft(backbone, tokenizer, ESTIMATED, data, 0, TRAINING, attn_implementation="auto")  # as `hft train` does
         print(json.dumps({"seconds": time.perf_counter() - begin, "bytes": peak_bytes()}))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +120,7 @@ def child(what: str, backbone: str, tokenizer, rows: dict[str, list[dict]]) -> N
         recipe = Recipe(backbone=backbone, hierarchy=ESTIMATED, quantization=NF4, training=training)
         probes = {task: TaskProbe(1.0, 0.1, {"backbone": [1.0] * 9}) for task in ESTIMATED}
         begin = time.perf_counter()
-        model = without_tasks(backbone)
+        model = without_tasks(backbone, "auto")
         loading = time.perf_counter() - begin
         costs = plan_costs(Plan(ESTIMATED, probes, ()), recipe, model, data, tokenizer)
     seconds = costs.total_seconds() + loading

@@ -20,6 +20,7 @@ from datasets import concatenate_datasets
 from harness import (
     RESULTS,
     accuracy,
+    attention,
     cell,
     mean_accuracy,
     parser,
@@ -35,6 +36,7 @@ from harness import (
 from hft.trainers import HFTTrainer, plan_hierarchy
 from hft.trainers.evaluation import score_options
 from hft.trainers.probes import ProbeSettings
+from hft.trainers.routes import learn_routes
 
 
 CL14 = {
@@ -89,13 +91,17 @@ def hft_families(setup: Setup) -> Outcome:
     families = {name: [task for task in its if task in setup.order] for name, its in FAMILIES.items()}
     families = {name: its for name, its in families.items() if len(its) > 1}
     up = {task: [name for name, its in families.items() if task in its] for task in setup.order}
-    train = {name: concatenate_datasets([setup.train[task] for task in its] * 2) for name, its in families.items()}
-    train |= {task: setup.train[task] if up[task] else concatenate_datasets([setup.train[task]] * 3) for task in up}
-    training = {**setup.training, "num_train_epochs": setup.training["num_train_epochs"] / 3}
+    seen = {t: concatenate_datasets([rows] * setup.training["num_train_epochs"]) for t, rows in setup.train.items()}
+    early = {
+        task: 2 * len(rows) // 3 if up[task] else 0 for task, rows in seen.items()
+    }  # rows that its root learns from
+    train = {task: rows.select(range(early[task], len(rows))) for task, rows in seen.items()}
+    for name, its in families.items():
+        train[name] = concatenate_datasets([seen[task].select(range(early[task])) for task in its])
+    training = {**setup.training, "num_train_epochs": 1, "route_samples": 0}
     tree = {**{name: [] for name in families}, **up}
     outcome = hft_on(dataclasses.replace(setup, train=train, training=training), tree)
-    for name in families:  # no prompt is a family's own
-        outcome.model_of(name).hft_router.remove(name)
+    learn_routes(outcome.model_of(""), setup.order, setup.train, setup.tokenizer, 256)  # no prompt is a family's own
     return outcome
 
 
@@ -203,7 +209,7 @@ class Benchmark:
             return
         with cell(self.out, self.name, setting, seed) as result:
             is_hft = method.startswith("hft")
-            result.update(method=method, learning_rate=rate)
+            result.update(method=method, learning_rate=rate, attention=attention())
             just_learnt: dict[str, list[float]] = {}
 
             def after_task(task: str, model_of: Any) -> None:

@@ -157,7 +157,8 @@ def planner() -> dict[str, float]:
         if "need" in cell and ("measures", seed) in cells
     }
     if len(needs) >= 5:
-        for measure in cells["measures", 0]["complexity"][next(iter(needs))[0]]:
+        task, seed = next(iter(needs))
+        for measure in cells["measures", seed]["complexity"][task]:
             found = [cells["measures", seed]["complexity"][task][measure] for task, seed in needs]
             name = re.sub(r"\W+", "_", measure)
             for what in ("steps", "rank"):

@@ -1,7 +1,7 @@
 """The README's tables, made from the committed result files; a test compares them.
 
 python examples/benchmarks/table.py ablation
-python examples/benchmarks/table.py quality --budget small --tasks family
+python examples/benchmarks/table.py quality --budget small --tasks family    # `short` has less training
 python examples/benchmarks/table.py tasks --budget small --tasks family
 python examples/benchmarks/table.py memory
 python examples/benchmarks/table.py speed
