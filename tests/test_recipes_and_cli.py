@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from transformers import AutoTokenizer
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
@@ -51,6 +52,45 @@ def tiny_run(backbones, data, tmp_path, *more: str) -> list[str]:
     """The shipped recipe for two steps a stage on a tiny backbone, not quantised."""
     return ["train", "cl14-small", "--backbone", str(backbones["llama"]), "--data", str(data), "--max_steps", "2",
             "--load_in_4bit", "false", "--output_dir", str(tmp_path / "run"), "--rank", "2", *more]  # fmt: skip
+
+
+def test_a_family_stands_on_a_root_that_learns_from_all(backbones, data, tmp_path, capsys):
+    lines = f"""
+backbone: {backbones["llama"]}
+hierarchy: {{inference: [], mnli: [inference], cb: [inference], sst2: []}}
+mixtures: {{inference: [mnli, cb]}}
+data: {data}
+train_samples: 4
+"""
+    (tmp_path / "family.yaml").write_text(lines)
+    recipe = read_recipe(tmp_path / "family.yaml")
+    assert set(recipe.training["route_tasks"]) == {"sst2", "mnli", "cb"}
+    tokenizer = AutoTokenizer.from_pretrained(backbones["llama"])
+    parts = [load_task(recipe, task, "train", tokenizer) for task in ("inference", "mnli", "cb")]
+    rows = [[json.dumps(row, sort_keys=True) for row in part] for part in parts]
+    assert sorted(rows[0]) == sorted(rows[1] + rows[2]) and rows[0] != rows[1] + rows[2] and len(rows[0]) == 8
+    command = ["train", str(tmp_path / "family.yaml"), "--max_steps", "2", "--output_dir", str(tmp_path / "run")]
+    assert main([*command, "--stage_eval_samples", "2"]) == 0
+    assert "inference  8 rows" in (shown := capsys.readouterr().out) and "After stage 1/2: inference, sst2" in shown
+    model = hft.HFTForCausalLM.from_pretrained(tmp_path / "run")
+    assert set(model.hft_router.tasks()) == {"sst2", "mnli", "cb"}
+
+
+@pytest.mark.parametrize(
+    "mixtures, message",
+    [
+        ("{x: [cb]}", "names the unknown task 'x'"),
+        ("{a: [cb, y]}", "names the unknown task 'y'"),
+        ("{a: []}", "give a list of tasks"),
+        ("[a]", "give `task: [tasks]` lines"),
+        ("{a: [b], b: [cb]}", "none of its own or a mixture's"),
+        ("{a: [a]}", "none of its own or a mixture's"),
+    ],
+)
+def test_wrong_mixtures(tmp_path, mixtures, message):
+    (tmp_path / "r.yaml").write_text(f"backbone: x\nhierarchy: {{a: [], b: [a], cb: [a]}}\nmixtures: {mixtures}\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_recipe(tmp_path / "r.yaml")
 
 
 def test_mastery_from_the_command_and_its_lines(backbones, data, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The arguments of `HFTTrainer`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import accelerator
@@ -24,6 +25,8 @@ class HFTTrainingConfig(SFTConfig):
         mastery_patience: a task leaves its stage after so many evaluations in a row without a new lowest validation loss.
             None: never. When all tasks of a stage have left, it ends. Both need `eval_dataset` and `eval_strategy="steps"`.
         route_samples: prompts of each task from which the router learns to know it; 0: the router does not learn.
+        route_tasks: the tasks that it learns to know; None: all. Leave out a task whose rows are those of others, as the
+            root of a family: no prompt is its own.
         rank_tolerance: before a stage is sealed, each task's node is cut to the smallest rank that raises its mean loss on
             128 rows of `eval_dataset` by no more than this, in nats a token; 0 or more. See `HFTForCausalLM.trim`. None: no
             cuts.
@@ -41,6 +44,7 @@ class HFTTrainingConfig(SFTConfig):
     )
     mastery_patience: int | None = field(default=None, metadata={"help": "Evaluations without progress till it does."})
     route_samples: int = field(default=256, metadata={"help": "Prompts a task that the router learns from; 0: none."})
+    route_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks that the router learns; None: all."})
 
     rank_tolerance: float | None = field(
         default=None, metadata={"help": "Nats a token by which a sealed node's cut may raise the validation loss."}
@@ -87,6 +91,11 @@ class HFTTrainingConfig(SFTConfig):
                 f"Reentrant checkpointing hides from DDP which parameters a step uses, and there are {self.world_size} "
                 "processes; leave `use_reentrant` out of `gradient_checkpointing_kwargs`."
             )
+
+    def routed(self, tasks: Sequence[str]) -> list[str]:
+        """Those of the tasks that the router learns to know."""
+        wanted = tasks if self.route_tasks is None else self.route_tasks
+        return [task for task in tasks if task in wanted] if self.route_samples else []
 
     def has_mastery(self) -> bool:
         """Whether tasks may leave their stage early."""

@@ -277,8 +277,8 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         tolerance = self.args.rank_tolerance
         rows = {task: alone(self.eval_dataset[task]) for task in stage.tasks} if tolerance is not None else None
         trims = self.model.seal(stage.tasks, tolerance, rows)
-        if self.args.route_samples:
-            learn_routes(self.model, stage.tasks, self._train_sets, self.processing_class, self.args.route_samples)
+        routed = self.args.routed(stage.tasks)
+        learn_routes(self.model, routed, self._train_sets, self.processing_class, self.args.route_samples)
         self._end_stage_record(stage, output, trims)
         self.save_model()
         return output

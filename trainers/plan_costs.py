@@ -94,7 +94,7 @@ def plan_costs(
             steps |= {task: a_task + (i < left) for i, task in enumerate(level)}
     seconds = {
         task: steps[task] * timing.seconds(tokens_a_step(lengths[task], training), more[task])
-        + timing.per_prompt * min(training.route_samples, len(rows[task]))
+        + timing.per_prompt * min(training.route_samples if training.routed([task]) else 0, len(rows[task]))
         for task in steps
     }
     batch = training.per_device_train_batch_size

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from hft.hierarchy_hft import Hierarchy, nearest
@@ -42,6 +42,8 @@ class Recipe:
         backbone: Hub id or folder.
         hierarchy: task -> parents.
         datasets: task -> where it comes from and how a row is read, see `load_task`; not needed with `data`.
+        mixtures: task -> tasks of the hierarchy whose rows are its rows, as of a root on which a family stands; the router
+            does not learn to know it, unless `route_tasks` names it.
         data: a folder with `<task>/<split>.jsonl.gz` of rows {instruction, options, input, output}; takes the place of
             `datasets`.
         train_samples: rows of each task to train on, a random choice that is always the same; None for all.
@@ -59,6 +61,7 @@ class Recipe:
     backbone: str
     hierarchy: dict[str, list[str]]
     datasets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    mixtures: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     data: str | None = None
     train_samples: int | None = None
     eval_samples: int | None = None
@@ -155,6 +158,9 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         for task in recipe.metric:
             if task not in tree:
                 raise ValueError(f"`metric` names the unknown task {task!r}. {nearest(task, tree.names)}")
+    _check_mixtures(recipe, tree)
+    if recipe.mixtures:
+        recipe.training.setdefault("route_tasks", [task for task in tree.names if task not in recipe.mixtures])
     for task in recipe.datasets:
         if task not in tree:
             raise ValueError(f"`datasets` describes the unknown task {task!r}. {nearest(task, tree.names)}")
@@ -162,6 +168,21 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
             if key not in _SPEC_KEYS:
                 raise ValueError(f"`datasets[{task!r}]` has the unknown key {key!r}. {nearest(key, _SPEC_KEYS)}")
     return recipe
+
+
+def _check_mixtures(recipe: Recipe, tree: Hierarchy) -> None:
+    if not isinstance(recipe.mixtures, dict):
+        raise ValueError(f"`mixtures` is {recipe.mixtures!r}; give `task: [tasks]` lines.")
+    for task, members in recipe.mixtures.items():
+        if not isinstance(members, list) or not members:
+            raise ValueError(f"`mixtures[{task!r}]` is {members!r}; give a list of tasks.")
+        for name in (task, *members):
+            if name not in tree:
+                raise ValueError(f"`mixtures[{task!r}]` names the unknown task {name!r}. {nearest(name, tree.names)}")
+        if task in recipe.datasets or recipe.mixtures.keys() & set(members):
+            raise ValueError(
+                f"`mixtures` gives {task!r} the rows of {members}; it can have none of its own or a mixture's."
+            )
 
 
 def _find(path: str | os.PathLike) -> Path:
@@ -212,6 +233,10 @@ def load_task(recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokeni
         ValueError: no data is described for the task.
         OSError: the data is not where it should be.
     """
+    if task in recipe.mixtures:
+        parts = [load_task(recipe, member, split, tokenizer) for member in recipe.mixtures[task]]
+        parts = [part.select_columns(["prompt", "completion", "options"]) for part in parts]
+        return concatenate_datasets(parts).shuffle(seed=0)
     samples = recipe.train_samples if split == "train" else recipe.eval_samples
     if recipe.data is not None:
         file = Path(recipe.data) / task / f"{split}.jsonl.gz"

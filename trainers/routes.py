@@ -28,11 +28,12 @@ def learn_routes(
         tokenizer: the model's.
         count: prompts a task, at most.
     """
-    routing = model.config.router_config
-    if not routing.tasks:
+    tasks, routing = list(tasks), model.config.router_config
+    if tasks and not routing.tasks:
         routing.prefix, routing.suffix = template_tokens(tokenizer)
     for task in tasks:
-        prompts = prompts_of(train_sets[task], tokenizer, count)
+        found = prompts_of(train_sets[task], tokenizer, count)
+        prompts = [list(prompt) for prompt in dict.fromkeys(map(tuple, found))]  # each once
         if len(prompts) < 2:
             logger.warning(f"The rows of task {task!r} have no prompts, so the router does not learn to know it.")
             continue

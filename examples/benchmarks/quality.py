@@ -36,7 +36,6 @@ from harness import (
 from hft.trainers import HFTTrainer, plan_hierarchy
 from hft.trainers.evaluation import score_options
 from hft.trainers.probes import ProbeSettings
-from hft.trainers.routes import learn_routes
 
 
 CL14 = {
@@ -98,11 +97,9 @@ def hft_families(setup: Setup) -> Outcome:
     train = {task: rows.select(range(early[task], len(rows))) for task, rows in seen.items()}
     for name, its in families.items():
         train[name] = concatenate_datasets([seen[task].select(range(early[task])) for task in its])
-    training = {**setup.training, "num_train_epochs": 1, "route_samples": 0}
+    training = {**setup.training, "num_train_epochs": 1, "route_tasks": setup.order}
     tree = {**{name: [] for name in families}, **up}
-    outcome = hft_on(dataclasses.replace(setup, train=train, training=training), tree)
-    learn_routes(outcome.model_of(""), setup.order, setup.train, setup.tokenizer, 256)  # no prompt is a family's own
-    return outcome
+    return hft_on(dataclasses.replace(setup, train=train, training=training), tree)
 
 
 def hft_planned(setup: Setup) -> Outcome:
