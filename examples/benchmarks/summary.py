@@ -72,13 +72,12 @@ def quality() -> dict[str, float]:
                         figures[f"{prefix}.{key}_{method}_se"] = round(statistics.stdev(means) / len(means) ** 0.5, 3)
             if lost := [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]:
                 figures[f"{prefix}.forgetting_{method}"] = round(statistics.mean(lost), 3)
-        for other in ("joint", "single"):
-            if "hft" in of and other in of:
-                seeds = of["hft"].keys() & of[other].keys()
-                gaps = [of["hft"][seed]["test"]["ap"] - of[other][seed]["test"]["ap"] for seed in seeds]
-                figures[f"{prefix}.hft_minus_{other}"] = round(statistics.mean(gaps), 3)
+        for ours, other in itertools.product(("hft", "hft_families"), ("joint", "single")):
+            if seeds := of.get(ours, {}).keys() & of.get(other, {}).keys():
+                gaps = [of[ours][seed]["test"]["ap"] - of[other][seed]["test"]["ap"] for seed in seeds]
+                figures[f"{prefix}.{ours}_minus_{other}"] = round(statistics.mean(gaps), 3)
                 if len(gaps) > 1:
-                    figures[f"{prefix}.hft_minus_{other}_se"] = round(statistics.stdev(gaps) / len(gaps) ** 0.5, 3)
+                    figures[f"{prefix}.{ours}_minus_{other}_se"] = round(statistics.stdev(gaps) / len(gaps) ** 0.5, 3)
         if budget == "small" and "hft" in of and "single" in of:
             low = [
                 of["hft"][seed]["test"]["tasks"][task]["accuracy"]
