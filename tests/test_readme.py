@@ -46,6 +46,23 @@ def test_the_benchmarks_tables(table):
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() in README
 
 
+def test_the_qualitys_sentences():
+    command = [sys.executable, ROOT / "examples/benchmarks/summary.py", "--json"]
+    figures = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+    of = {key.removeprefix("quality.small.family."): value for key, value in figures.items()}
+    text = README.replace("\n ", "")
+    for ours, words in (("hft", "HFT with chains is"), ("hft_families", "with a root a family")):
+        single, joint = (
+            f"{abs(of[f'{ours}_minus_{o}']):.1f} ± {of[f'{ours}_minus_{o}_se']:.1f}" for o in ("single", "joint")
+        )
+        assert of[f"{ours}_minus_single"] > 0 > of[f"{ours}_minus_joint"]
+        assert re.search(rf"{words} {single} [^;]*above[^;]* and {joint} below", text)
+    assert f"{of['quality.small.hft_minus_single_low_resource']:.1f} points above one LoRA a task (goal: 5)" in text
+    assert f"a routed task scores {of['ap_hft'] - of['ap_hft_routed']:.1f} points less" in text
+    short = {m: f"{of[f'quality.short.family.ap_{m}']:.1f}" for m in ("joint", "hft", "single")}
+    assert f"joint LoRA {short['joint']}, HFT with chains {short['hft']}, one LoRA a task {short['single']}" in text
+
+
 def test_the_planners_estimates():
     cells = [json.loads(line) for line in (RESULTS / "planner.jsonl").read_text().splitlines()]
     cell = next(cell for cell in cells if cell["setting"] == "estimate")
