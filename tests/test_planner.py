@@ -345,6 +345,22 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     assert "The task 'same' is in the model already" in capsys.readouterr().err
 
 
+def test_a_recipe_with_a_mixture_is_planned_and_trained(command, data, tmp_path):
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    tree = {"both": [], "copy": ["both"], "sign": ["both"]}
+    more = {"data": str(data), "hierarchy": tree, "mixtures": {"both": ["copy", "sign"]}}
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump({**base, **more}))
+    plan = tmp_path / "mixed-plan.yaml"
+    assert (
+        main(["plan", "--data", str(tmp_path / "mixed.yaml"), "--steps", "2", "--rows", "16", "--yaml", str(plan)])
+        == 0
+    )
+    recipe = read_recipe(plan)
+    assert recipe.mixtures == {"both": ["copy", "sign"]} and set(recipe.hierarchy) == set(tree)
+    assert set(recipe.training["route_tasks"]) == {"copy", "sign"}
+    assert main(["train", str(plan)]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -72,6 +72,23 @@ def test_the_planners_estimates():
     assert f"held {real:.1f} GB where it promised {promised:.1f}" in README
 
 
+def test_the_gradients_families():
+    cells = [json.loads(line) for line in (RESULTS / "planner.jsonl").read_text().splitlines()]
+    (cell,) = [cell for cell in cells if cell["setting"] == "measures"]
+    cosines = {
+        pair: value for pair, value in cell["help"]["gradient"].items() if pair.split(">") == sorted(pair.split(">"))
+    }
+    families = ({"sst2", "yelp", "amazon"}, {"rte", "mnli", "cb"})
+    within = [value for pair, value in cosines.items() if any(set(pair.split(">")) <= family for family in families)]
+    others = [
+        value for pair, value in cosines.items() if not any(set(pair.split(">")) <= family for family in families)
+    ]
+    assert len(within) == 6 and min(within) > max(others)
+    words = f"between {max(within):.2f} and {min(within):.2f} for the six pairs within the two families"
+    assert f"{words}, and at most {max(others):.2f} for all others" in README.replace("\n ", "")
+    assert not any(cell["hierarchy"].values())
+
+
 def test_the_routers_numbers():
     for line in (RESULTS / "routing.jsonl").read_text().splitlines():
         cell = json.loads(line)

@@ -75,4 +75,7 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
         raise ValueError(f"The model has all tasks of '{args.data}' already; there is nothing to plan.")
     recipe.hierarchy = {task: [] for task in chosen}
     recipe.datasets = {task: spec for task, spec in recipe.datasets.items() if task in chosen}
+    recipe.mixtures = {task: its for task, its in recipe.mixtures.items() if {task, *its} <= set(chosen)}
+    if "route_tasks" in recipe.training:
+        recipe.training["route_tasks"] = [task for task in chosen if task in recipe.training["route_tasks"]]
     return recipe

@@ -104,6 +104,8 @@ def as_recipe(plan: Plan, recipe: Recipe, estimates: Sequence[str] = ()) -> str:
         for line in reasons(plan, task):
             lines += textwrap.wrap(line, 116, initial_indent="  # ", subsequent_indent="  #   ")
         lines.append(f"  {_inline({task: plan.parents[task]})}")
+    if recipe.mixtures:
+        lines += ["", _dump({"mixtures": recipe.mixtures})]
     for section in (recipe.model, recipe.quantization, recipe.training):
         if section:
             lines += ["", _dump(section)]

@@ -105,6 +105,7 @@ def time_steps(
         quiet = dict(
             output_dir=folder, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
             eval_strategy="no", num_train_epochs=1, max_steps=-1, gradient_accumulation_steps=1, route_samples=0,
+            route_tasks=None,
         )  # fmt: skip
         trainer = _TimedTrainer(
             model, HFTTrainingConfig(**{**training, **quiet}), train_dataset=data, processing_class=tokenizer
