@@ -59,6 +59,12 @@ def test_the_qualitys_sentences():
         assert re.search(rf"{words} {single} [^;]*above[^;]* and {joint} below", text)
     assert f"{of['quality.small.hft_minus_single_low_resource']:.1f} points above one LoRA a task (goal: 5)" in text
     assert f"a routed task scores {of['ap_hft'] - of['ap_hft_routed']:.1f} points less" in text
+    cells = [json.loads(line) for line in (RESULTS / "quality.jsonl").read_text().splitlines()]
+    tests = [
+        cell["test"] for cell in cells if (cell["name"], cell["method"]) == ("quality-small-family", "hft_families")
+    ]
+    (gap,) = [test["routed"]["ap"] - test["ap"] for test in tests if "routed" in test]
+    assert f"With a root a family (one seed) it scores {gap:.1f} more" in text
     short = {m: f"{of[f'quality.short.family.ap_{m}']:.1f}" for m in ("joint", "hft", "single")}
     assert f"joint LoRA {short['joint']}, HFT with chains {short['hft']}, one LoRA a task {short['single']}" in text
 
