@@ -17,6 +17,10 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "examples/benchmarks/results"
 
 
+def read_cells(name: str) -> list[dict]:
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
 def test_the_demos_numbers():
     report = json.loads((RESULTS / "demo.json").read_text())
     for task, before in report["accuracy_before"].items():
@@ -59,7 +63,7 @@ def test_the_qualitys_sentences():
         assert re.search(rf"{words} {single} [^;]*above[^;]* and {joint} below", text)
     assert f"{of['quality.small.hft_minus_single_low_resource']:.1f} points above one LoRA a task (goal: 5)" in text
     assert f"a routed task scores {of['ap_hft'] - of['ap_hft_routed']:.1f} points less" in text
-    cells = [json.loads(line) for line in (RESULTS / "quality.jsonl").read_text().splitlines()]
+    cells = read_cells("quality.jsonl")
     tests = [
         cell["test"] for cell in cells if (cell["name"], cell["method"]) == ("quality-small-family", "hft_families")
     ]
@@ -70,7 +74,7 @@ def test_the_qualitys_sentences():
 
 
 def test_the_planners_estimates():
-    cells = [json.loads(line) for line in (RESULTS / "planner.jsonl").read_text().splitlines()]
+    cells = read_cells("planner.jsonl")
     cell = next(cell for cell in cells if cell["setting"] == "estimate")
     assert f"{100 * cell['errors']['seconds']:.1f} % too much" in README
     assert f"{-100 * cell['errors']['bytes']:.1f} % too little memory" in README
@@ -79,7 +83,7 @@ def test_the_planners_estimates():
 
 
 def test_the_gradients_families():
-    cells = [json.loads(line) for line in (RESULTS / "planner.jsonl").read_text().splitlines()]
+    cells = read_cells("planner.jsonl")
     (cell,) = [cell for cell in cells if cell["setting"] == "measures"]
     cosines = {
         pair: value for pair, value in cell["help"]["gradient"].items() if pair.split(">") == sorted(pair.split(">"))
@@ -96,11 +100,10 @@ def test_the_gradients_families():
 
 
 def test_the_routers_numbers():
-    for line in (RESULTS / "routing.jsonl").read_text().splitlines():
-        cell = json.loads(line)
+    for cell in read_cells("routing.jsonl"):
         numbers = " | ".join(f"{cell[key]:.1f} %" for key in ("value", "likeliest", "false_activation"))
         assert f" | {numbers} |" in README, cell["setting"]
-    cells = [json.loads(line) for line in (RESULTS / "quality.jsonl").read_text().splitlines()]
+    cells = read_cells("quality.jsonl")
     test = next(cell for cell in cells if (cell["name"], cell["method"]) == ("quality-short-cl14", "hft"))["test"]
     assert f"was {test['ap']:.1f} with the task given and {test['routed']['ap']:.1f} routed" in README
 

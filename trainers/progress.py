@@ -14,13 +14,15 @@ def _summary(stage: Stage | None, logs: dict[str, Any]) -> str:
     return f"{stage}: {steps} steps in {logs['train_runtime']:.0f} s, mean loss {logs['train_loss']:.3f}"
 
 
-def _are_scores(logs: dict[str, Any]) -> bool:
-    """They are printed elsewhere, in words."""
-    return any(name.startswith("score/") for name in logs)
-
-
 def _in_words(logs: dict[str, Any], state: Any, stage: Stage | None) -> str | None:
-    """The losses of a stage's tasks in a log, in one short line; None if there are none."""
+    """A log in one short line: how a stage went, or its tasks' losses.
+
+    Empty for scores, which are printed elsewhere; None if it has to be shown as it is.
+    """
+    if "train_runtime" in logs:
+        return _summary(stage, logs)
+    if any(name.startswith("score/") for name in logs):
+        return ""
     where, tasks = f"step {state.global_step}/{state.max_steps}: ", stage.tasks if stage is not None else ()
     if "loss" in logs and "learning_rate" in logs:
         losses = ", ".join(f"{task} {logs[f'{task}_loss']:.3f}" for task in tasks if f"{task}_loss" in logs)
@@ -43,12 +45,11 @@ class StageProgress(ProgressCallback):
         self.stage = stage
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None and "train_runtime" in logs and self.training_bar is not None:
-            self.training_bar.write(_summary(self.stage(), logs))
-        elif self.training_bar is not None and (words := _in_words(logs or {}, state, self.stage())) is not None:
-            self.training_bar.write(words)
-        elif not _are_scores(logs or {}):
+        words = _in_words(logs or {}, state, self.stage())
+        if words is None:
             super().on_log(args, state, control, logs=logs, **kwargs)
+        elif words and self.training_bar is not None:  # else another process shows it
+            self.training_bar.write(words)
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -63,12 +64,11 @@ class StagePrinter(PrinterCallback):
         self.stage = stage
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None and "train_runtime" in logs and state.is_world_process_zero:
-            print(_summary(self.stage(), logs))
-        elif state.is_world_process_zero and (words := _in_words(logs or {}, state, self.stage())) is not None:
-            print(words)
-        elif not _are_scores(logs or {}):
+        words = _in_words(logs or {}, state, self.stage())
+        if words is None or (words and not state.is_world_process_zero):
             super().on_log(args, state, control, logs=logs, **kwargs)
+        elif words:
+            print(words)
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

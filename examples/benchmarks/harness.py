@@ -131,13 +131,11 @@ def quiet_config(folder: str, seed: int, training: Mapping[str, Any]) -> HFTTrai
     )
 
 
-def without_tasks(backbone: str, attn_implementation: str | None = None) -> hft.HFTForCausalLM:
-    """The backbone in NF4, for a hierarchy that is yet to be found."""
+def new_model(backbone: str, hierarchy: Mapping[str, list[str]], **options: Any) -> hft.HFTForCausalLM:
+    """An untrained model over the backbone in NF4; `options` go to `from_backbone`."""
+    options = {"attn_implementation": attention(), **options}
     return hft.HFTForCausalLM.from_backbone(
-        backbone,
-        {},
-        quantization_config=BitsAndBytesConfig(**NF4),
-        attn_implementation=attn_implementation or attention(),
+        backbone, hierarchy, quantization_config=BitsAndBytesConfig(**NF4), **options
     )
 
 
@@ -153,14 +151,9 @@ def train_hft(
     callbacks: Sequence[TrainerCallback] = (),
     **model_options: Any,
 ) -> hft.HFTForCausalLM:
-    """A model that has learnt the hierarchy's tasks, in NF4; other `model_options` go to `from_backbone`."""
+    """A model that has learnt the hierarchy's tasks, in NF4; `model_options` as for `new_model`."""
     set_seed(seed)
-    model = hft.HFTForCausalLM.from_backbone(
-        backbone,
-        hierarchy,
-        quantization_config=BitsAndBytesConfig(**NF4),
-        **{"attn_implementation": attention(), **model_options},
-    )
+    model = new_model(backbone, hierarchy, **model_options)
     with tempfile.TemporaryDirectory() as folder:
         config = quiet_config(folder, seed, training)
         eval_dataset = None if validation is None else dict(validation)

@@ -21,6 +21,7 @@ from harness import (
     NF4,
     cell,
     mean_accuracy,
+    new_model,
     parser,
     peak_bytes,
     prepare,
@@ -31,7 +32,6 @@ from harness import (
     score,
     todo,
     train_hft,
-    without_tasks,
 )
 from planner_measures import measure_all
 from quality import CL14
@@ -120,7 +120,7 @@ def child(what: str, backbone: str, tokenizer, rows: dict[str, list[dict]]) -> N
         recipe = Recipe(backbone=backbone, hierarchy=ESTIMATED, quantization=NF4, training=training)
         probes = {task: TaskProbe(1.0, 0.1, {"backbone": [1.0] * 9}) for task in ESTIMATED}
         begin = time.perf_counter()
-        model = without_tasks(backbone, "auto")
+        model = new_model(backbone, {}, attn_implementation="auto")
         loading = time.perf_counter() - begin
         costs = plan_costs(Plan(ESTIMATED, probes, ()), recipe, model, data, tokenizer)
     seconds = costs.total_seconds() + loading
@@ -150,10 +150,10 @@ def main() -> None:
         with cell(args.out, "planner", setting, seed) as result:
             settings = ProbeSettings(max_length=TRAINING["max_length"], seed=seed)
             if setting == "measures":
-                found = measure_all(without_tasks(backbone), tokenizer, {task: rows[task] for task in TREE}, settings)
+                found = measure_all(new_model(backbone, {}), tokenizer, {task: rows[task] for task in TREE}, settings)
                 result.update(value=sum(map(len, found["hierarchy"].values())), **found)
             elif setting == "fourteen":
-                model, data = without_tasks(backbone), {task: rows[task] for task in CL14}
+                model, data = new_model(backbone, {}), {task: rows[task] for task in CL14}
                 begin = time.perf_counter()
                 plan = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, progress=False)
                 result.update(value=round(time.perf_counter() - begin, 1), hierarchy=plan.parents)

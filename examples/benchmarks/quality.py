@@ -23,6 +23,7 @@ from harness import (
     attention,
     cell,
     mean_accuracy,
+    new_model,
     parser,
     prepare,
     read_cells,
@@ -30,7 +31,6 @@ from harness import (
     sample,
     score,
     train_hft,
-    without_tasks,
 )
 
 from hft.trainers import HFTTrainer, plan_hierarchy
@@ -91,9 +91,8 @@ def hft_families(setup: Setup) -> Outcome:
     families = {name: its for name, its in families.items() if len(its) > 1}
     up = {task: [name for name, its in families.items() if task in its] for task in setup.order}
     seen = {t: concatenate_datasets([rows] * setup.training["num_train_epochs"]) for t, rows in setup.train.items()}
-    early = {
-        task: 2 * len(rows) // 3 if up[task] else 0 for task, rows in seen.items()
-    }  # rows that its root learns from
+    # So many of a task's rows its root learns from, the rest the task itself.
+    early = {task: 2 * len(rows) // 3 if up[task] else 0 for task, rows in seen.items()}
     train = {task: rows.select(range(early[task], len(rows))) for task, rows in seen.items()}
     for name, its in families.items():
         train[name] = concatenate_datasets([seen[task].select(range(early[task])) for task in its])
@@ -104,7 +103,7 @@ def hft_families(setup: Setup) -> Outcome:
 
 def hft_planned(setup: Setup) -> Outcome:
     """HFT with the hierarchy that the planner finds in the training rows."""
-    model = without_tasks(setup.backbone)
+    model = new_model(setup.backbone, {})
     settings = ProbeSettings(max_length=setup.training["max_length"], seed=setup.seed)
     plan = plan_hierarchy(
         model, setup.with_options, processing_class=setup.tokenizer, settings=settings, progress=False
@@ -117,8 +116,9 @@ def hft_on(setup: Setup, tree: dict[str, list[str]]) -> Outcome:
         def _train_stage(self, stage, checkpoint, **kwargs):
             output = super()._train_stage(stage, checkpoint, **kwargs)
             self.model.eval()
-            for task in [task for task in stage.tasks if task in setup.order]:
-                setup.after_task(task, lambda task: self.model)
+            for task in stage.tasks:
+                if task in setup.order:  # not the root of a family
+                    setup.after_task(task, lambda task: self.model)
             return output
 
     training = {**setup.training, "gate_learning_rate": 5e-2}

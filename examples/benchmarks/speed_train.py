@@ -30,12 +30,10 @@ def training_step(model: Any, **which: Any) -> Callable[[], None]:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     ids_BT = prompts(model, ROWS, LENGTH)
-    labels_BT = ids_BT[:, -SCORED:]
+    labels_BT, kept = ids_BT[:, -SCORED:], last(SCORED + 1, model)
 
     def step() -> None:
-        logits_BTV = model(input_ids=ids_BT, logits_to_keep=last(SCORED + 1, model), use_cache=False, **which).logits[
-            :, :-1
-        ]
+        logits_BTV = model(input_ids=ids_BT, logits_to_keep=kept, use_cache=False, **which).logits[:, :-1]
         loss = torch.nn.functional.cross_entropy(logits_BTV.float().flatten(0, 1), labels_BT.flatten())
         loss.backward()
         optimizer.step()

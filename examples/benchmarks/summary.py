@@ -45,6 +45,13 @@ def ablation() -> dict[str, float]:
     return figures
 
 
+def _put(figures: dict[str, float], key: str, values: list[float]) -> None:
+    """The mean over seeds, and beside it, with two seeds or more, its standard error."""
+    figures[key] = round(statistics.mean(values), 3)
+    if len(values) > 1:
+        figures[f"{key}_se"] = round(statistics.stdev(values) / len(values) ** 0.5, 3)
+
+
 def quality() -> dict[str, float]:
     """Average performance and forgetting on test rows of each method at its own learning rate, and HFT against others."""
     from table import LOW_RESOURCE, METHODS, chosen, learnable, test_scores
@@ -67,17 +74,13 @@ def quality() -> dict[str, float]:
             for key, some in (("ap", list(scores[0])), ("ap_learnable", above)):
                 if some:
                     means = [statistics.mean(one[task] for task in some) for one in scores]
-                    figures[f"{prefix}.{key}_{method}"] = round(statistics.mean(means), 3)
-                    if len(means) > 1:
-                        figures[f"{prefix}.{key}_{method}_se"] = round(statistics.stdev(means) / len(means) ** 0.5, 3)
+                    _put(figures, f"{prefix}.{key}_{method}", means)
             if lost := [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]:
                 figures[f"{prefix}.forgetting_{method}"] = round(statistics.mean(lost), 3)
         for ours, other in itertools.product(("hft", "hft_families"), ("joint", "single")):
             if seeds := of.get(ours, {}).keys() & of.get(other, {}).keys():
                 gaps = [of[ours][seed]["test"]["ap"] - of[other][seed]["test"]["ap"] for seed in seeds]
-                figures[f"{prefix}.{ours}_minus_{other}"] = round(statistics.mean(gaps), 3)
-                if len(gaps) > 1:
-                    figures[f"{prefix}.{ours}_minus_{other}_se"] = round(statistics.stdev(gaps) / len(gaps) ** 0.5, 3)
+                _put(figures, f"{prefix}.{ours}_minus_{other}", gaps)
         if budget == "small" and "hft" in of and "single" in of:
             low = [
                 of["hft"][seed]["test"]["tasks"][task]["accuracy"]
