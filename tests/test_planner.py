@@ -17,8 +17,9 @@ import hft
 from hft.trainers import plan_hierarchy
 from hft.trainers.calibration import calibrated_losses
 from hft.trainers.cli import main
+from hft.trainers.pilots import ProbeSettings, pilot, take_sample
 from hft.trainers.planner import TaskProbe, make_plan
-from hft.trainers.probes import ProbeSettings, nearest_tasks, pilot, take_sample
+from hft.trainers.probes import nearest_tasks
 from hft.trainers.recipes import read_recipe
 
 from .tiny import snapshot
@@ -345,22 +346,6 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     assert "The task 'same' is in the model already" in capsys.readouterr().err
 
 
-def test_a_recipe_with_a_mixture_is_planned_and_trained(command, data, tmp_path):
-    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
-    tree = {"both": [], "copy": ["both"], "sign": ["both"]}
-    more = {"data": str(data), "hierarchy": tree, "mixtures": {"both": ["copy", "sign"]}}
-    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump({**base, **more}))
-    plan = tmp_path / "mixed-plan.yaml"
-    assert (
-        main(["plan", "--data", str(tmp_path / "mixed.yaml"), "--steps", "2", "--rows", "16", "--yaml", str(plan)])
-        == 0
-    )
-    recipe = read_recipe(plan)
-    assert recipe.mixtures == {"both": ["copy", "sign"]} and set(recipe.hierarchy) == set(tree)
-    assert set(recipe.training["route_tasks"]) == {"copy", "sign"}
-    assert main(["train", str(plan)]) == 0
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -442,7 +427,8 @@ class TestOddData:
         plan = self.plan(fresh, tokenizer, one=rows_of("same"), two=rows_of("same"))
         one, two = plan.probes["one"], plan.probes["two"]
         assert one.complexity == two.complexity and one.losses["two"] == two.losses["one"]
-        assert sum(map(len, plan.parents.values())) <= 1 and all(edge.reason for edge in plan.edges)
+        assert plan.parents == {"family1": [], "one": ["family1"], "two": ["family1"]}
+        assert {edge.reason for edge in plan.edges} == {"both stand on family1, which learns from both"}
 
     def test_free_answers(self, fresh, tokenizer):
         """What any pilot gives, the form, is no gain; of two tasks nothing can be said."""

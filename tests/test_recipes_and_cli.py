@@ -64,7 +64,7 @@ train_samples: 4
 """
     (tmp_path / "family.yaml").write_text(lines)
     recipe = read_recipe(tmp_path / "family.yaml")
-    assert set(recipe.training["route_tasks"]) == {"sst2", "mnli", "cb"}
+    assert set(recipe.training_arguments()["route_tasks"]) == {"sst2", "mnli", "cb"}
     tokenizer = AutoTokenizer.from_pretrained(backbones["llama"])
     parts = [load_task(recipe, task, "train", tokenizer) for task in ("inference", "mnli", "cb")]
     rows = [[json.dumps(row, sort_keys=True) for row in part] for part in parts]

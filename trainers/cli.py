@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--backbone", help="with --data: Hub id or folder, instead of the recipe's")
     plan.add_argument("--steps", type=int, default=24, help="with --data: optimizer steps of a pilot (24)")
     plan.add_argument("--rows", type=int, default=48, help="with --data: rows a task that losses are measured on (48)")
+    plan.add_argument("--no_families", action="store_true", help="with --data: tasks get no common roots")
     plan.add_argument("--max_parents", type=int, default=2, help="with --data: parents of a task, at most (2)")
 
     refresh = add("refresh", help="let an old task learn anew what to let in; kept only if it helps")

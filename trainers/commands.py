@@ -25,7 +25,7 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     disable_progress_bars()  # seven short ones a task would hide the one that matters
     recipe = read_recipe(args.recipe, overrides)
-    config = HFTTrainingConfig(**recipe.training)
+    config = HFTTrainingConfig(**recipe.training_arguments())
     set_seed(config.seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)

@@ -9,9 +9,10 @@ from transformers import AutoTokenizer
 import hft
 
 from .pictures import check_picture, draw_plan
+from .pilots import ProbeSettings
 from .plan_costs import plan_costs
 from .plan_report import DEFAULTS, as_recipe, as_text, summary_of, tasks_in
-from .probes import ProbeSettings, plan_hierarchy
+from .probes import plan_hierarchy
 from .recipes import Recipe, load_task, read_recipe
 from .run_record import write_text
 
@@ -36,7 +37,10 @@ def find_plan(args: argparse.Namespace) -> None:
         tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
         model = hft.HFTForCausalLM.from_pretrained(args.model, quantization_config=quantization, device_map="auto")
     data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
-    found = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, max_parents=args.max_parents)
+    found = plan_hierarchy(
+        model, data, processing_class=tokenizer, settings=settings,
+        max_parents=args.max_parents, families=not args.no_families,
+    )  # fmt: skip
     print(as_text(found))
     if args.out is not None:
         draw_plan(found, args.out)
@@ -45,6 +49,7 @@ def find_plan(args: argparse.Namespace) -> None:
         print("\n".join(summary_of(found, task) for task in data))
         return
     print("\nTiming a few steps of training ...", flush=True)
+    recipe.hierarchy, recipe.mixtures = found.parents, dict(found.families)
     costs = plan_costs(found, recipe, model, data, tokenizer).lines()
     print("\nWhat it would take:\n" + "\n".join(costs))
     write_text(Path(args.yaml), as_recipe(found, recipe, costs))
@@ -54,6 +59,8 @@ def find_plan(args: argparse.Namespace) -> None:
 def planned_recipe(args: argparse.Namespace) -> Recipe:
     """What is to be planned: the tasks (all roots for now), their data, and with what they would be trained.
 
+    Neither edges nor roots of families are taken over: both are what a plan finds.
+
     Raises:
         ValueError: no such task, a name that the model has already, or none left.
     """
@@ -62,7 +69,7 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
         recipe.data, recipe.datasets, tasks = str(args.data), {}, tasks_in(args.data)
     else:
         recipe = read_recipe(args.data)
-        tasks = list(recipe.hierarchy)
+        tasks = [task for task in recipe.hierarchy if task not in recipe.mixtures]
     if args.backbone is not None:
         recipe.backbone = args.backbone
     if args.task is not None:
@@ -75,7 +82,9 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
         raise ValueError(f"The model has all tasks of '{args.data}' already; there is nothing to plan.")
     recipe.hierarchy = {task: [] for task in chosen}
     recipe.datasets = {task: spec for task, spec in recipe.datasets.items() if task in chosen}
-    recipe.mixtures = {task: its for task, its in recipe.mixtures.items() if {task, *its} <= set(chosen)}
-    if "route_tasks" in recipe.training:
+    recipe.mixtures = {}
+    if isinstance(recipe.metric, dict):
+        recipe.metric = {task: name for task, name in recipe.metric.items() if task in chosen}
+    if recipe.training.get("route_tasks"):
         recipe.training["route_tasks"] = [task for task in chosen if task in recipe.training["route_tasks"]]
     return recipe

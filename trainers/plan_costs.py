@@ -78,23 +78,26 @@ def plan_costs(
         plan: the hierarchy.
         recipe: rank, batch, epochs, length.
         model: without tasks, on the recipe's backbone; of no use afterwards, see `time_steps`.
-        rows: task -> the rows that it trains on.
+        rows: task -> the rows that it trains on; those of a family's root are its tasks'.
         tokenizer: the model's.
     """
-    training = HFTTrainingConfig(**{**recipe.training, "report_to": "none"})
+    training = HFTTrainingConfig(**{**recipe.training_arguments(), "report_to": "none"})
     hierarchy, rank = plan.hierarchy(), model.config.rank
     slots = 0 if model.config.memory_config.read == "off" else model.config.memory_config.slots
     lengths, longest_answer = _lengths(rows, tokenizer, training.max_length)
     timing = time_steps(model, rows, tokenizer, recipe.training)
     more = {t: rank * (len(hierarchy.path(t)) - 1) + slots * (hierarchy.level(t) - 1) for t in hierarchy.names}
-    steps = {task: task_steps(len(rows[task]), training) for task in hierarchy.names}
+    num_rows = {task: len(its) for task, its in rows.items()}
+    for root, its in plan.families.items():
+        num_rows[root], lengths[root] = sum(num_rows[task] for task in its), [n for task in its for n in lengths[task]]
+    steps = {task: task_steps(num_rows[task], training) for task in hierarchy.names}
     if training.max_steps > 0:  # of a stage: its tasks share them
         for level in hierarchy.levels():
             a_task, left = divmod(training.max_steps, len(level))
             steps |= {task: a_task + (i < left) for i, task in enumerate(level)}
     seconds = {
         task: steps[task] * timing.seconds(tokens_a_step(lengths[task], training), more[task])
-        + timing.per_prompt * min(training.route_samples if training.routed([task]) else 0, len(rows[task]))
+        + timing.per_prompt * min(training.route_samples if training.routed([task]) else 0, num_rows[task])
         for task in steps
     }
     batch = training.per_device_train_batch_size

@@ -42,6 +42,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+SHOWN_OVERLAPS = 5
+
+
 def tasks_in(folder: Path) -> list[str]:
     """The tasks of a folder: its subfolders with a train.jsonl.gz, by name.
 
@@ -55,13 +58,24 @@ def tasks_in(folder: Path) -> list[str]:
 
 
 def reasons(plan: Plan, task: str) -> list[str]:
-    """Why a task stands where it does: its complexity, its parents, and the parents that were not taken."""
+    """Why a task stands where it does: its complexity, its family, its parents, and the parents that were not taken."""
+    if task in plan.families:
+        return [_root(plan, task)]
     probe = plan.probes[task]
     lines = [f"complexity {probe.complexity:.2f} ± {probe.complexity_error:.2f}{_behind(probe.note)}"]
+    if alike := plan.overlaps.nearest(task):
+        shown = ", ".join(f"{other} {overlap:.2f} ± {error:.2f}" for other, overlap, error in alike[:SHOWN_OVERLAPS])
+        lines.append(f"its gradient overlaps with that of {shown}{', ...' if len(alike) > SHOWN_OVERLAPS else ''}")
     edges = plan.edges_of(task)
-    if not any(edge.taken for edge in edges):
+    if family := [up for up in plan.parents[task] if up in plan.families]:
+        lines.append(f"on {family[0]}, which learns from it, too")
+    elif not any(edge.taken for edge in edges):
         lines.append("a root: nothing that was measured helps it" if edges else "a root: there is no other task")
     return lines + [f"{'on ' if edge.taken else 'not '}{edge}" for edge in edges]
+
+
+def _root(plan: Plan, root: str) -> str:
+    return f"learns from the rows of {', '.join(plan.families[root])}: their gradients overlap"
 
 
 def _behind(note: str) -> str:
@@ -71,12 +85,14 @@ def _behind(note: str) -> str:
 def as_text(plan: Plan) -> str:
     """The tree, with complexities and the share of the loss that a first parent takes away; then the reasons."""
     hierarchy = plan.hierarchy()
-    weights, notes = {}, {}
+    notes = {root: _root(plan, root) for root in plan.families}
     for task, probe in plan.probes.items():
         notes[task] = f"complexity {probe.complexity:.2f} ± {probe.complexity_error:.2f}"
         if parents := plan.parents[task]:
-            weights[task] = plan.share(task, parents[0])
-            notes[task] += f"; {parents[0]} takes away {100 * weights[task]:.0f} % of its loss"
+            if parents[0] in plan.families:
+                notes[task] += "; overlap with the others {:.2f} ± {:.2f}".format(*plan.family_overlap(task))
+            else:
+                notes[task] += f"; {parents[0]} takes away {100 * plan.share(task, parents[0]):.0f} % of its loss"
     lines = [hierarchy.draw(notes), "", "Why (gain: fall of the loss through the other's pilot, nats an answer):"]
     for task in hierarchy.names:
         if task in plan.probes:
@@ -95,17 +111,24 @@ def as_recipe(plan: Plan, recipe: Recipe, estimates: Sequence[str] = ()) -> str:
     lines = ["# A plan by `hft plan`. Edit it: parents stand in brackets, [] is a root. Then: hft train THIS_FILE"]
     lines += [f"# {line}".rstrip() for line in estimates]
     values: dict[str, Any] = {"backbone": recipe.backbone}
-    for key in ("data", "train_samples", "eval_samples", "max_input_tokens"):
-        if (value := getattr(recipe, key)) is not None:
-            values[key] = value
-    values["max_new_tokens"] = recipe.max_new_tokens
+    keys = (
+        "data",
+        "train_samples",
+        "eval_samples",
+        "stage_eval_samples",
+        "max_input_tokens",
+        "max_new_tokens",
+        "metric",
+    )
+    values |= {key: value for key in keys if (value := getattr(recipe, key)) not in (None, "exact_match")}
     lines += [_dump(values), "hierarchy:"]
     for task in plan.hierarchy().names:
         for line in reasons(plan, task):
             lines += textwrap.wrap(line, 116, initial_indent="  # ", subsequent_indent="  #   ")
         lines.append(f"  {_inline({task: plan.parents[task]})}")
-    if recipe.mixtures:
-        lines += ["", _dump({"mixtures": recipe.mixtures})]
+    if plan.families:
+        lines += ["", "# The rows of a family's root are those of all its tasks."]
+        lines += ["mixtures:", *(f"  {_inline({root: its})}" for root, its in plan.families.items())]
     for section in (recipe.model, recipe.quantization, recipe.training):
         if section:
             lines += ["", _dump(section)]

@@ -1,4 +1,6 @@
-"""The hierarchy found from measurements: complexity orders the tasks, measured help picks parents. Plain Python, no torch.
+"""The hierarchy found from measurements: like gradients make families, complexity orders tasks, help picks parents.
+
+Plain Python, no torch.
 
 The measurements come from `probes.py`; the same numbers always give the same plan.
 """
@@ -9,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hft.hierarchy_hft import BACKBONE, Hierarchy
+
+from .families import Overlaps, family_names, find_families
 
 
 FEWEST_ROWS = 8  # below, a standard error says nothing
@@ -78,11 +82,15 @@ class Plan:
         parents: task -> its parents, the most helpful first.
         probes: task -> what was measured of it.
         edges: all parents that were measured, by child, most gain first.
+        families: root -> the tasks that stand on it, from whose rows it learns.
+        overlaps: how alike the tasks' gradients are.
     """
 
     parents: dict[str, list[str]]
     probes: Mapping[str, TaskProbe]
     edges: tuple[Edge, ...] = field(repr=False)
+    families: Mapping[str, list[str]] = field(default_factory=dict)
+    overlaps: Overlaps = field(default_factory=lambda: Overlaps({}), repr=False)
 
     def hierarchy(self) -> Hierarchy:
         """The tasks as a `Hierarchy`, simple ones first within a level."""
@@ -92,8 +100,15 @@ class Plan:
         """What was considered for one task, taken edges first, then by gain."""
         return sorted((edge for edge in self.edges if edge.child == child), key=lambda edge: not edge.taken)
 
+    def family_overlap(self, task: str) -> tuple[float, float]:
+        """A task's mean overlap with the others of its family, and its standard error."""
+        (members,) = (its for its in self.families.values() if task in its)
+        return self.overlaps.between([task], [other for other in members if other != task])
+
     def share(self, child: str, parent: str) -> float:
-        """How much of the child's loss its parent takes away: 0 to 1."""
+        """How much of the child's loss its parent takes away; of a family's root, its overlap with the others: 0 to 1."""
+        if parent in self.families:
+            return max(self.family_overlap(child)[0], 0.0)
         edge = next(edge for edge in self.edges if (edge.child, edge.parent) == (child, parent))
         base = _mean(self.probes[child].base())
         return min(max(edge.gain / base, 0.0), 1.0) if base > 0 else 0.0
@@ -109,19 +124,22 @@ def make_plan(
     max_parents: int = 2,
     num_errors: float = 2.0,
     existing: Hierarchy | None = None,
+    overlaps: Overlaps | None = None,
 ) -> Plan:
-    """Picks parents.
+    """Finds families and picks parents.
 
-    An edge leads from a less to a more complex task; where two complexities are equal within their error, the edge with the
-    greater gain decides, and none that would close a cycle is taken. A parent's gain must be beyond `num_errors` standard
-    errors, and a further parent must still help when the answers through both are averaged. An edge that another path
-    already implies is dropped.
+    The tasks of a family (see `find_families`) stand on a root of their own, which learns from the rows of all of them;
+    within a family there are no edges. Else an edge leads from a less to a more complex task; where two complexities are
+    equal within their error, the edge with the greater gain decides, and none that would close a cycle is taken. A parent's
+    gain must be beyond `num_errors` standard errors, and a further parent must still help when the answers through both are
+    averaged. An edge that another path already implies is dropped.
 
     Args:
         probes: of the tasks to place.
         max_parents: of one task, at most; 1 or more.
         num_errors: how many standard errors a gain must be above 0; 0 or more.
         existing: tasks that are learnt already and may become parents, whatever their complexity; they stay as they are.
+        overlaps: of the gradients of the tasks; None: no families.
 
     Raises:
         ValueError: no tasks, a number out of its range, or a task that is new and existing at once.
@@ -130,7 +148,11 @@ def make_plan(
     parents = {task: list(existing.parents(task)) for task in existing.names} if existing is not None else {}
     old = set(parents)
     order = sorted(probes, key=lambda task: (probes[task].complexity, task))
-    parents.update({task: [] for task in order})
+    overlaps = overlaps or Overlaps({})
+    families = family_names(find_families(probes, overlaps, num_errors), (*parents, *order))
+    root_of = {task: root for root, members in families.items() for task in members}
+    parents.update({root: [] for root in families})
+    parents.update({task: [root_of[task]] if task in root_of else [] for task in order})
     gains = {
         (parent, child): _gain(probe.base(), probe.losses[parent])
         for child, probe in probes.items()
@@ -140,7 +162,10 @@ def make_plan(
     reasons: dict[tuple[str, str], str] = {}
     candidates = []
     for parent, child in sorted(gains, key=lambda pair: (-gains[pair][0], pair)):
-        why_not = _why_not(probes, old, parent, child, gains[parent, child], num_errors)
+        if child in root_of and root_of.get(parent) == root_of[child]:
+            why_not = f"both stand on {root_of[child]}, which learns from both"
+        else:
+            why_not = _why_not(probes, old, parent, child, gains[parent, child], num_errors)
         if why_not:
             reasons[parent, child] = why_not
         else:
@@ -152,7 +177,7 @@ def make_plan(
         Edge(parent, child, parent in parents[child], *gains[parent, child], reasons[parent, child])
         for parent, child in sorted(gains, key=lambda pair: (place[pair[1]], -gains[pair][0], pair[0]))
     )
-    return Plan(parents, dict(probes), edges)
+    return Plan(parents, dict(probes), edges, families, overlaps)
 
 
 def _check(probes: Mapping[str, TaskProbe], max_parents: int, num_errors: float, existing: Hierarchy | None) -> None:
@@ -211,7 +236,7 @@ def _take(
                 continue
             if _stands_on(parents, parent, child):
                 reasons[parent, child] = f"it stands on {child} itself, from which the edge gains more"
-            elif first and not parents[child]:
+            elif first and not _measured(child, probes, parents) and len(parents[child]) < max_parents:
                 parents[child].append(parent)
                 reasons[parent, child] = "it helps most"
             elif not first:
@@ -233,12 +258,17 @@ def _further(
             return f"already on the path, through {other}"
     if len(have) >= max_parents:
         return f"{' and '.join(have)} help{'s' if len(have) == 1 else ''} more, and `max_parents` is {max_parents}"
-    losses = probes[child].losses
-    mean, error = _gain(_mixed([losses[up] for up in have]), _mixed([losses[up] for up in (*have, parent)]))
+    losses, measured = probes[child].losses, _measured(child, probes, parents)
+    mean, error = _gain(_mixed([losses[up] for up in measured]), _mixed([losses[up] for up in (*measured, parent)]))
     if mean <= max(num_errors * error, SMALLEST_GAIN):
-        return f"it adds nothing to {' and '.join(have)} ({mean:+.3f} ± {error:.3f} together)"
+        return f"it adds nothing to {' and '.join(measured)} ({mean:+.3f} ± {error:.3f} together)"
     have.append(parent)
-    return f"it adds to {' and '.join(have[:-1])} ({mean:+.3f} ± {error:.3f} together)"
+    return f"it adds to {' and '.join(measured)} ({mean:+.3f} ± {error:.3f} together)"
+
+
+def _measured(child: str, probes: Mapping[str, TaskProbe], parents: Mapping[str, Sequence[str]]) -> list[str]:
+    """A task's parents without its family's root, through which nothing can be read yet."""
+    return [parent for parent in parents[child] if parent in probes[child].losses]
 
 
 def _drop_implied(order: Sequence[str], parents: dict[str, list[str]], reasons: dict[tuple[str, str], str]) -> None:

@@ -77,6 +77,12 @@ class Recipe:
         """How to quantise the backbone; None: not at all."""
         return BitsAndBytesConfig(**self.quantization) if self.quantization else None
 
+    def training_arguments(self) -> dict[str, Any]:
+        """The keys of HFTTrainingConfig; with mixtures, the router learns the other tasks, if nothing else is said."""
+        if not self.mixtures:
+            return self.training
+        return {"route_tasks": [task for task in self.hierarchy if task not in self.mixtures], **self.training}
+
 
 _SPEC_KEYS = ("path", "name", "splits", "instruction", "options", "input", "label")
 _SECTIONS = ("model", "quantization", "training")
@@ -159,8 +165,6 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
             if task not in tree:
                 raise ValueError(f"`metric` names the unknown task {task!r}. {nearest(task, tree.names)}")
     _check_mixtures(recipe, tree)
-    if recipe.mixtures:
-        recipe.training.setdefault("route_tasks", [task for task in tree.names if task not in recipe.mixtures])
     for task in recipe.datasets:
         if task not in tree:
             raise ValueError(f"`datasets` describes the unknown task {task!r}. {nearest(task, tree.names)}")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, disable_progress_bars, load_dataset
+from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils import logging
 
@@ -115,6 +115,24 @@ def sample(rows: list[dict[str, Any]], count: int | None, seed: int, with_option
     keys = ("prompt", "completion", *(("options",) if with_options else ()))
     chosen = Dataset.from_list([{key: row[key] for key in keys} for row in rows]).shuffle(seed=seed)
     return chosen if count is None else chosen.select(range(min(count, len(chosen))))
+
+
+def share_with_roots(
+    train: Mapping[str, Dataset], families: Mapping[str, Sequence[str]], epochs: int
+) -> dict[str, Dataset]:
+    """Rows for one pass, as many as `epochs` passes over the tasks have: two of three of a family's go to its root.
+
+    Args:
+        train: task -> its rows.
+        families: root -> its tasks.
+    """
+    seen = {task: concatenate_datasets([rows] * epochs) for task, rows in train.items()}
+    in_family = {task for its in families.values() for task in its}
+    early = {task: 2 * len(rows) // 3 if task in in_family else 0 for task, rows in seen.items()}
+    shared = {task: rows.select(range(early[task], len(rows))) for task, rows in seen.items()}
+    for root, its in families.items():
+        shared[root] = concatenate_datasets([seen[task].select(range(early[task])) for task in its])
+    return shared
 
 
 def quiet_config(folder: str, seed: int, training: Mapping[str, Any]) -> HFTTrainingConfig:

@@ -5,7 +5,8 @@
 measures: complexities and gains of all pairs by several measures side by side, and the planner's hierarchy.
 alone, PARENT>CHILD: the truth: the child's accuracy with 200 rows and three epochs, without and with a parent trained so,
 too. `alone` also says how many steps and which rank the task really needs.
-found: the ablation's training on the hierarchy that the planner finds, to compare with its settings full, flat, reversed.
+families: the same with the roots that the planner finds, which learn from the rows of all tasks on them.
+found: the ablation's training on the planner's hierarchy, in as many steps as its settings full, flat and reversed.
 estimate: what `hft plan` promises for three tasks against what happens, each in a process of its own.
 fourteen: the seconds of a plan of all fourteen tasks.
 """
@@ -15,8 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING, TREE
+from datasets import concatenate_datasets
 from harness import (
     NF4,
     cell,
@@ -30,6 +34,7 @@ from harness import (
     reset_peak,
     sample,
     score,
+    share_with_roots,
     todo,
     train_hft,
 )
@@ -38,9 +43,9 @@ from quality import CL14
 from transformers import TrainerCallback
 
 from hft.trainers import plan_hierarchy
+from hft.trainers.pilots import ProbeSettings
 from hft.trainers.plan_costs import plan_costs
 from hft.trainers.planner import Plan, TaskProbe
-from hft.trainers.probes import ProbeSettings
 from hft.trainers.recipes import Recipe
 from hft.trainers.task_data import tokenize_rows
 
@@ -130,7 +135,8 @@ def child(what: str, backbone: str, tokenizer, rows: dict[str, list[dict]]) -> N
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "planner.jsonl")
     pairs = [f"{parent}>{child}" for parent, child in PAIRS]
-    settings = ["measures", *(f"alone: {task}" for task in CHILDREN), *pairs, "found", "estimate", "fourteen"]
+    alone = [f"alone: {task}" for task in CHILDREN]
+    settings = ["measures", *alone, *pairs, "families", "found", "estimate", "fourteen"]
     arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
     arguments.add_argument("--child", choices=["promise", "train"], help="a process of `estimate`")
     args = arguments.parse_args()
@@ -143,9 +149,9 @@ def main() -> None:
     for setting, seed in todo(args.out, "planner", args.settings.split(","), args.seeds):
         if seed and setting in ("estimate", "fourteen"):
             continue
-        tree = tree_of(setting, seed, args.out)
-        if tree is None:
-            print(f"found, seed {seed}: needs the cell `measures` first")
+        plan = plan_in(args.out)
+        if setting in ("families", "found") and plan is None:
+            print(f"{setting}, seed {seed}: needs the cell `measures` first")
             continue
         with cell(args.out, "planner", setting, seed) as result:
             settings = ProbeSettings(max_length=TRAINING["max_length"], seed=seed)
@@ -155,32 +161,46 @@ def main() -> None:
             elif setting == "fourteen":
                 model, data = new_model(backbone, {}), {task: rows[task] for task in CL14}
                 begin = time.perf_counter()
-                plan = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, progress=False)
-                result.update(value=round(time.perf_counter() - begin, 1), hierarchy=plan.parents)
+                found = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, progress=False)
+                seconds = round(time.perf_counter() - begin, 1)
+                result.update(value=seconds, hierarchy=found.parents, families=found.families)
             elif setting == "estimate":
                 result.update(estimate([sys.executable, __file__, "--data", args.data, "--backbone", backbone]))
             elif setting.startswith("alone: "):
-                (task,) = tree
+                task = setting.removeprefix("alone: ")
                 tasks, need = learn_alone(backbone, tokenizer, task, rows[task], validation[task], seed)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, need=need)
+            elif setting == "found":
+                train = {task: sample(rows[task], ROWS, seed) for task in TREE}
+                train = share_with_roots(train, plan["families"], TRAINING["num_train_epochs"])
+                model = train_hft(backbone, tokenizer, plan["hierarchy"], train, seed, TRAINING)
+                tasks = score(model, tokenizer, validation, lambda task: task)
+                result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=plan["hierarchy"])
             else:
-                train = {task: sample(rows[task], ROWS, seed) for task in tree}
-                training = TRAINING if setting == "found" else TRUTH
-                model = train_hft(backbone, tokenizer, tree, train, seed, training)
-                last = list(tree) if setting == "found" else list(tree)[-1:]
-                tasks = score(model, tokenizer, {task: validation[task] for task in last}, lambda task: task)
+                families = plan["families"] if setting == "families" else {}
+                tree = truth_tree(setting, families)
+                train = {task: sample(rows[task], ROWS, seed) for task in tree if task not in families}
+                train |= {root: concatenate_datasets([train[t] for t in its]) for root, its in families.items()}
+                model = train_hft(backbone, tokenizer, tree, train, seed, TRUTH)
+                children = {task: validation[task] for task, parents in tree.items() if parents}
+                tasks = score(model, tokenizer, children, lambda task: task)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree)
 
 
-def tree_of(setting: str, seed: int, out) -> dict[str, list[str]] | None:
-    """What a setting trains; nothing for some; None if it is not known yet."""
-    if setting == "found":
-        seen = [c for c in read_cells(out) if (c["name"], c["setting"], c["seed"]) == ("planner", "measures", seed)]
-        return seen[0]["hierarchy"] if seen else None
-    if setting.startswith("alone: "):
-        return {setting.removeprefix("alone: "): []}
-    parent, is_pair, child = setting.partition(">")
-    return {parent: [], child: [parent]} if is_pair else {}
+def truth_tree(setting: str, families: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Roots and the tasks on them: of all families, or PARENT>CHILD."""
+    if setting != "families":
+        parent, _, its_child = setting.partition(">")
+        return {parent: [], its_child: [parent]}
+    return {**{root: [] for root in families}, **{task: [root] for root in families for task in families[root]}}
+
+
+def plan_in(out: Path) -> dict | None:
+    """The cell of `measures` with seed 0, whose hierarchy is the planner's; None if it is not there yet."""
+    cells = [
+        cell for cell in read_cells(out) if (cell["name"], cell["setting"], cell["seed"]) == ("planner", "measures", 0)
+    ]
+    return cells[0] if cells else None
 
 
 if __name__ == "__main__":

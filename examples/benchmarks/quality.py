@@ -7,16 +7,15 @@ best average on validation rows is its own, and only that one runs with the furt
 pass and looked at by `table.py` only, for the chosen rate.
 """
 
-import dataclasses
 import gc
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from baselines import METHODS, Outcome, Setup
-from datasets import concatenate_datasets
 from harness import (
     RESULTS,
     accuracy,
@@ -30,12 +29,13 @@ from harness import (
     read_rows,
     sample,
     score,
+    share_with_roots,
     train_hft,
 )
 
 from hft.trainers import HFTTrainer, plan_hierarchy
 from hft.trainers.evaluation import score_options
-from hft.trainers.probes import ProbeSettings
+from hft.trainers.pilots import ProbeSettings
 
 
 CL14 = {
@@ -90,15 +90,7 @@ def hft_families(setup: Setup) -> Outcome:
     families = {name: [task for task in its if task in setup.order] for name, its in FAMILIES.items()}
     families = {name: its for name, its in families.items() if len(its) > 1}
     up = {task: [name for name, its in families.items() if task in its] for task in setup.order}
-    seen = {t: concatenate_datasets([rows] * setup.training["num_train_epochs"]) for t, rows in setup.train.items()}
-    # So many of a task's rows its root learns from, the rest the task itself.
-    early = {task: 2 * len(rows) // 3 if up[task] else 0 for task, rows in seen.items()}
-    train = {task: rows.select(range(early[task], len(rows))) for task, rows in seen.items()}
-    for name, its in families.items():
-        train[name] = concatenate_datasets([seen[task].select(range(early[task])) for task in its])
-    training = {**setup.training, "num_train_epochs": 1, "route_tasks": setup.order}
-    tree = {**{name: [] for name in families}, **up}
-    return hft_on(dataclasses.replace(setup, train=train, training=training), tree)
+    return hft_on(setup, {**{name: [] for name in families}, **up}, families)
 
 
 def hft_planned(setup: Setup) -> Outcome:
@@ -108,10 +100,17 @@ def hft_planned(setup: Setup) -> Outcome:
     plan = plan_hierarchy(
         model, setup.with_options, processing_class=setup.tokenizer, settings=settings, progress=False
     )
-    return hft_on(setup, {task: plan.parents[task] for task in setup.order})
+    order = [*plan.families, *setup.order]
+    return hft_on(setup, {task: plan.parents[task] for task in order}, plan.families)
 
 
-def hft_on(setup: Setup, tree: dict[str, list[str]]) -> Outcome:
+def hft_on(setup: Setup, tree: dict[str, list[str]], families: Mapping[str, Sequence[str]] | None = None) -> Outcome:
+    """HFT on a hierarchy; `families`: its roots that learn from the rows of the tasks on them."""
+    train, training = setup.train, {**setup.training, "gate_learning_rate": 5e-2}
+    if families:
+        train = share_with_roots(train, families, training["num_train_epochs"])
+        training.update(num_train_epochs=1, route_tasks=setup.order)
+
     class Reporting(HFTTrainer):
         def _train_stage(self, stage, checkpoint, **kwargs):
             output = super()._train_stage(stage, checkpoint, **kwargs)
@@ -121,10 +120,7 @@ def hft_on(setup: Setup, tree: dict[str, list[str]]) -> Outcome:
                     setup.after_task(task, lambda task: self.model)
             return output
 
-    training = {**setup.training, "gate_learning_rate": 5e-2}
-    model = train_hft(
-        setup.backbone, setup.tokenizer, tree, setup.train, setup.seed, training, Reporting, rank=setup.rank
-    )
+    model = train_hft(setup.backbone, setup.tokenizer, tree, train, setup.seed, training, Reporting, rank=setup.rank)
     own = sum(p.numel() for name, p in model.named_parameters() if name.startswith("hft_"))
     return Outcome(lambda task: model, own, own, {"tree": tree})
 
