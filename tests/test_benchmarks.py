@@ -4,10 +4,12 @@ import gzip
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 
 
 BENCHMARKS = Path(__file__).parent.parent / "examples/benchmarks"
@@ -16,7 +18,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import summary  # noqa: E402
 import table  # noqa: E402
 from baselines import METHODS, orthogonality  # noqa: E402
-from harness import cell, read_cells, todo  # noqa: E402
+from harness import cell, read_cells, share_with_roots, todo  # noqa: E402
 
 
 def test_olora_penalty_by_hand():
@@ -105,13 +107,19 @@ def test_the_memorys_table_by_hand(tmp_path, monkeypatch):
     assert other == "| a | later, without page 1 | 70.0 |  |  |"
 
 
-def test_the_planners_figures_by_hand(tmp_path, monkeypatch):
-    """Three children with two parents each; the plan takes the right one, the wrong one, and none."""
+@pytest.mark.parametrize("parents_of_z, regret", [([], (0 + 2 + 3) / 3), (["root"], (0 + 2 + 0) / 3)])
+def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regret):
+    """Three children with two parents each; the plan takes the right one, the wrong one, and none or a family's root."""
     truth = {"a>x": 5, "b>x": 1, "a>y": 4, "b>y": 2, "a>z": 3, "b>z": -1}
     gains = {"a>x": 0.6, "b>x": 0.1, "a>y": 0.2, "b>y": 0.3, "a>z": 0.05, "b>z": 0.0}
     complexity = {child: {"a loss, of tokens": value} for child, value in zip("xyz", (0.2, 0.3, 0.9), strict=True)}
-    measures = {"hierarchy": {"x": ["a"], "y": ["b"], "z": []}, "help": {"calibrated": gains, "gradient": truth}}
-    measures["complexity"] = complexity
+    measures = {"hierarchy": {"x": ["a"], "y": ["b"], "z": parents_of_z}}
+    measures.update(help={"calibrated": gains, "gradient": truth}, complexity=complexity)
+    more = []
+    if parents_of_z:
+        tasks = {"z": {"accuracy": 57.0}}
+        cell = {"setting": "families", "value": 57.0, "hierarchy": {"root": [], "z": ["root"]}, "tasks": tasks}
+        more = [{**cell, "seed": seed} for seed in range(2)]
     lines = []
     for seed in range(2):
         lines.append({"setting": "measures", "seed": seed, "value": 2, **measures})
@@ -123,18 +131,27 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch):
         lines.append({"setting": "found", "seed": seed, "value": 60 + seed})
     lines.append({"setting": "estimate", "seed": 0, "value": 0.1, "errors": {"seconds": 0.1, "bytes": -0.02}})
     lines.append({"setting": "fourteen", "seed": 0, "value": 321.0})
+    lines += more
     text = [json.dumps({"name": "planner", **line}) for line in lines]
     text += [json.dumps({"name": "ablation-200", "setting": "full", "seed": seed, "value": 58}) for seed in range(2)]
     (tmp_path / "p.jsonl").write_text("\n".join(text))
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     figures = summary.planner()
-    assert figures["planner.parent_regret_points"] == pytest.approx((0 + 2 + 3) / 3, abs=1e-3)
+    assert figures["planner.parent_regret_points"] == pytest.approx(regret, abs=1e-3)
     assert figures["planner.rank_correlation"] == pytest.approx(1 - 6 * (0 + 1 + 1 + 4 + 4 + 0) / (6 * 35), abs=1e-3)
     assert figures["planner.rank_correlation_gradient"] == 1.0
     assert figures["planner.steps_needed_by_a_loss_of_tokens"] == 1.0
     assert figures["planner.rank_needed_by_a_loss_of_tokens"] == -1.0
     assert figures["planner.seconds_14_tasks"] == 321.0 and figures["planner.memory_estimate_error"] == -0.02
     assert figures["planner.ap_found_minus_hand"] == 2.5 and figures["planner.ap_found_minus_hand_se"] == 0.5
+
+
+def test_a_familys_root_gets_two_of_three_rows():
+    train = {task: Dataset.from_list([{"row": f"{task}{i}"} for i in range(6)]) for task in "abc"}
+    shared = share_with_roots(train, {"root": ["a", "b"]}, epochs=2)
+    assert {task: len(rows) for task, rows in shared.items()} == {"a": 4, "b": 4, "c": 12, "root": 16}
+    rows = Counter(row["row"] for name in ("root", "a", "b") for row in shared[name])
+    assert set(rows.values()) == {2} and len(rows) == 12  # each row twice in all
 
 
 def test_the_gpus_figures_by_hand(tmp_path, monkeypatch):

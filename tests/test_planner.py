@@ -25,7 +25,9 @@ from hft.trainers.recipes import read_recipe
 from .tiny import snapshot
 
 
-QUICK = ProbeSettings(pilot_rows=32, pilot_steps=6, batch_size=4, pilot_rank=2, probe_rows=16, learning_rate=5e-2)
+QUICK = ProbeSettings(
+    form_rows=8, pilot_rows=32, pilot_steps=6, batch_size=4, pilot_rank=2, probe_rows=16, learning_rate=5e-2
+)
 
 
 def probe(complexity: float, base: float = 1.0, error: float = 0.01, rows: int = 32, **gains: float) -> TaskProbe:
@@ -311,7 +313,7 @@ def command(backbones, data, tmp_path):
 def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp_path, capsys):
     assert main([*command, "--out", str(tmp_path / "tree.svg")]) == 0
     shown = capsys.readouterr().out
-    assert "Next: hft train" in shown and "Why (gain" in shown
+    assert "Next: hft train" in shown and "Why (in brackets: " in shown
     tree = yaml.safe_load((tmp_path / "plan.yaml").read_text())["hierarchy"]
     num_levels = len(hft.Hierarchy(tree).levels())
     assert "timed-short" not in shown  # the tasks that steps are timed on are nobody's business
@@ -424,11 +426,13 @@ class TestOddData:
         assert all(math.isfinite(edge.gain) for edge in plan.edges)
 
     def test_identical_tasks(self, fresh, tokenizer):
-        plan = self.plan(fresh, tokenizer, one=rows_of("same"), two=rows_of("same"))
+        twins = {"one": rows_of("same"), "two": rows_of("same")}
+        plan = self.plan(fresh, tokenizer, **twins)
+        assert plan.parents == {"family1": [], "one": ["family1"], "two": ["family1"]}
+        plan = plan_hierarchy(fresh, twins, processing_class=tokenizer, settings=QUICK, families=False, progress=False)
         one, two = plan.probes["one"], plan.probes["two"]
         assert one.complexity == two.complexity and one.losses["two"] == two.losses["one"]
-        assert plan.parents == {"family1": [], "one": ["family1"], "two": ["family1"]}
-        assert {edge.reason for edge in plan.edges} == {"both stand on family1, which learns from both"}
+        assert sum(map(len, plan.parents.values())) <= 1 and all(edge.reason for edge in plan.edges)
 
     def test_free_answers(self, fresh, tokenizer):
         """What any pilot gives, the form, is no gain; of two tasks nothing can be said."""

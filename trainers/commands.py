@@ -35,7 +35,7 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     goes_by_losses = config.eval_strategy != "no" or config.rank_tolerance is not None
     checks = {t: load_task(recipe, t, "validation", tokenizer) for t in data} if goes_by_losses else None
     samples = recipe.stage_eval_samples
-    tests = {t: test_set(recipe, t, "validation", tokenizer, samples) for t in recipe.hierarchy} if samples else None
+    tests = {t: test_set(recipe, t, "validation", tokenizer, samples) for t in recipe.tasks()} if samples else None
     model = hft.HFTForCausalLM.from_backbone(
         recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model
     )
@@ -333,7 +333,7 @@ def _with_recipe(args: argparse.Namespace) -> tuple[Any, Any, Any, list[str]]:
     model = hft.HFTForCausalLM.from_pretrained(
         str(args.model), quantization_config=recipe.quantization_config(), device_map="auto"
     )
-    tasks = [task for task in model.hierarchy.names if task in recipe.hierarchy]
+    tasks = [task for task in model.hierarchy.names if task in recipe.tasks()]
     if not tasks:
         raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")
     return recipe, model, AutoTokenizer.from_pretrained(args.model, trust_remote_code=False), tasks

@@ -11,24 +11,31 @@ K tasks, M groups of rows, P parameters that are looked at.
 import dataclasses
 import itertools
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
 
 import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from .evaluation import reference
 from .families import Overlaps
 from .pilots import ProbeSettings, Sample, pilot
 
 
-FEWEST_GROUPS = 3  # of rows, that an error can be told from
-NUM_PARAMETERS = 2**16  # a random choice of so many says as much as all of them
+TokenRow: TypeAlias = Mapping[str, Sequence[int]]
+FEWEST_GROUPS = 6  # of rows; with fewer an error says little, and noise hides what there is
+NUM_PARAMETERS = 2**16  # a random choice of so many: 256 KiB a group of rows
 
 
 def measure_overlaps(
     model: PreTrainedModel, samples: Mapping[str, Sample], settings: ProbeSettings, bar: tqdm
 ) -> Overlaps:
-    """The overlap of each pair of tasks with enough rows; K backward passes over `settings.gradient_rows` rows each.
+    """The overlap of each pair of tasks; forward and backward over `settings.gradient_rows` rows of each task.
+
+    Left out are tasks with fewer than `FEWEST_GROUPS * settings.batch_size` rows, with nothing but one answer, or with a
+    gradient that is not finite.
 
     Args:
         model: frozen, in evaluation mode; left as it was.
@@ -36,24 +43,47 @@ def measure_overlaps(
         settings: how much is measured.
         bar: counts the pilot and the tasks.
     """
-    seen = [row for sample in samples.values() for row in sample.pilot[: settings.form_rows]]
+    # In the order of names, so that the pilot is the same whatever the order of the data.
+    names = [task for task in sorted(samples) if len(set(map(reference, samples[task].probe))) > 1]
+    bar.update(len(samples) - len(names))
+    if len(names) < 2:
+        bar.update(1 + len(names))
+        return Overlaps({})
+    rows = {task: evenly(samples[task].pilot) for task in names}
+    seen = [row for task in names for row in rows[task][: settings.form_rows]]
     steps = math.ceil(len(seen) / settings.batch_size)
     gradients: dict[str, torch.Tensor] = {}
     bar.set_description("a pilot of all tasks")
     with pilot(model, seen, dataclasses.replace(settings, pilot_steps=steps)) as name:
         bar.update()
-        for task, sample in samples.items():
+        for task in names:
             bar.set_description(f"{task}: its gradient")
-            gradient_MP = row_gradients(model, name, sample, settings)
-            if len(gradient_MP) >= FEWEST_GROUPS:
+            unseen = evenly(rows[task][settings.form_rows :] + samples[task].tokens)[: settings.gradient_rows]
+            gradient_MP = group_gradients(model, name, unseen, settings)
+            if len(gradient_MP) >= FEWEST_GROUPS and gradient_MP.isfinite().all():
                 gradients[task] = gradient_MP
             bar.update()
     return overlaps_of(gradients)
 
 
-def row_gradients(model: PreTrainedModel, name: str, sample: Sample, settings: ProbeSettings) -> torch.Tensor:
-    """The mean gradients [M, P] of groups of a task's rows that the pilot has not seen, at the pilot's up projections."""
-    rows = (sample.pilot[settings.form_rows :] + sample.tokens)[: settings.gradient_rows]
+def evenly(rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """One row of each answer in turn, as long as there are any.
+
+    Where answers are few, what a pilot got wrong of how common each is would be most of the gradient.
+    """
+    turns: Counter[tuple[int, ...]] = Counter()
+    placed = []
+    for row in rows:
+        answer = tuple(label for label in row["labels"] if label != -100)
+        placed.append((turns[answer], row))
+        turns[answer] += 1
+    return [row for _, row in sorted(placed, key=lambda one: one[0])]
+
+
+def group_gradients(
+    model: PreTrainedModel, name: str, rows: Sequence[TokenRow], settings: ProbeSettings
+) -> torch.Tensor:
+    """The mean gradients [M, P] of groups of `settings.batch_size` tokenised rows, at the up projections of a pilot."""
     model.set_trainable([name])
     ups = [factor for key, factor in model.task_parameters(name).items() if key.rsplit(".", 1)[-1].startswith("B_")]
     draw = torch.Generator().manual_seed(settings.seed)
@@ -69,22 +99,26 @@ def row_gradients(model: PreTrainedModel, name: str, sample: Sample, settings: P
 
 
 def overlaps_of(gradients: Mapping[str, torch.Tensor]) -> Overlaps:
-    """The cosine of the mean gradients of each pair, with its standard error by the jackknife over groups.
+    """The cosine of the mean gradients of each pair, with its standard error by the jackknife over groups of rows.
+
+    Noise makes a mean gradient longer, and so an overlap smaller: by half, where signal and noise of both means are equal.
 
     Args:
         gradients: task -> [M, P]; M may differ, and is 2 or more.
     """
-    units: dict[str, torch.Tensor] = {}
-    for task, gradient_MP in gradients.items():
-        total_P, num_groups = gradient_MP.sum(0), len(gradient_MP)
-        left_out_MP = (total_P - gradient_MP) / (num_groups - 1)
-        units[task] = torch.nn.functional.normalize(torch.cat([total_P[None] / num_groups, left_out_MP]), dim=1)
-    found: dict[frozenset[str], tuple[float, float]] = {}
-    for one, other in itertools.combinations(sorted(units), 2):
-        without = (
-            units[one][1:] @ units[other][0],
-            units[other][1:] @ units[one][0],
-        )  # a group of one, or of the other
-        variance = sum(float((its - its.mean()).square().sum()) * (len(its) - 1) / len(its) for its in without)
-        found[frozenset((one, other))] = float(units[one][0] @ units[other][0]), math.sqrt(variance)
+    if not gradients:
+        return Overlaps({})
+    mean_KP = torch.nn.functional.normalize(torch.stack([its.mean(0) for its in gradients.values()]), dim=1)
+    overlap_KK = mean_KP @ mean_KP.T
+    variances = []  # of a task's overlaps with all, from its own groups
+    for gradient_MP in gradients.values():
+        count = len(gradient_MP)
+        without_MP = (gradient_MP.sum(0) - gradient_MP) / (count - 1)
+        left_MK = torch.nn.functional.normalize(without_MP, dim=1) @ mean_KP.T
+        variances.append((left_MK - left_MK.mean(0)).square().sum(0) * (count - 1) / count)
+    variance_KK = torch.stack(variances)
+    error_KK = (variance_KK + variance_KK.T).sqrt()
+    found: dict[str, dict[str, tuple[float, float]]] = {task: {} for task in gradients}
+    for (i, one), (j, other) in itertools.permutations(enumerate(gradients), 2):
+        found[one][other] = float(overlap_KK[i, j]), float(error_KK[i, j])
     return Overlaps(found)

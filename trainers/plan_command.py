@@ -49,7 +49,6 @@ def find_plan(args: argparse.Namespace) -> None:
         print("\n".join(summary_of(found, task) for task in data))
         return
     print("\nTiming a few steps of training ...", flush=True)
-    recipe.hierarchy, recipe.mixtures = found.parents, dict(found.families)
     costs = plan_costs(found, recipe, model, data, tokenizer).lines()
     print("\nWhat it would take:\n" + "\n".join(costs))
     write_text(Path(args.yaml), as_recipe(found, recipe, costs))
@@ -69,7 +68,7 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
         recipe.data, recipe.datasets, tasks = str(args.data), {}, tasks_in(args.data)
     else:
         recipe = read_recipe(args.data)
-        tasks = [task for task in recipe.hierarchy if task not in recipe.mixtures]
+        tasks = recipe.tasks()
     if args.backbone is not None:
         recipe.backbone = args.backbone
     if args.task is not None:
@@ -84,7 +83,7 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
     recipe.datasets = {task: spec for task, spec in recipe.datasets.items() if task in chosen}
     recipe.mixtures = {}
     if isinstance(recipe.metric, dict):
-        recipe.metric = {task: name for task, name in recipe.metric.items() if task in chosen}
+        recipe.metric = {task: name for task, name in recipe.metric.items() if task in chosen} or "exact_match"
     if recipe.training.get("route_tasks"):
         recipe.training["route_tasks"] = [task for task in chosen if task in recipe.training["route_tasks"]]
     return recipe

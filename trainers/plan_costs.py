@@ -81,15 +81,18 @@ def plan_costs(
         rows: task -> the rows that it trains on; those of a family's root are its tasks'.
         tokenizer: the model's.
     """
+    recipe = dataclasses.replace(recipe, hierarchy=plan.parents, mixtures=dict(plan.families))
     training = HFTTrainingConfig(**{**recipe.training_arguments(), "report_to": "none"})
     hierarchy, rank = plan.hierarchy(), model.config.rank
     slots = 0 if model.config.memory_config.read == "off" else model.config.memory_config.slots
     lengths, longest_answer = _lengths(rows, tokenizer, training.max_length)
     timing = time_steps(model, rows, tokenizer, recipe.training)
     more = {t: rank * (len(hierarchy.path(t)) - 1) + slots * (hierarchy.level(t) - 1) for t in hierarchy.names}
-    num_rows = {task: len(its) for task, its in rows.items()}
+    num_rows, draw = {task: len(its) for task, its in rows.items()}, random.Random(0)
     for root, its in plan.families.items():
-        num_rows[root], lengths[root] = sum(num_rows[task] for task in its), [n for task in its for n in lengths[task]]
+        weights = [num_rows[task] for task in its]
+        num_rows[root] = sum(weights)
+        lengths[root] = [draw.choice(lengths[task]) for task in draw.choices(its, weights, k=512)]
     steps = {task: task_steps(num_rows[task], training) for task in hierarchy.names}
     if training.max_steps > 0:  # of a stage: its tasks share them
         for level in hierarchy.levels():
@@ -104,7 +107,7 @@ def plan_costs(
     on_accelerator = torch.accelerator.is_available()
     longest = max(map(max, lengths.values()))
     memory = estimate_recipe(
-        dataclasses.replace(recipe, hierarchy=plan.parents),
+        recipe,
         model.config.text_config,
         longest,
         batch * longest_answer if on_accelerator else None,

@@ -64,11 +64,14 @@ def reasons(plan: Plan, task: str) -> list[str]:
     probe = plan.probes[task]
     lines = [f"complexity {probe.complexity:.2f} ± {probe.complexity_error:.2f}{_behind(probe.note)}"]
     if alike := plan.overlaps.nearest(task):
-        shown = ", ".join(f"{other} {overlap:.2f} ± {error:.2f}" for other, overlap, error in alike[:SHOWN_OVERLAPS])
-        lines.append(f"its gradient overlaps with that of {shown}{', ...' if len(alike) > SHOWN_OVERLAPS else ''}")
+        shown = [f"{other} {overlap:+.2f} ± {error:.2f}" for other, overlap, error in alike[:SHOWN_OVERLAPS]]
+        more = ", ..." if len(alike) > SHOWN_OVERLAPS else ""
+        lines.append(f"overlap of gradients (1: the same, 0: unrelated): {', '.join(shown)}{more}")
+    elif plan.overlaps.of:
+        lines.append("overlap of gradients: not measured (too few rows, one answer only, or not finite)")
     edges = plan.edges_of(task)
     if family := [up for up in plan.parents[task] if up in plan.families]:
-        lines.append(f"on {family[0]}, which learns from it, too")
+        lines.append(f"on {family[0]}, which learns from it, too; other parents are not considered")
     elif not any(edge.taken for edge in edges):
         lines.append("a root: nothing that was measured helps it" if edges else "a root: there is no other task")
     return lines + [f"{'on ' if edge.taken else 'not '}{edge}" for edge in edges]
@@ -83,7 +86,7 @@ def _behind(note: str) -> str:
 
 
 def as_text(plan: Plan) -> str:
-    """The tree, with complexities and the share of the loss that a first parent takes away; then the reasons."""
+    """The tree, with complexities and what speaks for a first parent, share of the loss or overlap; then the reasons."""
     hierarchy = plan.hierarchy()
     notes = {root: _root(plan, root) for root in plan.families}
     for task, probe in plan.probes.items():
@@ -93,7 +96,11 @@ def as_text(plan: Plan) -> str:
                 notes[task] += "; overlap with the others {:.2f} ± {:.2f}".format(*plan.family_overlap(task))
             else:
                 notes[task] += f"; {parents[0]} takes away {100 * plan.share(task, parents[0]):.0f} % of its loss"
-    lines = [hierarchy.draw(notes), "", "Why (gain: fall of the loss through the other's pilot, nats an answer):"]
+    lines = [
+        hierarchy.draw(notes),
+        "",
+        "Why (in brackets: fall of the loss through the other's pilot, nats an answer):",
+    ]
     for task in hierarchy.names:
         if task in plan.probes:
             lines += [f"{task}: {reasons(plan, task)[0]}", *(f"    {line}" for line in reasons(plan, task)[1:])]
@@ -127,7 +134,11 @@ def as_recipe(plan: Plan, recipe: Recipe, estimates: Sequence[str] = ()) -> str:
             lines += textwrap.wrap(line, 116, initial_indent="  # ", subsequent_indent="  #   ")
         lines.append(f"  {_inline({task: plan.parents[task]})}")
     if plan.families:
-        lines += ["", "# The rows of a family's root are those of all its tasks."]
+        lines += [
+            "",
+            "# A family's root learns from the rows of all its tasks, then each task from its own: twice the steps.",
+        ]
+        lines += ["# Who leaves a family above has to leave it here, too."]
         lines += ["mixtures:", *(f"  {_inline({root: its})}" for root, its in plan.families.items())]
     for section in (recipe.model, recipe.quantization, recipe.training):
         if section:

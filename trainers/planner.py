@@ -103,7 +103,7 @@ class Plan:
     def family_overlap(self, task: str) -> tuple[float, float]:
         """A task's mean overlap with the others of its family, and its standard error."""
         (members,) = (its for its in self.families.values() if task in its)
-        return self.overlaps.between([task], [other for other in members if other != task])
+        return self.overlaps.between([task], [other for other in members if other != task]) or (0.0, 0.0)
 
     def share(self, child: str, parent: str) -> float:
         """How much of the child's loss its parent takes away; of a family's root, its overlap with the others: 0 to 1."""
@@ -128,11 +128,12 @@ def make_plan(
 ) -> Plan:
     """Finds families and picks parents.
 
-    The tasks of a family (see `find_families`) stand on a root of their own, which learns from the rows of all of them;
-    within a family there are no edges. Else an edge leads from a less to a more complex task; where two complexities are
-    equal within their error, the edge with the greater gain decides, and none that would close a cycle is taken. A parent's
-    gain must be beyond `num_errors` standard errors, and a further parent must still help when the answers through both are
-    averaged. An edge that another path already implies is dropped.
+    The tasks of a family (see `find_families`) stand on a root of their own, which learns from the rows of all of them, and
+    on nothing else: what a parent would add to the root cannot be measured before it is there. To other tasks an edge leads
+    from a less to a more complex task; where two complexities are equal within their error, the edge with the greater gain
+    decides, and none that would close a cycle is taken. A parent's gain must be beyond `num_errors` standard errors, and a
+    further parent must still help when the answers through both are averaged. An edge that another path already implies is
+    dropped.
 
     Args:
         probes: of the tasks to place.
@@ -149,7 +150,7 @@ def make_plan(
     old = set(parents)
     order = sorted(probes, key=lambda task: (probes[task].complexity, task))
     overlaps = overlaps or Overlaps({})
-    families = family_names(find_families(probes, overlaps, num_errors), (*parents, *order))
+    families = family_names(find_families(overlaps, num_errors), (*parents, *order))
     root_of = {task: root for root, members in families.items() for task in members}
     parents.update({root: [] for root in families})
     parents.update({task: [root_of[task]] if task in root_of else [] for task in order})
@@ -162,8 +163,9 @@ def make_plan(
     reasons: dict[tuple[str, str], str] = {}
     candidates = []
     for parent, child in sorted(gains, key=lambda pair: (-gains[pair][0], pair)):
-        if child in root_of and root_of.get(parent) == root_of[child]:
-            why_not = f"both stand on {root_of[child]}, which learns from both"
+        if child in root_of:
+            is_one_of_us = root_of.get(parent) == root_of[child]
+            why_not = f"{'both stand' if is_one_of_us else f'{child} stands'} on {root_of[child]}"
         else:
             why_not = _why_not(probes, old, parent, child, gains[parent, child], num_errors)
         if why_not:
@@ -236,7 +238,7 @@ def _take(
                 continue
             if _stands_on(parents, parent, child):
                 reasons[parent, child] = f"it stands on {child} itself, from which the edge gains more"
-            elif first and not _measured(child, probes, parents) and len(parents[child]) < max_parents:
+            elif first and not parents[child]:
                 parents[child].append(parent)
                 reasons[parent, child] = "it helps most"
             elif not first:
@@ -258,17 +260,12 @@ def _further(
             return f"already on the path, through {other}"
     if len(have) >= max_parents:
         return f"{' and '.join(have)} help{'s' if len(have) == 1 else ''} more, and `max_parents` is {max_parents}"
-    losses, measured = probes[child].losses, _measured(child, probes, parents)
-    mean, error = _gain(_mixed([losses[up] for up in measured]), _mixed([losses[up] for up in (*measured, parent)]))
+    losses = probes[child].losses
+    mean, error = _gain(_mixed([losses[up] for up in have]), _mixed([losses[up] for up in (*have, parent)]))
     if mean <= max(num_errors * error, SMALLEST_GAIN):
-        return f"it adds nothing to {' and '.join(measured)} ({mean:+.3f} ± {error:.3f} together)"
+        return f"it adds nothing to {' and '.join(have)} ({mean:+.3f} ± {error:.3f} together)"
     have.append(parent)
-    return f"it adds to {' and '.join(measured)} ({mean:+.3f} ± {error:.3f} together)"
-
-
-def _measured(child: str, probes: Mapping[str, TaskProbe], parents: Mapping[str, Sequence[str]]) -> list[str]:
-    """A task's parents without its family's root, through which nothing can be read yet."""
-    return [parent for parent in parents[child] if parent in probes[child].losses]
+    return f"it adds to {' and '.join(have[:-1])} ({mean:+.3f} ± {error:.3f} together)"
 
 
 def _drop_implied(order: Sequence[str], parents: dict[str, list[str]], reasons: dict[tuple[str, str], str]) -> None:

@@ -4,7 +4,7 @@ D hidden size, K tasks.
 """
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hft.refresh_hft import frozen
 
 from .calibration import calibrated_losses
 from .evaluation import Row, option_likelihoods, prompt_ids, reference
-from .families import Overlaps
+from .families import Overlaps, find_families
 from .overlap import measure_overlaps
 from .pilots import ProbeSettings, Sample, pilot, take_sample
 from .planner import Plan, TaskProbe, make_plan
@@ -40,8 +40,9 @@ def plan_hierarchy(
     backbone, that stand for what a task has to give. The gain of task j from task i is how much lower j's losses are through
     i's pilot than through the backbone (or the middle one of the pilots, see `TaskProbe.base`), on rows that neither has
     learnt from: over each row's options, calibrated (see `calibrated_losses`), so that the mere form of answers does not
-    count; for free answers, against the mean over all pilots instead of the backbone. That is K + 1 pilots, K backward
-    passes, and forward passes for K times `max_candidates` pairs. The model is left as it was, to the bit.
+    count; for free answers, against the mean over all pilots instead of the backbone. That is a pilot and gradients over
+    `gradient_rows` rows a task, some steps a task of one pilot of all, and forward passes for at most K times
+    `max_candidates` pairs: tasks of families need no other parents. The model is left as it was, to the bit.
 
     Args:
         model: an HFT model; the sealed tasks that it has may become parents, and stay as they are.
@@ -66,10 +67,15 @@ def plan_hierarchy(
             )
     samples = {task: take_sample(task, rows, processing_class, settings) for task, rows in datasets.items()}
     existing = model.hierarchy if len(model.hierarchy) else None
-    families = families and existing is None and len(samples) > 1
-    with frozen(model), tqdm(total=(3 if families else 2) * len(samples) + families, disable=not progress) as bar:
-        overlaps = measure_overlaps(model, samples, settings, bar) if families else Overlaps({})
-        probes = measure(model, processing_class, samples, settings, bar)
+    overlaps, steps = Overlaps({}), 2 * len(samples)
+    wants_families = families and existing is None and len(samples) > 1
+    if wants_families:
+        steps += 1 + len(samples)
+    with frozen(model), tqdm(total=steps, disable=not progress) as bar:
+        if wants_families:
+            overlaps = measure_overlaps(model, samples, settings, bar)
+        placed = {task for family in find_families(overlaps, num_errors) for task in family}
+        probes = measure(model, processing_class, samples, settings, bar, placed)
     return make_plan(probes, max_parents=max_parents, num_errors=num_errors, existing=existing, overlaps=overlaps)
 
 
@@ -79,11 +85,16 @@ def measure(
     samples: Mapping[str, Sample],
     settings: ProbeSettings,
     bar: tqdm,
+    placed: Collection[str] = (),
 ) -> dict[str, TaskProbe]:
-    """Trains a pilot a task and measures all pairs; the model, which is frozen, is left as it was."""
+    """Trains a pilot a task and measures what it gives to the others, if they are not `placed` already.
+
+    The model, which is frozen, is left as it was.
+    """
     old = model.config.sealed_tasks()
     raw: dict[str, dict[str, list[Any]]] = {task: {} for task in samples}
     candidates = nearest_tasks(model, tokenizer, samples, settings.max_candidates)
+    candidates.update({task: set() for task in placed})
     for task, sample in samples.items():
         bar.set_description(f"{task}: through the backbone{' and learnt tasks' if old else ''}")
         for source in (BACKBONE, *old):

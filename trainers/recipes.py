@@ -42,8 +42,8 @@ class Recipe:
         backbone: Hub id or folder.
         hierarchy: task -> parents.
         datasets: task -> where it comes from and how a row is read, see `load_task`; not needed with `data`.
-        mixtures: task -> tasks of the hierarchy whose rows are its rows, as of a root on which a family stands; the router
-            does not learn to know it, unless `route_tasks` names it.
+        mixtures: task -> tasks of the hierarchy whose rows are its rows, as of a root on which a family stands; it is not
+            tested, and the router does not learn to know it, unless `route_tasks` names it.
         data: a folder with `<task>/<split>.jsonl.gz` of rows {instruction, options, input, output}; takes the place of
             `datasets`.
         train_samples: rows of each task to train on, a random choice that is always the same; None for all.
@@ -77,11 +77,13 @@ class Recipe:
         """How to quantise the backbone; None: not at all."""
         return BitsAndBytesConfig(**self.quantization) if self.quantization else None
 
+    def tasks(self) -> list[str]:
+        """The tasks with rows of their own: without mixtures."""
+        return [task for task in self.hierarchy if task not in self.mixtures]
+
     def training_arguments(self) -> dict[str, Any]:
         """The keys of HFTTrainingConfig; with mixtures, the router learns the other tasks, if nothing else is said."""
-        if not self.mixtures:
-            return self.training
-        return {"route_tasks": [task for task in self.hierarchy if task not in self.mixtures], **self.training}
+        return {"route_tasks": self.tasks(), **self.training} if self.mixtures else self.training
 
 
 _SPEC_KEYS = ("path", "name", "splits", "instruction", "options", "input", "label")

@@ -5,7 +5,8 @@
 measures: complexities and gains of all pairs by several measures side by side, and the planner's hierarchy.
 alone, PARENT>CHILD: the truth: the child's accuracy with 200 rows and three epochs, without and with a parent trained so,
 too. `alone` also says how many steps and which rank the task really needs.
-families: the same with the roots that the planner finds, which learn from the rows of all tasks on them.
+families: the same with the roots that the planner finds, which learn from the rows of all tasks on them (more than a parent
+of a pair sees).
 found: the ablation's training on the planner's hierarchy, in as many steps as its settings full, flat and reversed.
 estimate: what `hft plan` promises for three tasks against what happens, each in a process of its own.
 fourteen: the seconds of a plan of all fourteen tasks.
@@ -150,8 +151,8 @@ def main() -> None:
         if seed and setting in ("estimate", "fourteen"):
             continue
         plan = plan_in(args.out)
-        if setting in ("families", "found") and plan is None:
-            print(f"{setting}, seed {seed}: needs the cell `measures` first")
+        if setting in ("families", "found") and (plan is None or (setting == "families" and not plan["families"])):
+            print(f"{setting}, seed {seed}: needs the cell `measures` with seed 0 first, and families in it")
             continue
         with cell(args.out, "planner", setting, seed) as result:
             settings = ProbeSettings(max_length=TRAINING["max_length"], seed=seed)
@@ -173,7 +174,9 @@ def main() -> None:
             elif setting == "found":
                 train = {task: sample(rows[task], ROWS, seed) for task in TREE}
                 train = share_with_roots(train, plan["families"], TRAINING["num_train_epochs"])
-                model = train_hft(backbone, tokenizer, plan["hierarchy"], train, seed, TRAINING)
+                model = train_hft(
+                    backbone, tokenizer, plan["hierarchy"], train, seed, {**TRAINING, "num_train_epochs": 1}
+                )
                 tasks = score(model, tokenizer, validation, lambda task: task)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=plan["hierarchy"])
             else:

@@ -50,13 +50,15 @@ def measure_all(
             for measure in MEASURES[:-1]:
                 before, after = losses[BACKBONE][measure], losses[parent][measure]
                 help_by[measure][pair] = round(statistics.fmean(before) - statistics.fmean(after), 4)
-            help_by["gradient"][pair] = round(overlaps.of[frozenset((parent, child))][0], 4)
+            help_by["gradient"][pair] = round(overlaps.of[parent][child][0], 4)
     for edge in plan.edges:  # the planner's own, which go against the middle pilot
         help_by["calibrated"][f"{edge.parent}>{edge.child}"] = round(edge.gain, 4)
     return {
         "hierarchy": plan.parents,
         "families": plan.families,
-        "overlaps": {"-".join(sorted(pair)): [round(x, 4) for x in its] for pair, its in overlaps.of.items()},
+        "overlap_errors": {
+            f"{one}>{other}": round(error, 4) for one, its in overlaps.of.items() for other, (_, error) in its.items()
+        },
         "reasons": {f"{edge.parent}>{edge.child}": edge.reason for edge in plan.edges},
         "help": help_by,
         "complexity": complexity,

@@ -153,7 +153,7 @@ def planner() -> dict[str, float]:
             if child in (found := cells.get(("families", seed), {"tasks": {}}))["tasks"]:
                 (root,) = found["hierarchy"][child]
                 gains[root] = found["tasks"][child]["accuracy"] - cells[f"alone: {child}", seed]["value"]
-            its = [parent for parent in measured[seed]["hierarchy"][child] if parent in gains]
+            its = [parent for parent in measured.get(0, measured[seed])["hierarchy"][child] if parent in gains]
             regrets.append(max(0.0, *gains.values()) - (gains[its[0]] if its else 0.0))
         figures["planner.parent_regret_points"] = round(statistics.mean(regrets), 3)
     needs = {
