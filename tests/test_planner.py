@@ -25,9 +25,7 @@ from hft.trainers.recipes import read_recipe
 from .tiny import snapshot
 
 
-QUICK = ProbeSettings(
-    form_rows=8, pilot_rows=32, pilot_steps=6, batch_size=4, pilot_rank=2, probe_rows=16, learning_rate=5e-2
-)
+QUICK = ProbeSettings(pilot_rows=32, pilot_steps=6, batch_size=4, pilot_rank=2, probe_rows=16, learning_rate=5e-2)
 
 
 def probe(complexity: float, base: float = 1.0, error: float = 0.01, rows: int = 32, **gains: float) -> TaskProbe:
@@ -427,9 +425,8 @@ class TestOddData:
 
     def test_identical_tasks(self, fresh, tokenizer):
         twins = {"one": rows_of("same"), "two": rows_of("same")}
-        plan = self.plan(fresh, tokenizer, **twins)
-        assert plan.parents == {"family1": [], "one": ["family1"], "two": ["family1"]}
-        plan = plan_hierarchy(fresh, twins, processing_class=tokenizer, settings=QUICK, families=False, progress=False)
+        assert self.plan(fresh, tokenizer, sign=rows_of("sign"), **twins).families == {"family1": ["one", "two"]}
+        plan = self.plan(fresh, tokenizer, **twins)  # of two tasks, nothing tells what they share from what all share
         one, two = plan.probes["one"], plan.probes["two"]
         assert one.complexity == two.complexity and one.losses["two"] == two.losses["one"]
         assert sum(map(len, plan.parents.values())) <= 1 and all(edge.reason for edge in plan.edges)

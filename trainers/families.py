@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 
-SMALLEST_OVERLAP = 0.3  # of 1
+SMALLEST_OVERLAP = 0.15  # of 1
 Group: TypeAlias = tuple[str, ...]
 
 

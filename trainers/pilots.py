@@ -23,7 +23,7 @@ class ProbeSettings:
         pilot_rows, pilot_steps, batch_size: what a pilot learns from, its optimizer steps and their rows.
         pilot_rank, learning_rate: of its node.
         probe_rows: rows a task that losses are measured on; no pilot learns from them.
-        form_rows, gradient_rows: rows a task that the pilot of all tasks learns from, and that gradients are taken over.
+        gradient_rows: rows a task that its gradient is taken over.
         max_length: longer rows lose their beginning; tokens.
         max_candidates: how many parents are measured for a task: those whose prompts are nearest to its own in the features
             that the router goes by. All of them up to this number + 1 tasks.
@@ -36,8 +36,7 @@ class ProbeSettings:
     pilot_rank: int = 8
     learning_rate: float = 2e-3
     probe_rows: int = 48
-    form_rows: int = 24
-    gradient_rows: int = 128
+    gradient_rows: int = 64
     max_length: int = 256
     max_candidates: int = 16
     seed: int = 0

@@ -66,7 +66,7 @@ def reasons(plan: Plan, task: str) -> list[str]:
     if alike := plan.overlaps.nearest(task):
         shown = [f"{other} {overlap:+.2f} ± {error:.2f}" for other, overlap, error in alike[:SHOWN_OVERLAPS]]
         more = ", ..." if len(alike) > SHOWN_OVERLAPS else ""
-        lines.append(f"overlap of gradients (1: the same, 0: unrelated): {', '.join(shown)}{more}")
+        lines.append(f"overlap of gradients (1: the same, 0 or less: unrelated): {', '.join(shown)}{more}")
     elif plan.overlaps.of:
         lines.append("overlap of gradients: not measured (too few rows, one answer only, or not finite)")
     edges = plan.edges_of(task)

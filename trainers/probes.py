@@ -41,8 +41,8 @@ def plan_hierarchy(
     i's pilot than through the backbone (or the middle one of the pilots, see `TaskProbe.base`), on rows that neither has
     learnt from: over each row's options, calibrated (see `calibrated_losses`), so that the mere form of answers does not
     count; for free answers, against the mean over all pilots instead of the backbone. That is a pilot and gradients over
-    `gradient_rows` rows a task, some steps a task of one pilot of all, and forward passes for at most K times
-    `max_candidates` pairs: tasks of families need no other parents. The model is left as it was, to the bit.
+    `gradient_rows` rows a task, and forward passes for at most K times `max_candidates` pairs: tasks of families need no
+    other parents. The model is left as it was, to the bit.
 
     Args:
         model: an HFT model; the sealed tasks that it has may become parents, and stay as they are.
@@ -68,9 +68,9 @@ def plan_hierarchy(
     samples = {task: take_sample(task, rows, processing_class, settings) for task, rows in datasets.items()}
     existing = model.hierarchy if len(model.hierarchy) else None
     overlaps, steps = Overlaps({}), 2 * len(samples)
-    wants_families = families and existing is None and len(samples) > 1
+    wants_families = families and existing is None
     if wants_families:
-        steps += 1 + len(samples)
+        steps += len(samples)
     with frozen(model), tqdm(total=steps, disable=not progress) as bar:
         if wants_families:
             overlaps = measure_overlaps(model, samples, settings, bar)

@@ -151,7 +151,7 @@ def main() -> None:
         if seed and setting in ("estimate", "fourteen"):
             continue
         plan = plan_in(args.out)
-        if setting in ("families", "found") and (plan is None or (setting == "families" and not plan["families"])):
+        if (setting == "found" and not plan["hierarchy"]) or (setting == "families" and not plan["families"]):
             print(f"{setting}, seed {seed}: needs the cell `measures` with seed 0 first, and families in it")
             continue
         with cell(args.out, "planner", setting, seed) as result:
@@ -198,12 +198,10 @@ def truth_tree(setting: str, families: Mapping[str, Sequence[str]]) -> dict[str,
     return {**{root: [] for root in families}, **{task: [root] for root in families for task in families[root]}}
 
 
-def plan_in(out: Path) -> dict | None:
-    """The cell of `measures` with seed 0, whose hierarchy is the planner's; None if it is not there yet."""
-    cells = [
-        cell for cell in read_cells(out) if (cell["name"], cell["setting"], cell["seed"]) == ("planner", "measures", 0)
-    ]
-    return cells[0] if cells else None
+def plan_in(out: Path) -> dict:
+    """The cell of `measures` with seed 0, whose hierarchy is the planner's; one without tasks if it is not there yet."""
+    cells = (done for done in read_cells(out) if (done["setting"], done["seed"]) == ("measures", 0))
+    return next(cells, {"hierarchy": {}, "families": {}})
 
 
 if __name__ == "__main__":
