@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import subprocess
 import sys
 from collections import Counter
@@ -138,8 +139,9 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regre
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     figures = summary.planner()
     assert figures["planner.parent_regret_points"] == pytest.approx(regret, abs=1e-3)
-    assert figures["planner.rank_correlation"] == pytest.approx(1 - 6 * (0 + 1 + 1 + 4 + 4 + 0) / (6 * 35), abs=1e-3)
-    assert figures["planner.rank_correlation_gradient"] == 1.0
+    assert figures["planner.rank_correlation"] == 1.0  # the gradients'
+    by_hand = 1 - 6 * (0 + 1 + 1 + 4 + 4 + 0) / (6 * 35)
+    assert figures["planner.rank_correlation_calibrated"] == pytest.approx(by_hand, abs=1e-3)
     assert figures["planner.steps_needed_by_a_loss_of_tokens"] == 1.0
     assert figures["planner.rank_needed_by_a_loss_of_tokens"] == -1.0
     assert figures["planner.seconds_14_tasks"] == 321.0 and figures["planner.memory_estimate_error"] == -0.02
@@ -305,8 +307,11 @@ def write_tasks(folder, tasks):
 def test_steps_needed_by_hand():
     import planner
 
-    assert planner.steps_needed({0: 2.0, 5: 1.2, 10: 1.1, 15: 1.0, 20: 1.3}) == 10
-    assert planner.steps_needed({0: 2.0, 5: 2.5}) == 0  # nothing to learn
+    losses = {0: 9.0, 5: 2.1, 10: 1.1, 15: 1.0, 20: 1.3}
+    assert planner.steps_needed(losses, guess=2.0) == 10 and planner.steps_needed(losses, guess=1.5) == 15
+    assert planner.steps_needed(losses, guess=0.9) == 20  # it was not learnt
+    rows = [{"labels": [-100, answer, 9]} for answer in (1, 1, 1, 2)]
+    assert planner.guessing_loss(rows) == pytest.approx((3 * math.log(4 / 3) + math.log(4)) / 8)
 
 
 @pytest.mark.slow
@@ -322,6 +327,23 @@ def test_the_planners_truth_is_measured(backbones, tmp_path):
     assert set(measures["complexity"]) == set(tasks)
     assert "0" in alone["need"]["losses"] and str(alone["need"]["steps"]) in alone["need"]["losses"]
     assert 1 <= alone["need"]["rank"] <= 16 and set(alone["tasks"]) == set(pair["tasks"]) == {"cb"}
+
+
+@pytest.mark.slow
+def test_what_each_task_takes_on_disk(backbones, tmp_path):
+    from quality import CL14
+
+    write_tasks(tmp_path / "data", CL14)
+    out = tmp_path / "growth.jsonl"
+    command = [sys.executable, BENCHMARKS / "growth.py", "--data", tmp_path / "data", "--seeds", "1",
+               "--tolerances", "0,1e9", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, least = read_cells(out)
+    assert all(its[:2] == [16, 1] for its in least["trims"].values()) and set(least["trims"]) == set(CL14)
+    small, large = (list(its["cumulative"].values()) for its in (least, whole))
+    assert 2 * small[-1] < large[-1] and large == sorted(large) and len(large) == len(CL14)
+    assert large[-1] + whole["pages_and_shared"] == whole["value"] == sum(whole["bytes"].values())
 
 
 @pytest.mark.slow

@@ -47,12 +47,12 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
     return arguments
 
 
-def prepare(backbone: str | None) -> tuple[str, PreTrainedTokenizerBase]:
-    """A quiet process, and the backbone with its tokenizer."""
+def prepare(backbone: str | None, answers_only: bool = True) -> tuple[str, PreTrainedTokenizerBase]:
+    """A quiet process, and the backbone with its tokenizer; `answers_only` as for `use_cpu_well`."""
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    use_cpu_well()
+    use_cpu_well(answers_only)
     backbone = find_backbone()[0] if backbone is None else backbone
     return backbone, AutoTokenizer.from_pretrained(backbone)
 
@@ -62,7 +62,7 @@ def attention() -> str:
     return "sdpa" if torch.accelerator.is_available() else "eager"
 
 
-def use_cpu_well() -> None:
+def use_cpu_well(answers_only: bool = True) -> None:
     """Without an accelerator: keep freed memory in the process, and let TRL score the answers only.
 
     TRL scores all positions on a CPU, and only those with a label on a GPU; the loss is the same. It concerns all methods
@@ -71,9 +71,10 @@ def use_cpu_well() -> None:
     if torch.accelerator.is_available():
         return
     keep_freed_memory()
-    import trl.trainer.utils
+    if answers_only:
+        import trl.trainer.utils
 
-    trl.trainer.utils._use_triton = lambda device: True
+        trl.trainer.utils._use_triton = lambda device: True
 
 
 def read_rows(data: str, task: str, split: str, tokenizer: Any, max_input_tokens: int) -> list[dict[str, Any]]:

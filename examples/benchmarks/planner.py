@@ -13,6 +13,7 @@ fourteen: the seconds of a plan of all fourteen tasks.
 """
 
 import json
+import math
 import subprocess
 import sys
 import tempfile
@@ -75,10 +76,23 @@ class Curve(TrainerCallback):
         self.losses[state.global_step] = round(metrics[f"eval_{self.task}_loss"], 4)
 
 
-def steps_needed(losses: dict[int, float]) -> int:
-    """The first step after which no more than a tenth of what there is to learn is left: of the fall to the lowest loss."""
+def steps_needed(losses: Mapping[int, float], guess: float) -> int:
+    """The first step after which no more than a tenth is left of what can be learnt beyond a guess; else the last.
+
+    Args:
+        losses: step -> nats a token.
+        guess: of one who knows how often each answer comes, and nothing else. Most of a curve's fall is down to there.
+    """
     lowest = min(losses.values())
-    return min(step for step, loss in losses.items() if loss <= lowest + (losses[0] - lowest) / 10)
+    enough = lowest + max(0.0, guess - lowest) / 10
+    return min(step for step, loss in losses.items() if loss <= enough) if lowest < guess else max(losses)
+
+
+def guessing_loss(rows: Sequence[Mapping[str, Sequence[int]]]) -> float:
+    """Nats a token of answers drawn as often as each comes among tokenised rows."""
+    answers = [tuple(label for label in row["labels"] if label != -100) for row in rows]
+    surprise = [math.log(len(answers) / answers.count(answer)) for answer in answers]
+    return sum(surprise) / sum(map(len, answers))
 
 
 def learn_alone(
@@ -92,8 +106,9 @@ def learn_alone(
     )  # fmt: skip
     tasks = score(model, tokenizer, {task: validation}, lambda task: task)
     model.config.task(task)["sealed"] = False  # to be cut; the scores are of the whole node
-    trim = model.trim(task, tokenize_rows(checks, tokenizer, TRAINING["max_length"]), RANK_TOLERANCE)
-    need = {"steps": steps_needed(curve.losses), "rank": trim.rank, "losses": curve.losses}
+    tokens = tokenize_rows(checks, tokenizer, TRAINING["max_length"])
+    trim, guess = model.trim(task, tokens, RANK_TOLERANCE), round(guessing_loss(tokens), 4)
+    need = {"steps": steps_needed(curve.losses, guess), "rank": trim.rank, "guess": guess, "losses": curve.losses}
     return tasks, need
 
 
@@ -141,7 +156,7 @@ def main() -> None:
     arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
     arguments.add_argument("--child", choices=["promise", "train"], help="a process of `estimate`")
     args = arguments.parse_args()
-    backbone, tokenizer = prepare(args.backbone)
+    backbone, tokenizer = prepare(args.backbone, answers_only=args.child is None)  # a child does as `hft train`
     needed = TREE if "fourteen" not in args.settings or args.child else CL14
     rows, validation = read_tasks(args.data, needed, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
     if args.child is not None:

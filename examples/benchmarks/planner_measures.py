@@ -18,7 +18,7 @@ from hft.trainers.planner import TaskProbe, make_plan
 from hft.trainers.probes import as_probe
 
 
-MEASURES = ("calibrated", "options", "tokens", "gradient")  # of help; the first is the planner's
+MEASURES = ("calibrated", "options", "tokens", "gradient")  # of help; the planner goes by the first and the last
 
 
 def measure_all(

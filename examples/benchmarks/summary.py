@@ -145,7 +145,7 @@ def planner() -> dict[str, float]:
         for measure in measured[pairs[0][2]]["help"]:
             found = [measured[seed]["help"][measure][f"{parent}>{child}"] for parent, child, seed in pairs]
             ranks = _ranks([truth[pair] for pair in pairs]), _ranks(found)
-            name = "planner.rank_correlation" + ("" if measure == "calibrated" else f"_{measure}")
+            name = "planner.rank_correlation" + ("" if measure == "gradient" else f"_{measure}")
             figures[name] = round(statistics.correlation(*ranks), 3)
         regrets = []
         for child, seed in sorted({pair[1:] for pair in pairs}):
