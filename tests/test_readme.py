@@ -14,6 +14,7 @@ from hft.trainers.transfer import format_matrix
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PROSE = " ".join(README.split())  # without line breaks
 RESULTS = ROOT / "examples/benchmarks/results"
 
 
@@ -50,27 +51,30 @@ def test_the_benchmarks_tables(table):
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() in README
 
 
-def test_the_qualitys_sentences():
+@pytest.fixture(scope="module")
+def figures() -> dict[str, float]:
     command = [sys.executable, ROOT / "examples/benchmarks/summary.py", "--json"]
-    figures = json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+    return json.loads(subprocess.run(command, capture_output=True, text=True).stdout)
+
+
+def test_the_qualitys_sentences(figures):
     of = {key.removeprefix("quality.small.family."): value for key, value in figures.items()}
-    text = README.replace("\n ", "")
     for ours, words in (("hft", "HFT with chains is"), ("hft_families", "with a root a family")):
         single, joint = (
             f"{abs(of[f'{ours}_minus_{o}']):.1f} ± {of[f'{ours}_minus_{o}_se']:.1f}" for o in ("single", "joint")
         )
         assert of[f"{ours}_minus_single"] > 0 > of[f"{ours}_minus_joint"]
-        assert re.search(rf"{words} {single} [^;]*above[^;]* and {joint} below", text)
-    assert f"{of['quality.small.hft_minus_single_low_resource']:.1f} points above one LoRA a task (goal: 5)" in text
-    assert f"a routed task scores {of['ap_hft'] - of['ap_hft_routed']:.1f} points less" in text
+        assert re.search(rf"{words} {single} [^;]*above[^;]* and {joint} below", PROSE)
+    assert f"{of['quality.small.hft_minus_single_low_resource']:.1f} points above one LoRA a task (goal: 5)" in PROSE
+    assert f"a routed task scores {of['ap_hft'] - of['ap_hft_routed']:.1f} points less" in PROSE
     cells = read_cells("quality.jsonl")
     tests = [
         cell["test"] for cell in cells if (cell["name"], cell["method"]) == ("quality-small-family", "hft_families")
     ]
     (gap,) = [test["routed"]["ap"] - test["ap"] for test in tests if "routed" in test]
-    assert f"With a root a family (one seed) it scores {gap:.1f} more" in text
+    assert f"With a root a family (one seed) it scores {gap:.1f} more" in PROSE
     short = {m: f"{of[f'quality.short.family.ap_{m}']:.1f}" for m in ("joint", "hft", "single")}
-    assert f"joint LoRA {short['joint']}, HFT with chains {short['hft']}, one LoRA a task {short['single']}" in text
+    assert f"joint LoRA {short['joint']}, HFT with chains {short['hft']}, one LoRA a task {short['single']}" in PROSE
 
 
 def test_the_planners_estimates():
@@ -82,21 +86,29 @@ def test_the_planners_estimates():
     assert f"held {real:.1f} GB where it promised {promised:.1f}" in README
 
 
-def test_the_gradients_families():
+def test_the_planners_measures(figures):
     cells = read_cells("planner.jsonl")
     (cell,) = [cell for cell in cells if cell["setting"] == "measures"]
-    cosines = {
-        pair: value for pair, value in cell["help"]["gradient"].items() if pair.split(">") == sorted(pair.split(">"))
-    }
-    families = ({"sst2", "yelp", "amazon"}, {"rte", "mnli", "cb"})
-    within = [value for pair, value in cosines.items() if any(set(pair.split(">")) <= family for family in families)]
-    others = [
-        value for pair, value in cosines.items() if not any(set(pair.split(">")) <= family for family in families)
-    ]
-    assert len(within) == 6 and min(within) > max(others)
-    words = f"between {max(within):.2f} and {min(within):.2f} for the six pairs within the two families"
-    assert f"{words}, and at most {max(others):.2f} for all others" in README.replace("\n ", "")
-    assert not any(cell["hierarchy"].values())
+    cosines = {frozenset(pair.split(">")): value for pair, value in cell["help"]["gradient"].items()}
+    families = [set(its) for its in cell["families"].values()]
+    assert families == [{"amazon", "yelp"}, {"cb", "mnli", "rte"}]
+    within = [value for pair, value in cosines.items() if any(pair <= family for family in families)]
+    others = {pair: value for pair, value in cosines.items() if not any(pair <= family for family in families)}
+    assert len(within) == 4 and set(sorted(others, key=others.get)[-2:]) == {
+        frozenset(("sst2", "yelp")), frozenset(("sst2", "amazon"))
+    }  # fmt: skip
+    assert f"between {max(within):.2f} and {min(within):.2f} for the four pairs within the two families" in PROSE
+    assert f"and at most {max(others.values()):.2f} for all others" in PROSE
+    help_of = [figures["planner.rank_correlation" + name] for name in ("", "_calibrated", "_options", "_tokens")]
+    assert "rank correlation {:.2f}; the calibrated loss through the parent's pilot {:.2f}, uncalibrated {:.2f}, of the " \
+        "answer's tokens {:.2f},".format(*help_of) in PROSE  # fmt: skip
+    names = ("left_by_the_pilot_calibrated", "loss_a_token", "spread_of_the_loss", "answer_length")
+    needs = [figures[f"planner.steps_needed_by_{name}"] for name in names]
+    assert "rank correlation {:.2f} over six tasks (loss a token {:.2f}, its spread {:.2f}, answer length {:.2f})".format(
+        *needs
+    ) in PROSE  # fmt: skip
+    ranks = {cell["setting"]: cell["need"]["rank"] for cell in cells if "need" in cell}
+    assert sorted(ranks.values()) == [1, 1, 1, 1, 1, 2] and ranks["alone: sst2"] == 2
 
 
 def test_the_routers_numbers():
