@@ -8,7 +8,7 @@ from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.plan_costs import duration, plan_costs
 from hft.trainers.planner import Plan, TaskProbe
 from hft.trainers.recipes import Recipe
-from hft.trainers.time_estimate import CHILD, StepTime, _fit, task_steps, tokens_a_step
+from hft.trainers.time_estimate import CHILD, StepTime, _fit, task_steps, time_steps, tokens_a_step
 
 
 def test_steps_and_tokens(tmp_path):
@@ -66,3 +66,16 @@ def test_steps_and_bytes_are_those_of_the_training(backbones, tokenizer, tmp_pat
     assert 0 < costs.total_seconds() < 600 and lines[-1].startswith(
         f"Peak of a step with rows of {costs.length} tokens"
     )
+
+
+def test_rows_that_lose_their_answers_are_not_timed(backbones, tokenizer, tmp_path):
+    rows = {"a": [{"prompt": "so " * 4 * i, "completion": " yes"} for i in range(1, 7)]}
+    training = {"output_dir": str(tmp_path), "max_length": 40, "bf16": False, "per_device_train_batch_size": 2}
+    timing = time_steps(fresh(backbones), rows, tokenizer, training, num_steps=2)
+    assert timing.seconds(80, 0) > 0
+    with pytest.raises(ValueError, match="Each of the 1 rows is longer than `max_length`=40 tokens"):
+        time_steps(fresh(backbones), {"a": rows["a"][-1:]}, tokenizer, training)
+
+
+def fresh(backbones):
+    return hft.HFTForCausalLM.from_backbone(backbones["llama"], {}, rank=3)

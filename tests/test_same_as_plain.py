@@ -4,17 +4,20 @@ The real trainer takes real steps. At each, the rows are taken out of its batch 
 its own, and the negative log-likelihoods of its labels are summed: no padding, packing, checkpointing or chunked head.
 """
 
+import contextlib
 import importlib.util
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import trl.trainer.utils
 from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
 import hft
-from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers import HFTTrainer, HFTTrainingConfig, hft_trainer
 
 from .naive import naive_logits
 from .test_model import prompts
@@ -60,6 +63,7 @@ class Watching(HFTTrainer):
 
     tolerance: float
     seen: list[str]
+    num_labels: list[int]
 
     def training_step(self, model, inputs, *args, **kwargs):
         task = self._task_names[int(inputs["task"][0])]
@@ -71,6 +75,7 @@ class Watching(HFTTrainer):
             error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
             assert error < self.tolerance, f"{name}: {error}"
         self.seen.append(task)
+        self.num_labels.append(int((inputs["labels"][:, 1:] != -100).sum()))
         return loss
 
 
@@ -82,6 +87,10 @@ def fill_silent(model, task: str) -> None:
                 parameter.normal_(std=0.1)
 
 
+def row_for(task: str, i: int) -> dict[str, str]:
+    return {"prompt": f"{task}{i}" + " so" * (i % 4), "completion": f" then {i}" * (1 + i % 2)}
+
+
 def train(backbone, tokenizer, folder, how: str, texts=None, **options) -> Watching:
     torch.manual_seed(0)
     quantized = {"quantization_config": NF4} if how == "nf4" else {}
@@ -89,19 +98,14 @@ def train(backbone, tokenizer, folder, how: str, texts=None, **options) -> Watch
         backbone, {"a": [], "b": ["a"]}, rank=3, memory_config={"slots": 2},
         dtype=torch.float32 if how == "float32" else torch.bfloat16, **quantized,
     )  # fmt: skip
-    data = texts or {
-        task: Dataset.from_list(
-            [{"prompt": f"{task}{i}" + " so" * (i % 4), "completion": f" then {i}" * (1 + i % 2)} for i in range(9)]
-        )
-        for task in "ab"
-    }
+    data = texts or {task: Dataset.from_list([row_for(task, i) for i in range(9)]) for task in "ab"}
     options = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "bf16": False, "save_strategy": "no",
                "disable_tqdm": True, "gradient_checkpointing": False, "learning_rate": 1e-2, "report_to": "none",
                **options}  # fmt: skip
     trainer = Watching(
         model, HFTTrainingConfig(str(folder), **options), train_dataset=data, processing_class=tokenizer
     )
-    trainer.tolerance, trainer.seen = TOLERANCE[how], []
+    trainer.tolerance, trainer.seen, trainer.num_labels = TOLERANCE[how], [], []
     trainer.train()
     return trainer
 
@@ -134,14 +138,37 @@ def test_loss_and_gradients_are_those_of_plain_passes(backbones, tokenizer, tmp_
         assert len(trainer.seen) < 2 * 3  # several rows went into one
 
 
-@pytest.mark.parametrize("scored", ["all positions", "labelled positions"])
+@pytest.mark.parametrize("scored", ["all", "labelled, by TRL", "labelled, by us"])
 def test_the_chunked_head_computes_the_plain_loss(backbones, tokenizer, tmp_path, monkeypatch, scored):
-    """TRL scores all positions on a CPU, and only those with a label on a GPU."""
-    import trl.trainer.utils
+    """TRL scores only positions with a label on a GPU; on a CPU it would score all, and we choose."""
+    utils, num_positions = trl.trainer.utils, []
 
-    monkeypatch.setattr(trl.trainer.utils, "_use_triton", lambda device: scored == "labelled positions")
-    monkeypatch.setattr(trl.trainer.utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 100)  # of 261 words: a remainder
-    assert train(backbones["llama"], tokenizer, tmp_path, "float32").seen
+    def apply(hidden, *args):
+        num_positions.append(len(hidden))
+        return head.apply(hidden, *args)
+
+    head = utils._ChunkedLogProbFunction
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=apply))
+    monkeypatch.setattr(utils, "_use_triton", lambda device: scored == "labelled, by TRL")
+    monkeypatch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 100)  # of 261 words: a remainder
+    if scored != "labelled, by us":
+        monkeypatch.setattr(hft_trainer, "answers_only", lambda *args: contextlib.nullcontext())
+    trainer = train(backbones["llama"], tokenizer, tmp_path, "float32")
+    assert (num_positions == trainer.num_labels) == (scored != "all")
+
+
+def test_a_batch_without_labels_has_no_loss(backbones, tokenizer, tmp_path):
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
+    config = HFTTrainingConfig(str(tmp_path), bf16=False, report_to="none")
+    rows = {"a": Dataset.from_list([row_for("a", 0)])}
+    trainer = HFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+    model.set_trainable(["a"])
+    batch = {"input_ids": prompts(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
+    loss = trainer.compute_loss(model, {**batch, "labels": torch.full((2, 7), -100), "task": torch.tensor([0, 0])})
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.learning_parameters("a").values()]
+    assert loss == 0 and not any(gradient.any() for gradient in gradients if gradient is not None)
+    assert not model.base_model._forward_hooks
 
 
 def test_sequences_of_2048_tokens(backbones, tokenizer, tmp_path):

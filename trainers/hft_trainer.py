@@ -17,6 +17,7 @@ from trl import SFTTrainer
 from hft.files_hft import replacing
 from hft.modeling_hft import HFTForCausalLM
 
+from .answers_only import answers_only
 from .checkpoints import RunFolder
 from .compiled import CompiledDecoder
 from .curriculum import BlockSampler, Mastery, Stage, open_stages
@@ -314,14 +315,14 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """As SFTTrainer's, on the batch's path; also logs `<task>_loss`, the mean over the task's tokens."""
-        inputs = dict(inputs)
+        inputs, labels = dict(inputs), inputs["labels"]
         task = self._last_task = self._task_names[int(inputs.pop("task")[0])]
         # TRL's fused loss calls `base_model` directly, past any `forward` of ours, so the path is set around it.
-        with self._on_path(task):
+        with self._on_path(task), answers_only(self, inputs):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training:  # in evaluation the Trainer itself logs a loss a task
             loss = (result[0] if return_outputs else result).detach()
-            num_labels = (inputs["labels"][..., 1:] != -100).sum()
+            num_labels = (labels[..., 1:] != -100).sum()
             if num_items_in_batch is not None:  # of the whole step; and DDP's mean is made up for
                 loss = loss * num_items_in_batch / self.accelerator.num_processes
             else:

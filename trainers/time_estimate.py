@@ -6,7 +6,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from .hft_config import HFTTrainingConfig
 from .hft_trainer import HFTTrainer
 from .progress import StagePrinter
 from .routes import prompts_of
+from .task_data import tokenize_rows
 
 
 CHILD = "timed-both"
@@ -95,9 +96,8 @@ def time_steps(
     size = training.get("per_device_train_batch_size", 8)
     everything = [{key: row[key] for key in ("prompt", "completion")} for its in rows.values() for row in its]
     everything.sort(key=lambda row: len(json.dumps(row)))
-    while len(everything) < num_steps * size:
-        everything += everything
-    short, long = everything[: num_steps * size], everything[-num_steps * size :]
+    short = list(itertools.islice(itertools.cycle(everything), num_steps * size))
+    long = list(itertools.islice(itertools.cycle(_longest(everything, tokenizer, training)), num_steps * size))
     for task, parents in TIMED.items():
         model.add_task(task, parents)
     data = {task: Dataset.from_list(short if task == "timed-short" else long) for task in TIMED}
@@ -121,6 +121,19 @@ def time_steps(
     model.features_of(prompts)
     per_prompt = (time.perf_counter() - begin) / max(1, len(prompts))
     return _fit(trainer.starts, 2 * model.config.rank + model.config.memory_config.slots, per_prompt, whole)
+
+
+def _longest(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, training: Mapping[str, Any]) -> Iterator[Row]:
+    """The rows whose answers are not cut off, from the last one down."""
+    max_length = HFTTrainingConfig(**{**training, "report_to": "none"}).max_length
+    fits = False
+    for row in reversed(rows):
+        (ready,) = tokenize_rows([row], tokenizer)
+        if max_length is None or len(ready["input_ids"]) <= max_length:
+            fits = True
+            yield row
+    if not fits:
+        raise ValueError(f"Each of the {len(rows)} rows is longer than `max_length`={max_length} tokens: raise it.")
 
 
 def _fit(starts: Sequence[tuple[float, int, str, int]], more_ranks: int, per_prompt: float, whole: float) -> StepTime:
