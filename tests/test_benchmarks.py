@@ -129,12 +129,13 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regre
             for child, steps in zip("xyz", (1, 2, 3), strict=True)
         ]
         lines += [{"setting": pair, "seed": seed, "value": 50 + gain} for pair, gain in truth.items()]
-        lines.append({"setting": "found", "seed": seed, "value": 60 + seed})
+        lines.append({"setting": "found", "seed": seed, "value": 60 + seed, "tasks": {"x": {"loss": 0.5 + seed}}})
     lines.append({"setting": "estimate", "seed": 0, "value": 0.1, "errors": {"seconds": 0.1, "bytes": -0.02}})
     lines.append({"setting": "fourteen", "seed": 0, "value": 321.0})
     lines += more
     text = [json.dumps({"name": "planner", **line}) for line in lines]
-    text += [json.dumps({"name": "ablation-200", "setting": "full", "seed": seed, "value": 58}) for seed in range(2)]
+    full = {"name": "ablation-200", "setting": "full", "value": 58, "tasks": {"x": {"loss": 0.7}, "y": {"loss": 0.9}}}
+    text += [json.dumps({**full, "seed": seed}) for seed in range(2)]
     (tmp_path / "p.jsonl").write_text("\n".join(text))
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     figures = summary.planner()
@@ -146,6 +147,7 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regre
     assert figures["planner.rank_needed_by_a_loss_of_tokens"] == -1.0
     assert figures["planner.seconds_14_tasks"] == 321.0 and figures["planner.memory_estimate_error"] == -0.02
     assert figures["planner.ap_found_minus_hand"] == 2.5 and figures["planner.ap_found_minus_hand_se"] == 0.5
+    assert figures["planner.loss_found_minus_hand"] == 0.2 and figures["planner.loss_found_minus_hand_se"] == 0.5
 
 
 def test_a_familys_root_gets_two_of_three_rows():

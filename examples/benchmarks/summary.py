@@ -35,6 +35,11 @@ def difference(cells: Mapping[tuple[str, int], dict], one: str, other: str) -> t
     return statistics.mean(gaps), statistics.stdev(gaps) / len(gaps) ** 0.5, len(gaps)
 
 
+def mean_loss(cell: Mapping[str, dict]) -> float:
+    """Nats an answer on validation rows, the mean over a cell's tasks."""
+    return statistics.mean(task["loss"] for task in cell["tasks"].values())
+
+
 def ablation() -> dict[str, float]:
     """Full method minus each setting, in accuracy points, 200 training samples a task."""
     cells, figures = read("ablation-200"), {}
@@ -170,10 +175,13 @@ def planner() -> dict[str, float]:
                 ranks = _ranks(found), _ranks([need[what] for need in needs.values()])
                 if len(set(ranks[0])) > 1 and len(set(ranks[1])) > 1:
                     figures[f"planner.{what}_needed_by_{name}"] = round(statistics.correlation(*ranks), 3)
-    both = {("found", seed): cell for (setting, seed), cell in cells.items() if setting == "found"}
-    if gap := difference({**both, **read("ablation-200")}, "found", "full"):
-        figures["planner.ap_found_minus_hand"] = round(gap[0], 3)
-        figures["planner.ap_found_minus_hand_se"] = round(gap[1], 3)
+    both = {key: cell for key, cell in cells.items() if key[0] == "found"}
+    both |= {key: cell for key, cell in read("ablation-200").items() if key[0] == "full" and ("found", key[1]) in both}
+    losses = {key: {"value": mean_loss(cell)} for key, cell in both.items()}
+    for what, its in (("ap", both), ("loss", losses)):
+        if gap := difference(its, "found", "full"):
+            figures[f"planner.{what}_found_minus_hand"] = round(gap[0], 3)
+            figures[f"planner.{what}_found_minus_hand_se"] = round(gap[1], 3)
     if ("fourteen", 0) in cells:
         figures["planner.seconds_14_tasks"] = cells["fourteen", 0]["value"]
     if ("estimate", 0) in cells:

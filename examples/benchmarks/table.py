@@ -9,10 +9,10 @@ python examples/benchmarks/table.py speed
 
 import argparse
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from summary import read
+from summary import mean_loss, read
 
 
 ABLATION = {
@@ -24,6 +24,7 @@ ABLATION = {
     "random_parents": "random parents",
     "reversed": "every edge turned round",
     "sequential": "a stage's tasks one after another",
+    "found": "the planner's hierarchy, families with roots",
 }
 LOW_RESOURCE = ("cb", "copa", "rte", "wic")
 METHODS = {
@@ -54,22 +55,26 @@ SPEED = {
 }
 
 
-def mean_se(values: list[float]) -> str:
+def mean_se(values: Sequence[float], digits: int = 1) -> str:
     """`mean ± standard error`, the latter with two values or more."""
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}" if len(values) > 1 else mean
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else mean
 
 
 def ablation() -> str:
-    """Settings in rows: mean accuracy over seven tasks, and how much the full method is above it on the same seeds."""
-    cells = read("ablation-200")
-    lines = ["| setting | mean accuracy of seven tasks | full method minus this, same seeds |", "|---|---|---|"]
+    """Settings in rows: mean accuracy and mean loss over seven tasks, and how much the full method's are better."""
+    cells = {**{key: cell for key, cell in read("planner").items() if key[0] == "found"}, **read("ablation-200")}
+    lines = ["| setting | seeds | accuracy | full method minus this | loss | this minus full method |"]
+    lines.append("|---|---|---|---|---|---|")
     for setting, title in ABLATION.items():
-        its = {seed: cell["value"] for (name, seed), cell in sorted(cells.items()) if name == setting}
-        if its:
-            gaps = [cells["full", seed]["value"] - value for seed, value in its.items() if ("full", seed) in cells]
-            shown = f"{mean_se(gaps)} ({len(gaps)})" if setting != "full" else ""
-            lines.append(f"| {title} | {mean_se(list(its.values()))} ({len(its)}) | {shown} |")
+        seeds = sorted(seed for name, seed in cells if name == setting)
+        shown = []
+        for measure, sign, digits in ((lambda cell: cell["value"], 1, 1), (mean_loss, -1, 3)):
+            its = [measure(cells[setting, seed]) for seed in seeds]
+            full = [measure(cells["full", seed]) for seed in seeds if ("full", seed) in cells]
+            gaps = [sign * (whole - value) for whole, value in zip(full, its, strict=True)]
+            shown += [mean_se(its, digits), mean_se(gaps, digits) if setting != "full" else ""]
+        lines.append(f"| {title} | {len(seeds)} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
