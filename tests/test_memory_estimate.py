@@ -58,7 +58,8 @@ def test_what_more_of_anything_costs():
     assert more.tasks == 2 * 5 * 4 * per_rank
     assert estimate_memory(config, rank=4, gradient_checkpointing=True).activations < base.activations
     hidden = 4 * 10 * config.hidden_size
-    assert estimate_memory(config, rank=4, num_scored=10).logits == 31 * 10 * config.vocab_size + hidden
+    head = 4 * config.hidden_size
+    assert estimate_memory(config, rank=4, num_scored=10).logits == (31 * 10 + head) * config.vocab_size + hidden
     assert estimate_memory(config, rank=4, num_scored=10, on_accelerator=True).logits == 2 * 10 * 32768 + hidden
     assert base.total == sum(vars(base).values()) and "MiB (backbone 0, " in str(base)
     assert quantized_bytes(64 * 256, True) == 64 * 128 + 256 + 4

@@ -107,6 +107,25 @@ def test_the_planners_measures(figures):
     assert "rank correlation {:.2f} over six tasks (loss a token {:.2f}, its spread {:.2f}, answer length {:.2f})".format(
         *needs
     ) in PROSE  # fmt: skip
+    gaps = {
+        f: (figures[f"planner.{f}_found_minus_hand"], figures[f"planner.{f}_found_minus_hand_se"])
+        for f in ("ap", "loss")
+    }
+    assert "{:.3f} ± {:.3f} below the hand-made chains)".format(-gaps["loss"][0], gaps["loss"][1]) in PROSE
+    assert "but {:.1f} ± {:.1f} points less accuracy".format(-gaps["ap"][0], gaps["ap"][1]) in PROSE
+    assert f"Its parents are {figures['planner.parent_regret_points']:.1f} points from the best" in PROSE
+    by = {cell["setting"]: cell for cell in cells}
+    pairs = {
+        task: (by["families"]["tasks"][task], by[f"alone: {task}"]["tasks"][task])
+        for task in ("yelp", "amazon", "cb", "rte")
+    }
+    gains = [on_root["accuracy"] - alone["accuracy"] for on_root, alone in pairs.values()]
+    assert f"gained {min(gains):.1f} to {max(gains):.1f} points over no parent" in PROSE
+    assert {task for task, (on_root, alone) in pairs.items() if on_root["loss"] > alone["loss"]} == {
+        "amazon",
+        "yelp",
+        "rte",
+    }
     ranks = {cell["setting"]: cell["need"]["rank"] for cell in cells if "need" in cell}
     assert sorted(ranks.values()) == [1, 1, 1, 1, 1, 2] and ranks["alone: sst2"] == 2
 

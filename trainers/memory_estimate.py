@@ -24,7 +24,7 @@ from .recipes import Recipe
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
 NESTED_BLOCK = 256  # scales that share one, if they are quantised themselves
 # TRL scores a tile of so many positions and words at a time. With Triton in bfloat16 and in place; else its backward pass
-# holds seven numbers in float32 and a mask beside each logit.
+# holds seven numbers in float32 and a mask beside each logit, and the tile's part of the head in float32.
 TILE_POSITIONS, TILE_WORDS = 4096, 32768
 LOGIT_BYTES, LOGIT_BYTES_CPU = 2, 2 + 7 * 4 + 1
 
@@ -40,7 +40,7 @@ class MemoryEstimate:
         gradients: of those of one task and its page (a step holds one task).
         optimizer: two float32 numbers for each that trains.
         activations: what autograd keeps for the backward pass, without logits.
-        logits: a tile of them, and the gradient of the hidden states that are scored.
+        logits: a tile of them, the gradient of the hidden states that are scored, on a CPU a part of the head.
     """
 
     backbone: int
@@ -89,7 +89,7 @@ def estimate_memory(
         num_training, num_sealed: tasks of a stage that train together, and tasks that are there already.
         slots: S of the one page that a stage writes; 0 without memory.
         batch_size, length: B and T of a micro-batch.
-        num_scored: positions that meet the head, of B T; all by default, as with TRL on a CPU.
+        num_scored: positions that meet the head, of B T: those of answers; all by default.
         on_accelerator: whether the loss runs in Triton's kernels.
         load_in_4bit, double_quant: how the linears of the layers are held; embeddings and head are bfloat16.
         gradient_checkpointing: whether layers are computed again in the backward pass.
@@ -132,7 +132,7 @@ def estimate_recipe(
         recipe: as `read_recipe` gives it.
         text_config: of its backbone.
         length: of the longest row, in tokens; the recipe's `max_length` by default.
-        num_scored, on_accelerator: see `estimate_memory`; on a GPU TRL scores the answers only, which may be all.
+        num_scored, on_accelerator: see `estimate_memory`.
     """
     tree = Hierarchy(recipe.hierarchy)
     training = HFTTrainingConfig(**{**recipe.training, "bf16": False, "use_cpu": True})
@@ -167,7 +167,7 @@ def _loss_bytes(scored: int, text_config: PreTrainedConfig, on_accelerator: bool
     if on_accelerator:  # the buffer has its full width
         tile = LOGIT_BYTES * positions * TILE_WORDS
     else:
-        tile = LOGIT_BYTES_CPU * positions * min(text_config.vocab_size, TILE_WORDS)
+        tile = (LOGIT_BYTES_CPU * positions + 4 * text_config.hidden_size) * min(text_config.vocab_size, TILE_WORDS)
     return tile + 4 * scored * text_config.hidden_size
 
 

@@ -110,7 +110,7 @@ def plan_costs(
         recipe,
         model.config.text_config,
         longest,
-        batch * longest_answer if on_accelerator else None,
+        batch * longest_answer,
         on_accelerator,
     )
     num_pages = len(hierarchy.levels()) if slots else 0
