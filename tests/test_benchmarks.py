@@ -125,10 +125,14 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regre
     for seed in range(2):
         lines.append({"setting": "measures", "seed": seed, "value": 2, **measures})
         lines += [
-            {"setting": f"alone: {child}", "seed": seed, "value": 50, "need": {"steps": steps, "rank": 4 - steps}}
+            {"setting": f"alone: {child}", "seed": seed, "value": 50, "need": {"steps": steps, "rank": 4 - steps},
+             "tasks": {child: {"loss": 1.0}}}
             for child, steps in zip("xyz", (1, 2, 3), strict=True)
+        ]  # fmt: skip
+        lines += [
+            {"setting": pair, "seed": seed, "value": 50 + gain, "tasks": {pair[-1]: {"loss": 1 + gain / 9}}}
+            for pair, gain in truth.items()
         ]
-        lines += [{"setting": pair, "seed": seed, "value": 50 + gain} for pair, gain in truth.items()]
         lines.append({"setting": "found", "seed": seed, "value": 60 + seed, "tasks": {"x": {"loss": 0.5 + seed}}})
     lines.append({"setting": "estimate", "seed": 0, "value": 0.1, "errors": {"seconds": 0.1, "bytes": -0.02}})
     lines.append({"setting": "fourteen", "seed": 0, "value": 321.0})
@@ -141,6 +145,7 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regre
     figures = summary.planner()
     assert figures["planner.parent_regret_points"] == pytest.approx(regret, abs=1e-3)
     assert figures["planner.rank_correlation"] == 1.0  # the gradients'
+    assert figures["planner.rank_correlation_with_losses"] == -1.0
     by_hand = 1 - 6 * (0 + 1 + 1 + 4 + 4 + 0) / (6 * 35)
     assert figures["planner.rank_correlation_calibrated"] == pytest.approx(by_hand, abs=1e-3)
     assert figures["planner.steps_needed_by_a_loss_of_tokens"] == 1.0
@@ -316,16 +321,48 @@ def test_steps_needed_by_hand():
     assert planner.guessing_loss(rows) == pytest.approx((3 * math.log(4 / 3) + math.log(4)) / 8)
 
 
+def test_a_task_in_other_words():
+    from planner_measures import in_other_words
+
+    row = {
+        "prompt": "very good, good or bad? x",
+        "completion": " very good",
+        "options": [" bad", " good", " very good"],
+    }
+    (found,) = in_other_words([row], {"very good": "a", "good": "b", "bad": "c"})
+    assert found == {"prompt": "a, b or c? x", "completion": " a", "options": [" c", " b", " a"]}
+
+
+def test_a_table_of_what_was_run(tmp_path, monkeypatch):
+    """Settings without cells are left out; gaps are over seeds that the full method has, too."""
+    import table
+
+    values = {("full", 0): 60, ("flat", 0): 57, ("flat", 1): 10}
+    lines = [
+        json.dumps({"name": "ablation-200", "setting": setting, "seed": seed, "value": value,
+                    "tasks": {"x": {"loss": value / 100}}})
+        for (setting, seed), value in values.items()
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    assert table.ablation().splitlines()[2:] == [
+        "| the full method | 1 | 60.0 |  | 0.600 |  |",
+        "| without parents | 1 | 57.0 | 3.0 | 0.570 | -0.030 |",
+    ]
+
+
 @pytest.mark.slow
 def test_the_planners_truth_is_measured(backbones, tmp_path):
     tasks = ["sst2", "yelp", "amazon", "rte", "mnli", "cb", "agnews"]
+    more = ["amazon, other words", "rte, other words"]
     write_tasks(tmp_path / "data", tasks)
     out = tmp_path / "planner.jsonl"
     command = [sys.executable, BENCHMARKS / "planner.py", "--data", tmp_path / "data", "--seeds", "1", "--settings",
-               "measures,alone: cb,mnli>cb", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
+               "measures,alone: cb,mnli>cb,words", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    measures, alone, pair = read_cells(out)
+    measures, alone, pair, words = read_cells(out)
+    assert set(words["overlaps"]) <= {f"{one}>{other}" for one in (*tasks, *more) for other in (*tasks, *more)}
     assert set(measures["complexity"]) == set(tasks)
     assert "0" in alone["need"]["losses"] and str(alone["need"]["steps"]) in alone["need"]["losses"]
     assert 1 <= alone["need"]["rank"] <= 16 and set(alone["tasks"]) == set(pair["tasks"]) == {"cb"}

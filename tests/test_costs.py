@@ -8,7 +8,7 @@ from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.plan_costs import duration, plan_costs
 from hft.trainers.planner import Plan, TaskProbe
 from hft.trainers.recipes import Recipe
-from hft.trainers.time_estimate import CHILD, StepTime, _fit, task_steps, time_steps, tokens_a_step
+from hft.trainers.time_estimate import CHILD, StepTime, _fit, _longest, task_steps, time_steps, tokens_a_step
 
 
 def test_steps_and_tokens(tmp_path):
@@ -38,8 +38,9 @@ def test_times_for_people():
 
 
 @pytest.mark.parametrize("max_steps", [-1, 5])
-def test_steps_and_bytes_are_those_of_the_training(backbones, tokenizer, tmp_path, max_steps):
-    tree = {"a": [], "b": [], "c": ["a"]}
+@pytest.mark.parametrize("families", [{}, {"root": ["a", "b"]}])
+def test_steps_and_bytes_are_those_of_the_training(backbones, tokenizer, tmp_path, max_steps, families):
+    tree = {"a": [], "b": [], "c": ["a"]} | {task: [root] for root, its in families.items() for task in its}
     rows = {
         task: [{"prompt": f"{i} and {task} is", "completion": f" {i % 3}"} for i in range(9 + 4 * n)]
         for n, task in enumerate(tree)
@@ -51,9 +52,11 @@ def test_steps_and_bytes_are_those_of_the_training(backbones, tokenizer, tmp_pat
     recipe = Recipe(backbone=str(backbones["llama"]), hierarchy=tree, training=training)
     scratch = hft.HFTForCausalLM.from_backbone(backbones["llama"], {}, rank=3)
     probes = {task: TaskProbe(1.0, 0.1, {"backbone": [1.0] * 9}) for task in tree}
-    costs = plan_costs(Plan(tree, probes, ()), recipe, scratch, rows, tokenizer)
+    tree = {root: [] for root in families} | tree
+    costs = plan_costs(Plan(tree, probes, (), families), recipe, scratch, rows, tokenizer)
 
     model = hft.HFTForCausalLM.from_backbone(backbones["llama"], tree, rank=3)
+    rows |= {root: [row for task in its for row in rows[task]] for root, its in families.items()}
     data = {task: Dataset.from_list(its) for task, its in rows.items()}
     trainer = HFTTrainer(model, HFTTrainingConfig(**training), train_dataset=data, processing_class=tokenizer)
     assert trainer.train().global_step == sum(costs.steps.values())
@@ -62,7 +65,7 @@ def test_steps_and_bytes_are_those_of_the_training(backbones, tokenizer, tmp_pat
         assert size == len(content) - 8 - int.from_bytes(content[:8], "little")
     assert len(list((tmp_path / "run/pages").iterdir())) == costs.num_pages
     lines = costs.lines()
-    assert [line.split()[0] for line in lines[:-1]] == ["task", "a", "b", "c", "stages", "in"]
+    assert [line.split()[0] for line in lines[:-1]] == ["task", *families, "a", "b", "c", "stages", "in"]
     assert 0 < costs.total_seconds() < 600 and lines[-1].startswith(
         f"Peak of a step with rows of {costs.length} tokens"
     )
@@ -71,11 +74,12 @@ def test_steps_and_bytes_are_those_of_the_training(backbones, tokenizer, tmp_pat
 def test_rows_that_lose_their_answers_are_not_timed(backbones, tokenizer, tmp_path):
     rows = {"a": [{"prompt": "so " * 4 * i, "completion": " yes"} for i in range(1, 7)]}
     training = {"output_dir": str(tmp_path), "max_length": 40, "bf16": False, "per_device_train_batch_size": 2}
-    timing = time_steps(fresh(backbones), rows, tokenizer, training, num_steps=2)
-    assert timing.seconds(80, 0) > 0
-    with pytest.raises(ValueError, match="Each of the 1 rows is longer than `max_length`=40 tokens"):
-        time_steps(fresh(backbones), {"a": rows["a"][-1:]}, tokenizer, training)
-
-
-def fresh(backbones):
-    return hft.HFTForCausalLM.from_backbone(backbones["llama"], {}, rank=3)
+    assert (
+        list(_longest(rows["a"], tokenizer, training)) == rows["a"][2::-1]
+    )  # a token a letter: the prompt of the fourth has 48
+    for whole in ({"max_length": None}, {"truncation_mode": "keep_end"}, {"completion_only_loss": False}):
+        assert list(_longest(rows["a"], tokenizer, {**training, **whole})) == rows["a"][::-1]
+    with pytest.raises(ValueError, match="`max_length`=40 tokens cuts off the answers of all 1 rows: raise it"):
+        list(_longest(rows["a"][-1:], tokenizer, training))
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {}, rank=3)
+    assert time_steps(model, rows, tokenizer, training, num_steps=2).seconds(80, 0) > 0

@@ -71,7 +71,9 @@ def test_an_eight_billion_model_costs_nothing_to_estimate():
         "llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
     )  # fmt: skip
-    found = estimate_memory(config, rank=16, batch_size=1, length=2048, gradient_checkpointing=True, num_scored=256)
+    found = estimate_memory(
+        config, rank=16, batch_size=1, length=2048, gradient_checkpointing=True, num_scored=256, on_accelerator=True
+    )
     assert isinstance(found, MemoryEstimate)
     assert found.backbone == pytest.approx(2 * 1.0507e9 + 6.9793e9 * (0.5 + 1 / 64), rel=2e-3)
     assert found.total < 16 * 2**30

@@ -80,10 +80,20 @@ def test_the_qualitys_sentences(figures):
 def test_the_planners_estimates():
     cells = read_cells("planner.jsonl")
     cell = next(cell for cell in cells if cell["setting"] == "estimate")
-    assert f"{100 * cell['errors']['seconds']:.1f} % too much" in README
-    assert f"{-100 * cell['errors']['bytes']:.1f} % too little memory" in README
+    assert f"{100 * cell['errors']['seconds']:.1f} % too much" in PROSE
+    assert f"{-100 * cell['errors']['bytes']:.1f} % too little memory" in PROSE
     real, promised = (cell[key]["bytes"] / 1e9 for key in ("real", "promised"))
-    assert f"held {real:.1f} GB where it promised {promised:.1f}" in README
+    assert f"held {real:.1f} GB where it promised {promised:.1f}" in PROSE
+
+
+def test_what_tasks_take_on_disk(figures):
+    (cell,) = read_cells("growth.jsonl")
+    ranks = [rank for _, rank, *_ in cell["trims"].values()]
+    whole = figures["speed.bytes_per_task"]
+    nodes = max(cell["cumulative"].values())
+    sentence = f"each, took {nodes / 1e6:.1f} MB, where whole ones take {whole / 1e6:.1f} MB each: rank 1"
+    assert f"{sentence} was enough for {ranks.count(1)} of {len(ranks)}, and {max(ranks)} was the most" in PROSE
+    assert f"router and the gates, {cell['pages_and_shared'] / 1e6:.1f} MB, come on top" in PROSE
 
 
 def test_the_planners_measures(figures):
@@ -99,12 +109,21 @@ def test_the_planners_measures(figures):
     }  # fmt: skip
     assert f"between {max(within):.2f} and {min(within):.2f} for the four pairs within the two families" in PROSE
     assert f"and at most {max(others.values()):.2f} for all others" in PROSE
-    help_of = [figures["planner.rank_correlation" + name] for name in ("", "_calibrated", "_options", "_tokens")]
-    assert "rank correlation {:.2f}; the calibrated loss through the parent's pilot {:.2f}, uncalibrated {:.2f}, of the " \
-        "answer's tokens {:.2f},".format(*help_of) in PROSE  # fmt: skip
+    by_accuracy, by_loss = (
+        [figures[f"planner.rank_correlation{truth}{name}"] for name in ("", "_calibrated", "_options", "_tokens")]
+        for truth in ("", "_with_losses")
+    )
+    words = "is {:.2f} for gradients, {:.2f} for the calibrated loss through the parent's pilot, {:.2f} uncalibrated,"
+    assert words.format(*by_accuracy[:3]) in PROSE
+    assert f"uncalibrated, {by_accuracy[3]:.2f} for the loss of the answer's tokens; with" in PROSE
+    assert "with the fall of the loss {:.2f}, {:.2f}, {:.2f} and {:.2f}: ".format(*by_loss) in PROSE
+    (cell,) = [cell for cell in cells if cell["setting"] == "words"]
+    pairs = ("amazon>amazon, other words", "yelp>amazon, other words", "rte>rte, other words")
+    words = "amazon overlaps {:.2f} with itself and {:.2f} with yelp, rte {:.2f} with itself"
+    assert words.format(*(cell["overlaps"][pair][0] for pair in pairs)) in PROSE
     names = ("left_by_the_pilot_calibrated", "loss_a_token", "spread_of_the_loss", "answer_length")
     needs = [figures[f"planner.steps_needed_by_{name}"] for name in names]
-    assert "rank correlation {:.2f} over six tasks (loss a token {:.2f}, its spread {:.2f}, answer length {:.2f})".format(
+    assert "is {:.2f} over six tasks (loss a token {:.2f}, its spread {:.2f}, answer length {:.2f};".format(
         *needs
     ) in PROSE  # fmt: skip
     gaps = {

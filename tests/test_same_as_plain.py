@@ -157,14 +157,37 @@ def test_the_chunked_head_computes_the_plain_loss(backbones, tokenizer, tmp_path
     assert (num_positions == trainer.num_labels) == (scored != "all")
 
 
-def test_a_batch_without_labels_has_no_loss(backbones, tokenizer, tmp_path):
+@pytest.fixture
+def trainer(backbones, tokenizer, tmp_path) -> HFTTrainer:
     model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
     config = HFTTrainingConfig(str(tmp_path), bf16=False, report_to="none")
     rows = {"a": Dataset.from_list([row_for("a", 0)])}
     trainer = HFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
     model.set_trainable(["a"])
-    batch = {"input_ids": prompts(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}
-    loss = trainer.compute_loss(model, {**batch, "labels": torch.full((2, 7), -100), "task": torch.tensor([0, 0])})
+    return trainer
+
+
+def batch_with(labels_BT: torch.Tensor) -> dict[str, torch.Tensor]:
+    ids_BT = prompts(*labels_BT.shape)
+    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": labels_BT,
+            "task": torch.zeros(len(ids_BT), dtype=torch.long)}  # fmt: skip
+
+
+def test_who_wants_logits_gets_all_of_them(trainer):
+    batch = batch_with(prompts(2, 7, seed=3))
+    alone = trainer.compute_loss(trainer.model, batch)
+    with pytest.warns(FutureWarning, match="return_outputs"):
+        loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+    torch.testing.assert_close(loss, alone)
+    expected = trainer.model(batch["input_ids"], task="a").logits
+    torch.testing.assert_close(outputs.logits, expected)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: outputs.logits.square().mean()
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, batch), expected.square().mean())
+
+
+def test_a_batch_without_labels_has_no_loss(trainer):
+    model = trainer.model
+    loss = trainer.compute_loss(model, batch_with(torch.full((2, 7), -100)))
     loss.backward()
     gradients = [parameter.grad for parameter in model.learning_parameters("a").values()]
     assert loss == 0 and not any(gradient.any() for gradient in gradients if gradient is not None)

@@ -15,18 +15,19 @@ from transformers.modeling_outputs import ModelOutput
 
 
 @contextlib.contextmanager
-def answers_only(trainer: Trainer, inputs: dict[str, Any]) -> Iterator[None]:
+def answers_only(trainer: Trainer, inputs: dict[str, Any], wants_logits: bool) -> Iterator[None]:
     """While open, the decoder gives the hidden states [1, N, H] that predict the batch's N labels, and no others.
 
-    Nothing changes on an accelerator, for a compiled decoder, or where a loss needs the logits (`compute_loss_func`, label
-    smoothing).
+    Nothing changes on an accelerator, for a compiled decoder, or where the logits are needed: for the caller, for a
+    `compute_loss_func`, for label smoothing.
 
     Args:
         trainer: its model's forward takes `shift_labels`, as TRL's fused head does.
         inputs: of the model; `labels` [B, T] become `shift_labels` [1, N].
+        wants_logits: whether the caller does.
     """
-    needs_logits = trainer.compute_loss_func is not None or trainer.label_smoother is not None
-    if inputs["labels"].device.type != "cpu" or trainer.args.torch_compile or needs_logits:
+    wants_logits = wants_logits or trainer.compute_loss_func is not None or trainer.label_smoother is not None
+    if inputs["labels"].device.type != "cpu" or trainer.args.torch_compile or wants_logits:
         yield
         return
     labels_BT = inputs.pop("labels")[:, 1:]

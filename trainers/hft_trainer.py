@@ -318,7 +318,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         inputs, labels = dict(inputs), inputs["labels"]
         task = self._last_task = self._task_names[int(inputs.pop("task")[0])]
         # TRL's fused loss calls `base_model` directly, past any `forward` of ours, so the path is set around it.
-        with self._on_path(task), answers_only(self, inputs):
+        with self._on_path(task), answers_only(self, inputs, return_outputs):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training:  # in evaluation the Trainer itself logs a loss a task
             loss = (result[0] if return_outputs else result).detach()

@@ -4,7 +4,7 @@ B batch, T tokens, V vocabulary, R rank, S slots.
 """
 
 import copy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -27,6 +27,10 @@ NESTED_BLOCK = 256  # scales that share one, if they are quantised themselves
 # holds seven numbers in float32 and a mask beside each logit, and the tile's part of the head in float32.
 TILE_POSITIONS, TILE_WORDS = 4096, 32768
 LOGIT_BYTES, LOGIT_BYTES_CPU = 2, 2 + 7 * 4 + 1
+# What a process on a CPU holds besides, measured with SmolLM2-135M on two cores: code of libraries that is loaded when first
+# used, oneDNN's kernels (it keeps 1024, one for each shape of a product), and freed blocks between kept ones, a share of all
+# else.
+PROCESS_BYTES, HOLES = (65 + 330) * 2**20, 0.4
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,7 @@ class MemoryEstimate:
         optimizer: two float32 numbers for each that trains.
         activations: what autograd keeps for the backward pass, without logits.
         logits: a tile of them, the gradient of the hidden states that are scored, on a CPU a part of the head.
+        process: on a CPU, kernels, the mapped file of weights that were quantised, and holes between blocks.
     """
 
     backbone: int
@@ -50,6 +55,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
+    process: int = 0
 
     @property
     def total(self) -> int:
@@ -97,9 +103,10 @@ def estimate_memory(
     path_rank = rank + slots if path_rank is None else path_rank
     model, fake = _without_memory(text_config, path_rank)
     frozen = {id(model.base_model.get_submodule(name).weight) for name in model._layer_of}
-    backbone = 0
+    backbone, mapped = 0, 0
     for parameter in model.backbone.parameters():  # a tied head comes once
         is_quantized = load_in_4bit and id(parameter) in frozen
+        mapped += 2 * parameter.numel() if load_in_4bit else 0
         backbone += quantized_bytes(parameter.numel(), double_quant) if is_quantized else 2 * parameter.numel()
     node, page = (count * numbers_a_rank(model.hft_nodes) for count in (rank, slots))
     trained = num_training * node + page
@@ -108,7 +115,7 @@ def estimate_memory(
         num_layers = text_config.num_hidden_layers
         kept = 2 * num_layers * batch_size * length * text_config.hidden_size + kept // num_layers
     scored = batch_size * length if num_scored is None else num_scored
-    return MemoryEstimate(
+    estimate = MemoryEstimate(
         backbone=backbone,
         tasks=2 * num_sealed * node,
         training=4 * trained,
@@ -117,6 +124,9 @@ def estimate_memory(
         activations=kept,
         logits=_loss_bytes(scored, text_config, on_accelerator),
     )
+    if on_accelerator:
+        return estimate
+    return replace(estimate, process=PROCESS_BYTES + mapped + round(HOLES * estimate.total))
 
 
 def estimate_recipe(

@@ -1,8 +1,10 @@
 """How alike tasks are: the overlap of their gradients where a node starts.
 
-What all tasks want of a node first, the form of answers, is the greater part of their gradients and says nothing: it is
-taken out. (Gradients that agree or oppose one another as a sign of tasks that help or hinder: Yu et al. 2020, "Gradient
-Surgery for Multi-Task Learning"; Fifty et al. 2021, "Efficiently Identifying Task Groupings for Multi-Task Learning".)
+What most tasks want of a node first, that answers are one of a few words, is the greater part of their gradients and says
+nothing: the direction that they have in common is taken out. What is left sees the words of answers as well as what they
+mean: a task is less like itself in other words. (Gradients that agree or oppose one another as a sign of tasks that help
+or hinder: Yu et al. 2020, "Gradient Surgery for Multi-Task Learning"; Fifty et al. 2021, "Efficiently Identifying Task
+Groupings for Multi-Task Learning".)
 
 K tasks, M groups of rows, P parameters that are looked at.
 """
@@ -18,7 +20,6 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .evaluation import reference
 from .families import Overlaps
 from .pilots import ProbeSettings, Sample, pilot
 
@@ -48,7 +49,7 @@ def measure_overlaps(
         bar.set_description(f"{task}: its gradient")
         sample = samples[task]
         rows = evenly(sample.pilot + sample.tokens)[: settings.gradient_rows]
-        if len(set(map(reference, sample.probe))) > 1 and len(rows) >= FEWEST_GROUPS * settings.batch_size:
+        if len(set(map(answer_of, rows))) > 1 and len(rows) >= FEWEST_GROUPS * settings.batch_size:
             gradient_MP = group_gradients(model, rows, settings)
             if gradient_MP.isfinite().all():
                 gradients[task] = gradient_MP
@@ -56,12 +57,17 @@ def measure_overlaps(
     return overlaps_of(gradients)
 
 
+def answer_of(row: TokenRow) -> tuple[int, ...]:
+    """The tokens of a row's answer."""
+    return tuple(label for label in row["labels"] if label != -100)
+
+
 def evenly(rows: Sequence[TokenRow]) -> list[TokenRow]:
     """One row of each answer in turn, as long as there are any: which answers are common is no likeness of tasks."""
     turns: Counter[tuple[int, ...]] = Counter()
     placed = []
     for row in rows:
-        answer = tuple(label for label in row["labels"] if label != -100)
+        answer = answer_of(row)
         placed.append((turns[answer], row))
         turns[answer] += 1
     return [row for _, row in sorted(placed, key=lambda one: one[0])]
@@ -89,9 +95,10 @@ def group_gradients(model: PreTrainedModel, rows: Sequence[TokenRow], settings: 
 
 
 def overlaps_of(gradients: Mapping[str, torch.Tensor]) -> Overlaps:
-    """The cosine of the mean gradients of each pair, what all tasks have in common taken out, with its standard error.
+    """The cosine of the mean gradients of each pair, at a right angle to what they have in common, with its standard error.
 
-    In common is the mean of all tasks' mean gradients, each of length 1. The error is the jackknife's, over groups of rows.
+    In common is the direction of the mean of all tasks' mean gradients, each of length 1. The error is the jackknife's, over
+    groups of rows.
 
     Args:
         gradients: task -> [M, P]; M may differ, and is 2 or more. Fewer than `FEWEST_TASKS` have no overlaps.
@@ -99,14 +106,17 @@ def overlaps_of(gradients: Mapping[str, torch.Tensor]) -> Overlaps:
     if len(gradients) < FEWEST_TASKS:
         return Overlaps({})
     unit_KP = normalize(torch.stack([its.mean(0) for its in gradients.values()]), dim=1)
-    common_P = unit_KP.mean(0)
-    own_KP = normalize(unit_KP - common_P, dim=1)
+    common_P = normalize(unit_KP.mean(0), dim=0)
+
+    def own(gradient_NP: torch.Tensor) -> torch.Tensor:
+        return normalize(gradient_NP - (gradient_NP @ common_P)[:, None] * common_P, dim=1)
+
+    own_KP = own(unit_KP)
     overlap_KK = own_KP @ own_KP.T
     variances = []  # of a task's overlaps with all, from its own groups
     for gradient_MP in gradients.values():
         count = len(gradient_MP)
-        without_MP = normalize((gradient_MP.sum(0) - gradient_MP) / (count - 1), dim=1)
-        left_MK = normalize(without_MP - common_P, dim=1) @ own_KP.T
+        left_MK = own((gradient_MP.sum(0) - gradient_MP) / (count - 1)) @ own_KP.T
         variances.append((left_MK - left_MK.mean(0)).square().sum(0) * (count - 1) / count)
     variance_KK = torch.stack(variances)
     error_KK = (variance_KK + variance_KK.T).sqrt()

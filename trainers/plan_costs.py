@@ -106,11 +106,14 @@ def plan_costs(
     batch = training.per_device_train_batch_size
     on_accelerator = torch.accelerator.is_available()
     longest = max(map(max, lengths.values()))
+    whole_rows = (
+        training.completion_only_loss is False or training.label_smoothing_factor > 0 or training.torch_compile
+    )
     memory = estimate_recipe(
         recipe,
         model.config.text_config,
         longest,
-        batch * longest_answer,
+        None if whole_rows else batch * longest_answer,
         on_accelerator,
     )
     num_pages = len(hierarchy.levels()) if slots else 0

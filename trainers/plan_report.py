@@ -63,12 +63,17 @@ def reasons(plan: Plan, task: str) -> list[str]:
         return [_root(plan, task)]
     probe = plan.probes[task]
     lines = [f"complexity {probe.complexity:.2f} ± {probe.complexity_error:.2f}{_behind(probe.note)}"]
-    if alike := plan.overlaps.nearest(task):
+    if alike := plan.overlaps.nearest(task) if plan.overlaps is not None else []:
         shown = [f"{other} {overlap:+.2f} ± {error:.2f}" for other, overlap, error in alike[:SHOWN_OVERLAPS]]
         more = ", ..." if len(alike) > SHOWN_OVERLAPS else ""
         lines.append(f"overlap of gradients (1: the same, 0 or less: unrelated): {', '.join(shown)}{more}")
-    elif plan.overlaps.of:
-        lines.append("overlap of gradients: not measured (too few rows, one answer only, or not finite)")
+    elif plan.overlaps is not None:
+        why = (
+            "too few rows, one answer only, or not finite"
+            if plan.overlaps.of
+            else "it takes three tasks with enough rows"
+        )
+        lines.append(f"overlap of gradients: not measured ({why})")
     edges = plan.edges_of(task)
     if family := [up for up in plan.parents[task] if up in plan.families]:
         lines.append(f"on {family[0]}, which learns from it, too; other parents are not considered")

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from hft.hierarchy_hft import BACKBONE, Hierarchy
 
-from .families import Overlaps, family_names, find_families
+from .families import Overlaps, family_names
 
 
 FEWEST_ROWS = 8  # below, a standard error says nothing
@@ -83,14 +83,14 @@ class Plan:
         probes: task -> what was measured of it.
         edges: all parents that were measured, by child, most gain first.
         families: root -> the tasks that stand on it, from whose rows it learns.
-        overlaps: how alike the tasks' gradients are.
+        overlaps: how alike the tasks' gradients are; None if families were not looked for.
     """
 
     parents: dict[str, list[str]]
     probes: Mapping[str, TaskProbe]
     edges: tuple[Edge, ...] = field(repr=False)
     families: Mapping[str, list[str]] = field(default_factory=dict)
-    overlaps: Overlaps = field(default_factory=lambda: Overlaps({}), repr=False)
+    overlaps: Overlaps | None = field(default=None, repr=False)
 
     def hierarchy(self) -> Hierarchy:
         """The tasks as a `Hierarchy`, simple ones first within a level."""
@@ -103,7 +103,8 @@ class Plan:
     def family_overlap(self, task: str) -> tuple[float, float]:
         """A task's mean overlap with the others of its family, and its standard error."""
         (members,) = (its for its in self.families.values() if task in its)
-        return self.overlaps.between([task], [other for other in members if other != task]) or (0.0, 0.0)
+        overlaps = self.overlaps or Overlaps({})
+        return overlaps.between([task], [other for other in members if other != task]) or (0.0, 0.0)
 
     def share(self, child: str, parent: str) -> float:
         """How much of the child's loss its parent takes away; of a family's root, its overlap with the others: 0 to 1."""
@@ -124,12 +125,13 @@ def make_plan(
     max_parents: int = 2,
     num_errors: float = 2.0,
     existing: Hierarchy | None = None,
+    groups: Sequence[Sequence[str]] = (),
     overlaps: Overlaps | None = None,
 ) -> Plan:
-    """Finds families and picks parents.
+    """Gives families their roots, and picks parents.
 
-    The tasks of a family (see `find_families`) stand on a root of their own, which learns from the rows of all of them, and
-    on nothing else: what a parent would add to the root cannot be measured before it is there. To other tasks an edge leads
+    The tasks of a family stand on a root of their own, which learns from the rows of all of them, and on nothing else: what
+    a parent would add to the root cannot be measured before it is there. To other tasks an edge leads
     from a less to a more complex task; where two complexities are equal within their error, the edge with the greater gain
     decides, and none that would close a cycle is taken. A parent's gain must be beyond `num_errors` standard errors, and a
     further parent must still help when the answers through both are averaged. An edge that another path already implies is
@@ -140,7 +142,8 @@ def make_plan(
         max_parents: of one task, at most; 1 or more.
         num_errors: how many standard errors a gain must be above 0; 0 or more.
         existing: tasks that are learnt already and may become parents, whatever their complexity; they stay as they are.
-        overlaps: of the gradients of the tasks; None: no families.
+        groups: the families, see `find_families`.
+        overlaps: what they were found by, for the report.
 
     Raises:
         ValueError: no tasks, a number out of its range, or a task that is new and existing at once.
@@ -149,8 +152,7 @@ def make_plan(
     parents = {task: list(existing.parents(task)) for task in existing.names} if existing is not None else {}
     old = set(parents)
     order = sorted(probes, key=lambda task: (probes[task].complexity, task))
-    overlaps = overlaps or Overlaps({})
-    families = family_names(find_families(overlaps, num_errors), (*parents, *order))
+    families = family_names(groups, (*parents, *order))
     root_of = {task: root for root, members in families.items() for task in members}
     parents.update({root: [] for root in families})
     parents.update({task: [root_of[task]] if task in root_of else [] for task in order})
@@ -158,17 +160,12 @@ def make_plan(
         (parent, child): _gain(probe.base(), probe.losses[parent])
         for child, probe in probes.items()
         for parent in probe.losses
-        if parent in parents and parent != child
+        if parent in parents and parent != child and child not in root_of
     }
     reasons: dict[tuple[str, str], str] = {}
     candidates = []
     for parent, child in sorted(gains, key=lambda pair: (-gains[pair][0], pair)):
-        if child in root_of:
-            is_one_of_us = root_of.get(parent) == root_of[child]
-            why_not = f"{'both stand' if is_one_of_us else f'{child} stands'} on {root_of[child]}"
-        else:
-            why_not = _why_not(probes, old, parent, child, gains[parent, child], num_errors)
-        if why_not:
+        if why_not := _why_not(probes, old, parent, child, gains[parent, child], num_errors):
             reasons[parent, child] = why_not
         else:
             candidates.append((parent, child))

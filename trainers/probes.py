@@ -16,7 +16,7 @@ from hft.refresh_hft import frozen
 
 from .calibration import calibrated_losses
 from .evaluation import Row, option_likelihoods, prompt_ids, reference
-from .families import Overlaps, find_families
+from .families import find_families
 from .overlap import measure_overlaps
 from .pilots import ProbeSettings, Sample, pilot, take_sample
 from .planner import Plan, TaskProbe, make_plan
@@ -67,16 +67,17 @@ def plan_hierarchy(
             )
     samples = {task: take_sample(task, rows, processing_class, settings) for task, rows in datasets.items()}
     existing = model.hierarchy if len(model.hierarchy) else None
-    overlaps, steps = Overlaps({}), 2 * len(samples)
+    overlaps, groups = None, []
     wants_families = families and existing is None
-    if wants_families:
-        steps += len(samples)
-    with frozen(model), tqdm(total=steps, disable=not progress) as bar:
+    with frozen(model), tqdm(total=(2 + wants_families) * len(samples), disable=not progress) as bar:
         if wants_families:
             overlaps = measure_overlaps(model, samples, settings, bar)
-        placed = {task for family in find_families(overlaps, num_errors) for task in family}
+            groups = find_families(overlaps, num_errors)
+        placed = {task for family in groups for task in family}
         probes = measure(model, processing_class, samples, settings, bar, placed)
-    return make_plan(probes, max_parents=max_parents, num_errors=num_errors, existing=existing, overlaps=overlaps)
+    return make_plan(
+        probes, max_parents=max_parents, num_errors=num_errors, existing=existing, groups=groups, overlaps=overlaps
+    )
 
 
 def measure(

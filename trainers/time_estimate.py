@@ -124,16 +124,17 @@ def time_steps(
 
 
 def _longest(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, training: Mapping[str, Any]) -> Iterator[Row]:
-    """The rows whose answers are not cut off, from the last one down."""
-    max_length = HFTTrainingConfig(**{**training, "report_to": "none"}).max_length
-    fits = False
+    """The rows of whose answers something is left when they are cut, from the last one down."""
+    config = HFTTrainingConfig(**{**training, "report_to": "none"})
+    cuts = config.truncation_mode == "keep_start" and config.completion_only_loss is not False
+    end, something_left = config.max_length if cuts else None, False
     for row in reversed(rows):
         (ready,) = tokenize_rows([row], tokenizer)
-        if max_length is None or len(ready["input_ids"]) <= max_length:
-            fits = True
+        if any(label != -100 for label in ready["labels"][:end]):
+            something_left = True
             yield row
-    if not fits:
-        raise ValueError(f"Each of the {len(rows)} rows is longer than `max_length`={max_length} tokens: raise it.")
+    if not something_left:
+        raise ValueError(f"`max_length`={end} tokens cuts off the answers of all {len(rows)} rows: raise it.")
 
 
 def _fit(starts: Sequence[tuple[float, int, str, int]], more_ranks: int, per_prompt: float, whole: float) -> StepTime:

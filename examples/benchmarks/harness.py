@@ -47,12 +47,12 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
     return arguments
 
 
-def prepare(backbone: str | None, answers_only: bool = True) -> tuple[str, PreTrainedTokenizerBase]:
-    """A quiet process, and the backbone with its tokenizer; `answers_only` as for `use_cpu_well`."""
+def prepare(backbone: str | None) -> tuple[str, PreTrainedTokenizerBase]:
+    """A quiet process, and the backbone with its tokenizer."""
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    use_cpu_well(answers_only)
+    use_cpu_well()
     backbone = find_backbone()[0] if backbone is None else backbone
     return backbone, AutoTokenizer.from_pretrained(backbone)
 
@@ -62,19 +62,18 @@ def attention() -> str:
     return "sdpa" if torch.accelerator.is_available() else "eager"
 
 
-def use_cpu_well(answers_only: bool = True) -> None:
+def use_cpu_well() -> None:
     """Without an accelerator: keep freed memory in the process, and let TRL score the answers only.
 
-    TRL scores all positions on a CPU, and only those with a label on a GPU; the loss is the same. It concerns all methods
-    alike, and saves a quarter of each step.
+    TRL scores all positions on a CPU, and only those with a label on a GPU; the loss is the same. `HFTTrainer` does so by
+    itself; so the baselines, which are TRL's trainer, save the same quarter of each step.
     """
     if torch.accelerator.is_available():
         return
     keep_freed_memory()
-    if answers_only:
-        import trl.trainer.utils
+    import trl.trainer.utils
 
-        trl.trainer.utils._use_triton = lambda device: True
+    trl.trainer.utils._use_triton = lambda device: True
 
 
 def read_rows(data: str, task: str, split: str, tokenizer: Any, max_input_tokens: int) -> list[dict[str, Any]]:

@@ -5,10 +5,11 @@
 measures: complexities and gains of all pairs by several measures side by side, and the planner's hierarchy.
 alone, PARENT>CHILD: the truth: the child's accuracy with 200 rows and three epochs, without and with a parent trained so,
 too. `alone` also says how many steps and which rank the task really needs.
+words: the overlaps of gradients again, with two tasks twice: as they are, and with other words as answers.
 families: the same with the roots that the planner finds, which learn from the rows of all tasks on them (more than a parent
 of a pair sees).
 found: the ablation's training on the planner's hierarchy, in as many steps as its settings full, flat and reversed.
-estimate: what `hft plan` promises for three tasks against what happens, each in a process of its own.
+estimate: what `hft plan` promises for a training against what happens, each in a process of its own.
 fourteen: the seconds of a plan of all fourteen tasks.
 """
 
@@ -40,7 +41,7 @@ from harness import (
     todo,
     train_hft,
 )
-from planner_measures import measure_all
+from planner_measures import in_other_words, measure_all, overlaps_between
 from quality import CL14
 from transformers import TrainerCallback
 
@@ -62,7 +63,16 @@ ROWS = 200
 TRUTH = {**TRAINING, "num_train_epochs": 3}
 LOSSES = {"eval_strategy": "steps", "eval_steps": 5, "eval_on_start": True, "per_device_eval_batch_size": 32}
 RANK_TOLERANCE = 0.01  # nats a token
-ESTIMATED = {"sst2": [], "agnews": [], "yelp": ["sst2"]}
+WORDS = {
+    "amazon": {
+        "very negative": "awful", "very positive": "superb", "negative": "poor", "neutral": "fine", "positive": "nice"
+    },
+    "rte": {"entailment": "yes", "contradiction": "no"},
+}  # fmt: skip
+ESTIMATED = {  # setting -> the hierarchy, and how its model differs
+    "estimate": ({"sst2": [], "agnews": [], "yelp": ["sst2"]}, {}),
+    "estimate: rank 32": ({"agnews": [], "amazon": []}, {"rank": 32, "memory_config": {"read": "off"}}),
+}
 
 
 class Curve(TrainerCallback):
@@ -126,24 +136,24 @@ def estimate(command: list[str]) -> dict:
     return {"value": errors["seconds"], "errors": errors, "promised": promised, "real": real}
 
 
-def child(what: str, backbone: str, tokenizer, rows: dict[str, list[dict]]) -> None:
-    """Prints seconds and peak bytes of training three tasks, promised or measured; the bytes of libraries are measured."""
-    libraries = peak_bytes()
-    data = {task: sample(rows[task], ROWS, 0) for task in ESTIMATED}
+def child(what: str, setting: str, backbone: str, tokenizer, rows: dict[str, list[dict]]) -> None:
+    """Prints seconds and peak bytes of a training, promised or measured; the bytes of libraries are measured."""
+    libraries, (tree, options) = peak_bytes(), ESTIMATED[setting]
+    data = {task: sample(rows[task], ROWS, 0) for task in tree}
     if what == "train":
         reset_peak()
         begin = time.perf_counter()
-        train_hft(backbone, tokenizer, ESTIMATED, data, 0, TRAINING, attn_implementation="auto")  # as `hft train` does
+        train_hft(backbone, tokenizer, tree, data, 0, TRAINING, attn_implementation="auto", **options)
         print(json.dumps({"seconds": time.perf_counter() - begin, "bytes": peak_bytes()}))
         return
     with tempfile.TemporaryDirectory() as folder:
         training = {**TRAINING, "gradient_checkpointing": False, "output_dir": folder}
-        recipe = Recipe(backbone=backbone, hierarchy=ESTIMATED, quantization=NF4, training=training)
-        probes = {task: TaskProbe(1.0, 0.1, {"backbone": [1.0] * 9}) for task in ESTIMATED}
+        recipe = Recipe(backbone=backbone, hierarchy=tree, quantization=NF4, training=training, model=options)
+        probes = {task: TaskProbe(1.0, 0.1, {"backbone": [1.0] * 9}) for task in tree}
         begin = time.perf_counter()
-        model = new_model(backbone, {}, attn_implementation="auto")
+        model = new_model(backbone, {}, attn_implementation="auto", **options)
         loading = time.perf_counter() - begin
-        costs = plan_costs(Plan(ESTIMATED, probes, ()), recipe, model, data, tokenizer)
+        costs = plan_costs(Plan(tree, probes, ()), recipe, model, data, tokenizer)
     seconds = costs.total_seconds() + loading
     print(json.dumps({"seconds": seconds, "bytes": costs.memory.total + libraries}))
 
@@ -152,18 +162,18 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "planner.jsonl")
     pairs = [f"{parent}>{child}" for parent, child in PAIRS]
     alone = [f"alone: {task}" for task in CHILDREN]
-    settings = ["measures", *alone, *pairs, "families", "found", "estimate", "fourteen"]
+    settings = ["measures", "words", *alone, *pairs, "families", "found", *ESTIMATED, "fourteen"]
     arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
-    arguments.add_argument("--child", choices=["promise", "train"], help="a process of `estimate`")
+    arguments.add_argument("--child", choices=["promise", "train"], help="a process of an `estimate`")
     args = arguments.parse_args()
-    backbone, tokenizer = prepare(args.backbone, answers_only=args.child is None)  # a child does as `hft train`
+    backbone, tokenizer = prepare(args.backbone)
     needed = TREE if "fourteen" not in args.settings or args.child else CL14
     rows, validation = read_tasks(args.data, needed, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
     if args.child is not None:
-        child(args.child, backbone, tokenizer, rows)
+        child(args.child, args.settings, backbone, tokenizer, rows)
         return
     for setting, seed in todo(args.out, "planner", args.settings.split(","), args.seeds):
-        if seed and setting in ("estimate", "fourteen"):
+        if seed and setting in (*ESTIMATED, "fourteen"):
             continue
         plan = plan_in(args.out)
         if (setting == "found" and not plan["hierarchy"]) or (setting == "families" and not plan["families"]):
@@ -174,14 +184,29 @@ def main() -> None:
             if setting == "measures":
                 found = measure_all(new_model(backbone, {}), tokenizer, {task: rows[task] for task in TREE}, settings)
                 result.update(value=sum(map(len, found["hierarchy"].values())), **found)
+            elif setting == "words":
+                its = {task: rows[task] for task in TREE}
+                its |= {f"{task}, other words": in_other_words(rows[task], words) for task, words in WORDS.items()}
+                found = overlaps_between(new_model(backbone, {}), tokenizer, its, settings)
+                result.update(value=len(found) // 2, overlaps=found)
             elif setting == "fourteen":
                 model, data = new_model(backbone, {}), {task: rows[task] for task in CL14}
                 begin = time.perf_counter()
                 found = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, progress=False)
                 seconds = round(time.perf_counter() - begin, 1)
                 result.update(value=seconds, hierarchy=found.parents, families=found.families)
-            elif setting == "estimate":
-                result.update(estimate([sys.executable, __file__, "--data", args.data, "--backbone", backbone]))
+            elif setting in ESTIMATED:
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--data",
+                    args.data,
+                    "--backbone",
+                    backbone,
+                    "--settings",
+                    setting,
+                ]
+                result.update(estimate(command))
             elif setting.startswith("alone: "):
                 task = setting.removeprefix("alone: ")
                 tasks, need = learn_alone(backbone, tokenizer, task, rows[task], validation[task], seed)

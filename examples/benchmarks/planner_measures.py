@@ -12,6 +12,7 @@ from hft.hierarchy_hft import BACKBONE
 from hft.refresh_hft import frozen
 from hft.trainers.calibration import calibrated_losses
 from hft.trainers.evaluation import option_likelihoods, reference
+from hft.trainers.families import find_families
 from hft.trainers.overlap import measure_overlaps
 from hft.trainers.pilots import ProbeSettings, Sample, pilot, take_sample
 from hft.trainers.planner import TaskProbe, make_plan
@@ -39,7 +40,11 @@ def measure_all(
             with pilot(model, its.pilot, settings) as name:
                 for task, other in samples.items():
                     raw[task][source] = option_likelihoods(model, tokenizer, other.probe, name)
-    plan = make_plan({task: as_probe(task, its, raw[task]) for task, its in samples.items()}, overlaps=overlaps)
+    probes = {task: as_probe(task, its, raw[task]) for task, its in samples.items()}
+    plan, of_all = (
+        make_plan(probes, groups=find_families(overlaps)),
+        make_plan(probes),
+    )  # edges of families' members, too
     help_by: dict[str, dict[str, float]] = {measure: {} for measure in MEASURES}
     complexity: dict[str, dict[str, float]] = {}
     for child, its in samples.items():
@@ -50,8 +55,9 @@ def measure_all(
             for measure in MEASURES[:-1]:
                 before, after = losses[BACKBONE][measure], losses[parent][measure]
                 help_by[measure][pair] = round(statistics.fmean(before) - statistics.fmean(after), 4)
-            help_by["gradient"][pair] = round(overlaps.of[parent][child][0], 4)
-    for edge in plan.edges:  # the planner's own, which go against the middle pilot
+            if child in overlaps.of.get(parent, {}):
+                help_by["gradient"][pair] = round(overlaps.of[parent][child][0], 4)
+    for edge in of_all.edges:  # the planner's own gains, which go against the middle pilot
         help_by["calibrated"][f"{edge.parent}>{edge.child}"] = round(edge.gain, 4)
     return {
         "hierarchy": plan.parents,
@@ -59,9 +65,41 @@ def measure_all(
         "overlap_errors": {
             f"{one}>{other}": round(error, 4) for one, its in overlaps.of.items() for other, (_, error) in its.items()
         },
-        "reasons": {f"{edge.parent}>{edge.child}": edge.reason for edge in plan.edges},
+        "reasons": {f"{edge.parent}>{edge.child}": edge.reason for edge in of_all.edges},
         "help": help_by,
         "complexity": complexity,
+    }
+
+
+def in_other_words(rows: Sequence[dict], words: Mapping[str, str]) -> list[dict]:
+    """The same rows with other answers, also where the prompt names them; `words`: what holds another comes first."""
+
+    def renamed(text: str) -> str:
+        for old, new in words.items():
+            text = text.replace(old, new)
+        return text
+
+    return [
+        {
+            "prompt": renamed(row["prompt"]),
+            "completion": renamed(row["completion"]),
+            "options": [renamed(option) for option in row["options"]],
+        }
+        for row in rows
+    ]
+
+
+def overlaps_between(
+    model: hft.HFTForCausalLM, tokenizer: Any, rows: Mapping[str, Sequence[dict]], settings: ProbeSettings
+) -> dict[str, list[float]]:
+    """`one>other` -> the overlap of their gradients, and its error."""
+    samples = {task: take_sample(task, its, tokenizer, settings) for task, its in rows.items()}
+    with frozen(model), tqdm(disable=True) as bar:
+        found = measure_overlaps(model, samples, settings, bar).of
+    return {
+        f"{one}>{other}": [round(value, 4) for value in values]
+        for one, its in found.items()
+        for other, values in its.items()
     }
 
 

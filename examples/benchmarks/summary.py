@@ -139,19 +139,23 @@ def planner() -> dict[str, float]:
     """The planner's measures of help against measured gains, what its parents cost, and its estimates."""
     cells = read("planner")
     truth: dict[tuple[str, str, int], float] = {}
+    falls: dict[tuple[str, str, int], float] = {}
     for (setting, seed), cell in cells.items():
         parent, is_pair, child = setting.partition(">")
         if is_pair and (f"alone: {child}", seed) in cells and ("measures", seed) in cells:
-            truth[parent, child, seed] = cell["value"] - cells[f"alone: {child}", seed]["value"]
+            alone = cells[f"alone: {child}", seed]
+            truth[parent, child, seed] = cell["value"] - alone["value"]
+            falls[parent, child, seed] = alone["tasks"][child]["loss"] - cell["tasks"][child]["loss"]
     figures: dict[str, float] = {}
     if len(truth) >= 10:
         pairs = sorted(truth)
         measured = {seed: cells["measures", seed] for *_, seed in pairs}
         for measure in measured[pairs[0][2]]["help"]:
             found = [measured[seed]["help"][measure][f"{parent}>{child}"] for parent, child, seed in pairs]
-            ranks = _ranks([truth[pair] for pair in pairs]), _ranks(found)
-            name = "planner.rank_correlation" + ("" if measure == "gradient" else f"_{measure}")
-            figures[name] = round(statistics.correlation(*ranks), 3)
+            for gains, what in ((truth, ""), (falls, "_with_losses")):
+                name = f"planner.rank_correlation{what}" + ("" if measure == "gradient" else f"_{measure}")
+                ranks = _ranks([gains[pair] for pair in pairs]), _ranks(found)
+                figures[name] = round(statistics.correlation(*ranks), 3)
         regrets = []
         for child, seed in sorted({pair[1:] for pair in pairs}):
             gains = {parent: truth[parent, child, seed] for parent, *rest in pairs if rest == [child, seed]}
@@ -190,6 +194,14 @@ def planner() -> dict[str, float]:
     return figures
 
 
+def growth() -> dict[str, float]:
+    """Bytes of the nodes of fourteen tasks, cut as they were sealed."""
+    cells = read("growth")
+    return {
+        f"speed.bytes_14_tasks_at_{setting}": max(cell["cumulative"].values()) for (setting, _), cell in cells.items()
+    }
+
+
 def _ranks(values: list[float]) -> list[float]:
     """Places in order, equal values at their mean place."""
     return [sum(other < value for other in values) + (values.count(value) - 1) / 2 for value in values]
@@ -220,7 +232,7 @@ def gpu() -> dict[str, float]:
 
 def headline() -> dict[str, float]:
     """All figures of which there are results."""
-    return {**ablation(), **quality(), **routing(), **speed(), **compiled(), **gpu(), **planner()}
+    return {**ablation(), **quality(), **routing(), **speed(), **compiled(), **gpu(), **planner(), **growth()}
 
 
 def main() -> None:
