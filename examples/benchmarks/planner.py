@@ -46,6 +46,7 @@ from quality import CL14
 from transformers import TrainerCallback
 
 from hft.trainers import plan_hierarchy
+from hft.trainers.overlap import answer_of
 from hft.trainers.pilots import ProbeSettings
 from hft.trainers.plan_costs import plan_costs
 from hft.trainers.planner import Plan, TaskProbe
@@ -100,7 +101,7 @@ def steps_needed(losses: Mapping[int, float], guess: float) -> int:
 
 def guessing_loss(rows: Sequence[Mapping[str, Sequence[int]]]) -> float:
     """Nats a token of answers drawn as often as each comes among tokenised rows."""
-    answers = [tuple(label for label in row["labels"] if label != -100) for row in rows]
+    answers = [answer_of(row) for row in rows]
     surprise = [math.log(len(answers) / answers.count(answer)) for answer in answers]
     return sum(surprise) / sum(map(len, answers))
 
