@@ -5,7 +5,6 @@ import json
 import math
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,9 @@ sys.path.insert(0, str(BENCHMARKS))
 import summary  # noqa: E402
 import table  # noqa: E402
 from baselines import METHODS, orthogonality  # noqa: E402
-from harness import cell, read_cells, share_with_roots, todo  # noqa: E402
+from harness import cell, read_cells, rows_of_roots, share_with_roots, todo  # noqa: E402
+
+from hft.trainers.curriculum import BlockSampler  # noqa: E402
 
 
 def test_olora_penalty_by_hand():
@@ -155,12 +156,17 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regre
     assert figures["planner.loss_found_minus_hand"] == 0.2 and figures["planner.loss_found_minus_hand_se"] == 0.5
 
 
-def test_a_familys_root_gets_two_of_three_rows():
+def test_a_familys_root_takes_two_of_three_steps():
+    families = {"root": ["a", "b"]}
     train = {task: Dataset.from_list([{"row": f"{task}{i}"} for i in range(6)]) for task in "abc"}
-    shared = share_with_roots(train, {"root": ["a", "b"]}, epochs=2)
-    assert {task: len(rows) for task, rows in shared.items()} == {"a": 4, "b": 4, "c": 12, "root": 16}
-    rows = Counter(row["row"] for name in ("root", "a", "b") for row in shared[name])
-    assert set(rows.values()) == {2} and len(rows) == 12  # each row twice in all
+    assert [row["row"] for row in rows_of_roots(train, families)["root"]] == [
+        f"{t}{i}" for t in "ab" for i in range(6)
+    ]
+    passes = share_with_roots(families)
+    seen = {
+        task: BlockSampler({task: rows}, 1, 0, passes) for task, rows in {"root": 12, "a": 6, "b": 6, "c": 6}.items()
+    }
+    assert {task: len(sampler) for task, sampler in seen.items()} == {"root": 8, "a": 2, "b": 2, "c": 6}
 
 
 def test_the_gpus_figures_by_hand(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """What a plan costs: the law that is fitted to timed steps is found again; counts are those of a real training."""
 
+import dataclasses
+
 import pytest
 from datasets import Dataset
 
@@ -13,7 +15,12 @@ from hft.trainers.time_estimate import CHILD, StepTime, _fit, _longest, task_ste
 
 def test_steps_and_tokens(tmp_path):
     config = HFTTrainingConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=2)
-    assert task_steps(9, config) == 6
+    assert task_steps({"a": 9, "b": 4}, config) == {"a": 6, "b": 2}
+    config.task_passes = {"a": 1 / 3}
+    assert task_steps({"a": 9, "b": 4}, config) == {"a": 2, "b": 2}
+    config.max_steps = 7
+    shared = task_steps({"a": 9, "b": 4}, config)
+    assert sum(shared.values()) == 7 and abs(shared["a"] - shared["b"]) == 1
     assert tokens_a_step([7] * 10, config) == 28
     assert 28 < tokens_a_step([7, 9], config) < 36
 
@@ -58,6 +65,7 @@ def test_steps_and_bytes_are_those_of_the_training(backbones, tokenizer, tmp_pat
     model = hft.HFTForCausalLM.from_backbone(backbones["llama"], tree, rank=3)
     rows |= {root: [row for task in its for row in rows[task]] for root, its in families.items()}
     data = {task: Dataset.from_list(its) for task, its in rows.items()}
+    training = dataclasses.replace(recipe, hierarchy=tree, mixtures=families).training_arguments()
     trainer = HFTTrainer(model, HFTTrainingConfig(**training), train_dataset=data, processing_class=tokenizer)
     assert trainer.train().global_step == sum(costs.steps.values())
     for file, size in (("tasks/c.safetensors", costs.task_bytes), ("pages/1.safetensors", costs.page_bytes)):

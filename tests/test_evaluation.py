@@ -157,6 +157,18 @@ class TestBlockSampler:
             of_task = [counts[row] for row in counts if task_of_row[row] == task]
             assert max(of_task) - min(of_task) <= 1, (task, size)
 
+    def test_half_a_pass_goes_on_in_the_next_epoch(self):
+        """Two halves are one pass: the same rows in the same order; a task never goes without a block."""
+        whole, half = BlockSampler({"a": 16}, 2, 0), BlockSampler({"a": 16, "b": 1}, 2, 0, {"a": 0.5, "b": 0.1})
+        seen = []
+        for epoch in range(2):
+            half.set_epoch(epoch)
+            order = list(half)
+            assert len(order) == len(half) == 8 + 2
+            seen += [row for row in order if row < 16]
+        assert seen == list(whole)
+        assert BlockSampler({"a": 16}, 2, 0, {"a": 3}).num_blocks("a") == 24
+
     def test_order_depends_on_seed_and_epoch_only(self):
         def order(seed, epoch):
             sampler = BlockSampler({"a": 9, "b": 9}, 2, seed)

@@ -65,6 +65,14 @@ train_samples: 4
     (tmp_path / "family.yaml").write_text(lines)
     recipe = read_recipe(tmp_path / "family.yaml")
     assert set(recipe.training_arguments()["route_tasks"]) == {"sst2", "mnli", "cb"}
+    passes = recipe.training_arguments()["task_passes"]
+    assert passes == pytest.approx({"inference": 2 / 3, "mnli": 1 / 3, "cb": 1 / 3})
+    changed = read_recipe(tmp_path / "family.yaml", {"root_share": 0.25, "route_tasks": ["cb"]}).training_arguments()
+    assert changed["task_passes"] == {"inference": 0.25, "mnli": 0.75, "cb": 0.75} and changed["route_tasks"] == ["cb"]
+    assert read_recipe(tmp_path / "family.yaml", {"task_passes": {}}).training_arguments()["task_passes"] == {}
+    for wrong in (1.0, 0.0, "a"):
+        with pytest.raises(ValueError, match="`root_share` is"):
+            read_recipe(tmp_path / "family.yaml", {"root_share": wrong})
     tokenizer = AutoTokenizer.from_pretrained(backbones["llama"])
     parts = [load_task(recipe, task, "train", tokenizer) for task in ("inference", "mnli", "cb")]
     rows = [[json.dumps(row, sort_keys=True) for row in part] for part in parts]

@@ -92,10 +92,15 @@ class BlockSampler:
         num_rows: task -> how many rows it has in the dataset, where tasks follow one another in this order.
         block_size: rows of a block.
         seed: the same seed gives the same order, also after an interruption.
+        passes: task -> passes over its rows in an epoch, above 0; 1 for those that are not in it. Of half a pass the next
+            epoch takes the other half.
     """
 
-    def __init__(self, num_rows: Mapping[str, int], block_size: int, seed: int):
+    def __init__(
+        self, num_rows: Mapping[str, int], block_size: int, seed: int, passes: Mapping[str, float] | None = None
+    ):
         self.num_rows = dict(num_rows)
+        self.passes = dict(passes or {})
         self._first_row = dict(zip(num_rows, itertools.accumulate(num_rows.values(), initial=0), strict=False))
         self.block_size = block_size
         self.seed = seed
@@ -106,8 +111,8 @@ class BlockSampler:
         self.epoch = epoch
 
     def num_blocks(self, task: str) -> int:
-        """Optimizer steps that a task takes in an epoch: its rows over the block's, rounded up."""
-        return math.ceil(self.num_rows[task] / self.block_size)
+        """Optimizer steps of a task in an epoch: its rows over the block's, rounded up, times its passes; 1 or more."""
+        return max(1, round(self.passes.get(task, 1) * math.ceil(self.num_rows[task] / self.block_size)))
 
     def __len__(self) -> int:
         return self.block_size * sum(self.num_blocks(task) for task in self.num_rows)

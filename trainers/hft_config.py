@@ -1,5 +1,6 @@
 """The arguments of `HFTTrainer`."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,6 +28,8 @@ class HFTTrainingConfig(SFTConfig):
         route_samples: prompts of each task from which the router learns to know it; 0: the router does not learn.
         route_tasks: the tasks that it learns to know; None: all. Leave out a task whose rows are those of others, as the
             root of a family: no prompt is its own.
+        task_passes: task -> passes over its rows in an epoch, above 0; 1 for those that it does not name. Of half a pass the
+            next epoch takes the other half.
         rank_tolerance: before a stage is sealed, each task's node is cut to the smallest rank that raises its mean loss on
             128 rows of `eval_dataset` by no more than this, in nats a token; 0 or more. See `HFTForCausalLM.trim`. None: no
             cuts.
@@ -45,6 +48,9 @@ class HFTTrainingConfig(SFTConfig):
     mastery_patience: int | None = field(default=None, metadata={"help": "Evaluations without progress till it does."})
     route_samples: int = field(default=256, metadata={"help": "Prompts a task that the router learns from; 0: none."})
     route_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks that the router learns; None: all."})
+    task_passes: dict[str, float] | None = field(
+        default=None, metadata={"help": "Passes over a task's rows in an epoch, where it is not one."}
+    )
 
     rank_tolerance: float | None = field(
         default=None, metadata={"help": "Nats a token by which a sealed node's cut may raise the validation loss."}
@@ -78,6 +84,9 @@ class HFTTrainingConfig(SFTConfig):
             raise ValueError(f"`gate_shrink` is {self.gate_shrink}; it must be 0 or more.")
         if self.rank_tolerance is not None and not self.rank_tolerance >= 0:
             raise ValueError(f"`rank_tolerance` is {self.rank_tolerance}; it must be 0 nats a token or more.")
+        for task, passes in (self.task_passes or {}).items():
+            if not 0 < passes < math.inf:
+                raise ValueError(f"`task_passes[{task!r}]` is {passes}; it must be above 0.")
         if self.has_mastery() and self.eval_strategy == "no":
             raise ValueError(
                 "`mastery_accuracy` and `mastery_patience` go by evaluations, and `eval_strategy` is 'no'; "

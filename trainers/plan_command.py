@@ -86,4 +86,6 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
         recipe.metric = {task: name for task, name in recipe.metric.items() if task in chosen} or "exact_match"
     if recipe.training.get("route_tasks"):
         recipe.training["route_tasks"] = [task for task in chosen if task in recipe.training["route_tasks"]]
+    if passes := recipe.training.pop("task_passes", None):
+        recipe.training["task_passes"] = {task: passes[task] for task in chosen if task in passes}
     return recipe

@@ -93,11 +93,9 @@ def plan_costs(
         weights = [num_rows[task] for task in its]
         num_rows[root] = sum(weights)
         lengths[root] = [draw.choice(lengths[task]) for task in draw.choices(its, weights, k=512)]
-    steps = {task: task_steps(num_rows[task], training) for task in hierarchy.names}
-    if training.max_steps > 0:  # of a stage: its tasks share them
-        for level in hierarchy.levels():
-            a_task, left = divmod(training.max_steps, len(level))
-            steps |= {task: a_task + (i < left) for i, task in enumerate(level)}
+    steps: dict[str, int] = {}
+    for level in hierarchy.levels():
+        steps |= task_steps({task: num_rows[task] for task in level}, training)
     seconds = {
         task: steps[task] * timing.seconds(tokens_a_step(lengths[task], training), more[task])
         + timing.per_prompt * min(training.route_samples if training.routed([task]) else 0, num_rows[task])

@@ -141,10 +141,11 @@ def as_recipe(plan: Plan, recipe: Recipe, estimates: Sequence[str] = ()) -> str:
     if plan.families:
         lines += [
             "",
-            "# A family's root learns from the rows of all its tasks, then each task from its own: twice the steps.",
+            "# A family's root learns from the rows of all its tasks, then each task from its own; `root_share` of each",
+            "# epoch is the root's. Who leaves a family above has to leave it here, too.",
         ]
-        lines += ["# Who leaves a family above has to leave it here, too."]
         lines += ["mixtures:", *(f"  {_inline({root: its})}" for root, its in plan.families.items())]
+        lines.append(f"root_share: {recipe.root_share:.4g}")
     for section in (recipe.model, recipe.quantization, recipe.training):
         if section:
             lines += ["", _dump(section)]

@@ -44,6 +44,8 @@ class Recipe:
         datasets: task -> where it comes from and how a row is read, see `load_task`; not needed with `data`.
         mixtures: task -> tasks of the hierarchy whose rows are its rows, as of a root on which a family stands; it is not
             tested, and the router does not learn to know it, unless `route_tasks` names it.
+        root_share: of each epoch over a mixture's rows, how much that task takes; its tasks take the rest, each on its own
+            node. Above 0, below 1. `task_passes` says it of each task by itself.
         data: a folder with `<task>/<split>.jsonl.gz` of rows {instruction, options, input, output}; takes the place of
             `datasets`.
         train_samples: rows of each task to train on, a random choice that is always the same; None for all.
@@ -62,6 +64,7 @@ class Recipe:
     hierarchy: dict[str, list[str]]
     datasets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     mixtures: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    root_share: float = 2 / 3
     data: str | None = None
     train_samples: int | None = None
     eval_samples: int | None = None
@@ -82,8 +85,12 @@ class Recipe:
         return [task for task in self.hierarchy if task not in self.mixtures]
 
     def training_arguments(self) -> dict[str, Any]:
-        """The keys of HFTTrainingConfig; with mixtures, the router learns the other tasks, if nothing else is said."""
-        return {"route_tasks": self.tasks(), **self.training} if self.mixtures else self.training
+        """The keys of HFTTrainingConfig; what mixtures say of the router and of passes, the training's own keys override."""
+        if not self.mixtures:
+            return self.training
+        rest = {task: 1 - self.root_share for members in self.mixtures.values() for task in members}
+        passes = rest | dict.fromkeys(self.mixtures, self.root_share)
+        return {"route_tasks": self.tasks(), "task_passes": passes, **self.training}
 
 
 _SPEC_KEYS = ("path", "name", "splits", "instruction", "options", "input", "label")
@@ -162,6 +169,8 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         value = getattr(recipe, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` is {value!r}; it must be a whole number of 1 or more.")
+    if not isinstance(recipe.root_share, float) or not 0 < recipe.root_share < 1:
+        raise ValueError(f"`root_share` is {recipe.root_share!r}; it must be above 0 and below 1.")
     if isinstance(recipe.metric, dict):
         for task in recipe.metric:
             if task not in tree:

@@ -20,6 +20,7 @@ PACKAGES = ("modeling-hft", "torch", "transformers", "trl", "peft", "accelerate"
 # Of the training's arguments, those that a reader needs to repeat it; none of them can be a path.
 BUDGET = (
     "num_train_epochs",
+    "task_passes",
     "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",

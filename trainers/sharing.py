@@ -28,7 +28,7 @@ class HFTSharing:
     def _begin_record(self, resumes: bool) -> None:
         """Before the first stage; a resumed run goes on with what the folder holds."""
         self.record = RunRecord.load(self._root) if resumes else RunRecord()
-        for task in self.args.route_tasks or ():
+        for task in (*(self.args.route_tasks or ()), *(self.args.task_passes or ())):
             self.model.hierarchy.check(task)
         budget = self.args.to_dict()  # enums as text
         self.record.budget = {name: budget[name] for name in BUDGET}

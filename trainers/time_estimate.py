@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .curriculum import BlockSampler
 from .evaluation import Row
 from .hft_config import HFTTrainingConfig
 from .hft_trainer import HFTTrainer
@@ -49,10 +50,14 @@ class StepTime:
         return self.fixed + self.per_token * tokens * (1 + self.per_rank * more_ranks)
 
 
-def task_steps(num_rows: int, config: HFTTrainingConfig) -> int:
-    """The optimizer steps of a task, if `max_steps` does not say otherwise."""
+def task_steps(num_rows: Mapping[str, int], config: HFTTrainingConfig) -> dict[str, int]:
+    """The optimizer steps of each of a stage's tasks, from how many rows it has."""
     block = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    return math.ceil(config.num_train_epochs * math.ceil(num_rows / block))
+    sampler = BlockSampler(num_rows, block, config.seed, config.task_passes)
+    if config.max_steps > 0:  # of the stage
+        turns = sampler.turns_after(0, config.max_steps)
+        return {task: turns.count(task) for task in num_rows}
+    return {task: math.ceil(config.num_train_epochs * sampler.num_blocks(task)) for task in num_rows}
 
 
 def tokens_a_step(lengths: Sequence[int], config: HFTTrainingConfig) -> float:
@@ -105,7 +110,7 @@ def time_steps(
         quiet = dict(
             output_dir=folder, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
             eval_strategy="no", num_train_epochs=1, max_steps=-1, gradient_accumulation_steps=1, route_samples=0,
-            route_tasks=None,
+            route_tasks=None, task_passes=None,
         )  # fmt: skip
         trainer = _TimedTrainer(
             model, HFTTrainingConfig(**{**training, **quiet}), train_dataset=data, processing_class=tokenizer

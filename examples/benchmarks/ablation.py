@@ -42,7 +42,7 @@ class InSequence(HFTTrainer):
 
     def _get_train_sampler(self, train_dataset=None) -> BlockSampler:
         sampler = super()._get_train_sampler(train_dataset)
-        return SequentialSampler(sampler.num_rows, sampler.block_size, sampler.seed)
+        return SequentialSampler(sampler.num_rows, sampler.block_size, sampler.seed, sampler.passes)
 
 
 class SequentialSampler(BlockSampler):

@@ -23,9 +23,10 @@ from transformers.utils import logging
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig, run_record
-from hft.trainers.cli import keep_freed_memory
+from hft.trainers.cli import use_memory_well
 from hft.trainers.demo_backbone import find_backbone
 from hft.trainers.evaluation import score_options
+from hft.trainers.recipes import Recipe
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,14 +64,14 @@ def attention() -> str:
 
 
 def use_cpu_well() -> None:
-    """Without an accelerator: keep freed memory in the process, and let TRL score the answers only.
+    """Without an accelerator: what `hft` does about memory, and TRL scores the answers only.
 
     TRL scores all positions on a CPU, and only those with a label on a GPU; the loss is the same. `HFTTrainer` does so by
     itself; so the baselines, which are TRL's trainer, save the same quarter of each step.
     """
     if torch.accelerator.is_available():
         return
-    keep_freed_memory()
+    use_memory_well()
     import trl.trainer.utils
 
     trl.trainer.utils._use_triton = lambda device: True
@@ -117,22 +118,15 @@ def sample(rows: list[dict[str, Any]], count: int | None, seed: int, with_option
     return chosen if count is None else chosen.select(range(min(count, len(chosen))))
 
 
-def share_with_roots(
-    train: Mapping[str, Dataset], families: Mapping[str, Sequence[str]], epochs: int
-) -> dict[str, Dataset]:
-    """Rows for one pass, as many as `epochs` passes over the tasks have: two of three of a family's go to its root.
+def rows_of_roots(train: Mapping[str, Dataset], families: Mapping[str, Sequence[str]]) -> dict[str, Dataset]:
+    """The rows of each family's root: those of its tasks, as a recipe's `mixtures` mean it."""
+    return {root: concatenate_datasets([train[task] for task in its]) for root, its in families.items()}
 
-    Args:
-        train: task -> its rows.
-        families: root -> its tasks.
-    """
-    seen = {task: concatenate_datasets([rows] * epochs) for task, rows in train.items()}
-    in_family = {task for its in families.values() for task in its}
-    early = {task: 2 * len(rows) // 3 if task in in_family else 0 for task, rows in seen.items()}
-    shared = {task: rows.select(range(early[task], len(rows))) for task, rows in seen.items()}
-    for root, its in families.items():
-        shared[root] = concatenate_datasets([seen[task].select(range(early[task])) for task in its])
-    return shared
+
+def share_with_roots(families: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """`task_passes` by a recipe's default: as many steps as without roots, two of three of a family's on its root."""
+    recipe = Recipe(backbone="", hierarchy={}, mixtures={root: list(its) for root, its in families.items()})
+    return recipe.training_arguments()["task_passes"]
 
 
 def quiet_config(folder: str, seed: int, training: Mapping[str, Any]) -> HFTTrainingConfig:

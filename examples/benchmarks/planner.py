@@ -23,7 +23,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING, TREE
-from datasets import concatenate_datasets
 from harness import (
     NF4,
     cell,
@@ -35,6 +34,7 @@ from harness import (
     read_cells,
     read_tasks,
     reset_peak,
+    rows_of_roots,
     sample,
     score,
     share_with_roots,
@@ -214,17 +214,16 @@ def main() -> None:
                 result.update(value=mean_accuracy(tasks), tasks=tasks, need=need)
             elif setting == "found":
                 train = {task: sample(rows[task], ROWS, seed) for task in TREE}
-                train = share_with_roots(train, plan["families"], TRAINING["num_train_epochs"])
-                model = train_hft(
-                    backbone, tokenizer, plan["hierarchy"], train, seed, {**TRAINING, "num_train_epochs": 1}
-                )
+                train |= rows_of_roots(train, plan["families"])
+                training = {**TRAINING, "task_passes": share_with_roots(plan["families"])}
+                model = train_hft(backbone, tokenizer, plan["hierarchy"], train, seed, training)
                 tasks = score(model, tokenizer, validation, lambda task: task)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=plan["hierarchy"])
             else:
                 families = plan["families"] if setting == "families" else {}
                 tree = truth_tree(setting, families)
                 train = {task: sample(rows[task], ROWS, seed) for task in tree if task not in families}
-                train |= {root: concatenate_datasets([train[t] for t in its]) for root, its in families.items()}
+                train |= rows_of_roots(train, families)
                 model = train_hft(backbone, tokenizer, tree, train, seed, TRUTH)
                 children = {task: validation[task] for task, parents in tree.items() if parents}
                 tasks = score(model, tokenizer, children, lambda task: task)

@@ -27,6 +27,7 @@ from harness import (
     prepare,
     read_cells,
     read_rows,
+    rows_of_roots,
     sample,
     score,
     share_with_roots,
@@ -106,10 +107,10 @@ def hft_planned(setup: Setup) -> Outcome:
 
 def hft_on(setup: Setup, tree: dict[str, list[str]], families: Mapping[str, Sequence[str]] | None = None) -> Outcome:
     """HFT on a hierarchy; `families`: its roots that learn from the rows of the tasks on them."""
-    train, training = setup.train, {**setup.training, "gate_learning_rate": 5e-2}
+    train, training = dict(setup.train), {**setup.training, "gate_learning_rate": 5e-2}
     if families:
-        train = share_with_roots(train, families, training["num_train_epochs"])
-        training.update(num_train_epochs=1, route_tasks=setup.order)
+        train |= rows_of_roots(train, families)
+        training.update(task_passes=share_with_roots(families), route_tasks=setup.order)
 
     class Reporting(HFTTrainer):
         def _train_stage(self, stage, checkpoint, **kwargs):
