@@ -156,6 +156,16 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regre
     assert figures["planner.loss_found_minus_hand"] == 0.2 and figures["planner.loss_found_minus_hand_se"] == 0.5
 
 
+def test_a_rate_is_chosen_over_the_seeds_that_all_rates_have_run():
+    def cells(values):
+        return [{"learning_rate": r, "seed": s, "value": v} for r, its in values.items() for s, v in enumerate(its)]
+
+    assert table.own_rate(cells({1e-3: [66.5], 2e-3: [65.2, 80.0]})) == 1e-3  # seed 0 only
+    assert table.own_rate(cells({1e-3: [66.5, 63.0], 2e-3: [65.2, 66.0]})) == 2e-3
+    later = [{"learning_rate": 4e-3, "seed": 1, "value": 99.0}]  # not tuned
+    assert table.own_rate([*cells({1e-3: [66.5], 2e-3: [65.2]}), *later]) == 1e-3
+
+
 def test_a_familys_root_takes_two_of_three_steps():
     families = {"root": ["a", "b"]}
     train = {task: Dataset.from_list([{"row": f"{task}{i}"} for i in range(6)]) for task in "abc"}

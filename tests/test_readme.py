@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -68,14 +69,15 @@ def test_the_qualitys_sentences(figures):
     assert f"{of['quality.small.hft_minus_single_low_resource']:.1f} points above one LoRA a task (goal: 5)" in PROSE
     assert f"a routed task scores {of['ap_hft'] - of['ap_hft_routed']:.1f} points less" in PROSE
     cells = read_cells("quality.jsonl")
-    tests = [
-        cell["test"] for cell in cells if (cell["name"], cell["method"]) == ("quality-small-family", "hft_families")
-    ]
+    small = [cell for cell in cells if cell["name"] == "quality-small-family"]
+    tests = [cell["test"] for cell in small if cell["setting"] == "hft_families@0.002"]
     gaps = [test["routed"]["ap"] - test["ap"] for test in tests if "routed" in test]
     assert len(gaps) == 2 and f"With a root a family (two seeds) it scores {sum(gaps) / 2:.1f} more" in PROSE
-    of_joint = [cell for cell in cells if (cell["name"], cell["method"]) == ("quality-small-family", "joint")]
+    of_joint = [cell for cell in small if cell["setting"] == "joint@0.002"]
     perplexities = [cell["general"]["perplexity"] for cell in of_joint]
     assert f"joint LoRA's rises to {min(perplexities):.0f} to {max(perplexities):.0f}." in PROSE
+    lower = [cell["test"]["ap"] for cell in small if cell["setting"] == "joint@0.001"]
+    assert f"at 1e-3 joint LoRA scores {statistics.mean(lower):.1f} on test rows" in PROSE
     assert f"in the third it is {of_joint[2]['test']['ap'] - tests[2]['ap']:.1f} below" in PROSE
     short = {m: f"{of[f'quality.short.family.ap_{m}']:.1f}" for m in ("joint", "hft", "single")}
     assert f"joint LoRA {short['joint']}, HFT with chains {short['hft']}, one LoRA a task {short['single']}" in PROSE

@@ -1,9 +1,7 @@
 """The command `hft`."""
 
 import argparse
-import ctypes
 import logging
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +11,7 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from . import commands
+from .cpu_memory import use_memory_well
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -184,29 +183,6 @@ def _overrides(rest: Sequence[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise ValueError(f"--{key} has the value {value!r}, which is no YAML.") from None
     return values
-
-
-def use_memory_well() -> None:
-    """On a CPU: large blocks are reused, and few of oneDNN's kernels are kept.
-
-    glibc gives each large block back to the kernel, which zeroes its pages again when they are next asked for. PyTorch and
-    oneDNN each keep what 1024 products of one shape need, so the process grows by some 8 MB with every new length of rows.
-    With 128 it stops, and a training step takes no longer; with 16 it takes a tenth longer (SmolLM2-135M, NF4, one core). A
-    capacity that the user has set stays.
-    """
-    from torch import accelerator
-
-    if accelerator.is_available():
-        return
-    for cache in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # read at the first product
-        os.environ.setdefault(cache, "128")
-    if not sys.platform.startswith("linux"):
-        return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        for setting in (m_trim_threshold, m_mmap_threshold):
-            mallopt(setting, 2**31 - 1)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,9 @@ NESTED_BLOCK = 256  # scales that share one, if they are quantised themselves
 # holds seven numbers in float32 and a mask beside each logit, and the tile's part of the head in float32.
 TILE_POSITIONS, TILE_WORDS = 4096, 32768
 LOGIT_BYTES, LOGIT_BYTES_CPU = 2, 2 + 7 * 4 + 1
-# What a process on a CPU holds besides, measured with SmolLM2-135M on two cores: code of libraries that is loaded when first
-# used, oneDNN's kernels (it keeps 1024, one for each shape of a product), and freed blocks between kept ones, a share of all
-# else.
-PROCESS_BYTES, HOLES = (65 + 330) * 2**20, 0.4
+# What a process on a CPU holds besides, measured with SmolLM2-135M on two cores (see `cpu_memory`): kernels and code that is
+# loaded when first used, and freed blocks that were too small for what came later, a share of what comes and goes.
+PROCESS_BYTES, HOLES = 120 * 2**20, 0.42
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class MemoryEstimate:
         optimizer: two float32 numbers for each that trains.
         activations: what autograd keeps for the backward pass, without logits.
         logits: a tile of them, the gradient of the hidden states that are scored, on a CPU a part of the head.
-        process: on a CPU, kernels, the mapped file of weights that were quantised, and holes between blocks.
+        process: on a CPU, kernels, the part of the mapped file whose weights were quantised, and holes between blocks.
     """
 
     backbone: int
@@ -106,7 +105,7 @@ def estimate_memory(
     backbone, mapped = 0, 0
     for parameter in model.backbone.parameters():  # a tied head comes once
         is_quantized = load_in_4bit and id(parameter) in frozen
-        mapped += 2 * parameter.numel() if load_in_4bit else 0
+        mapped += 2 * parameter.numel() if is_quantized else 0
         backbone += quantized_bytes(parameter.numel(), double_quant) if is_quantized else 2 * parameter.numel()
     node, page = (count * numbers_a_rank(model.hft_nodes) for count in (rank, slots))
     trained = num_training * node + page
@@ -126,7 +125,8 @@ def estimate_memory(
     )
     if on_accelerator:
         return estimate
-    return replace(estimate, process=PROCESS_BYTES + mapped + round(HOLES * estimate.total))
+    passing = estimate.gradients + estimate.activations + estimate.logits
+    return replace(estimate, process=PROCESS_BYTES + mapped + round(HOLES * passing))
 
 
 def estimate_recipe(

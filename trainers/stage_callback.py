@@ -1,4 +1,4 @@
-"""What happens between the optimizer steps of a stage: gates shrink, mastered tasks leave, and an epoch's order begins."""
+"""What happens around the optimizer steps of a stage: gates shrink, mastered tasks leave, an epoch's order begins."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.utils import logging
 
+from .cpu_memory import give_freed_back
 from .curriculum import BlockSampler, Mastery
 
 
@@ -38,6 +39,7 @@ class StageCallback(TrainerCallback):
             self.shrink()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        give_freed_back()  # of loading, or of the stage before
         for logs in state.log_history:  # a resumed stage: what was mastered before stays so
             self._observe(logs)
 

@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig, run_record
-from hft.trainers.cli import use_memory_well
+from hft.trainers.cpu_memory import use_memory_well
 from hft.trainers.demo_backbone import find_backbone
 from hft.trainers.evaluation import score_options
 from hft.trainers.recipes import Recipe

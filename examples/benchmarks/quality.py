@@ -3,8 +3,8 @@
     python examples/benchmarks/quality.py --data DIR --tasks family --budget small    # goes on where it stopped
 
 A cell is a method at a learning rate with a seed. With seed 0 each method runs at every rate of the grid; the rate with the
-best average on validation rows is its own, and only that one runs with the further seeds. Test rows are scored in the same
-pass and looked at by `table.py` only, for the chosen rate.
+best average on validation rows (over the seeds that all its rates have run) is its own, and runs with the further seeds.
+Test rows are scored in the same pass and looked at by `table.py` only, for the chosen rate.
 """
 
 import gc
@@ -33,6 +33,7 @@ from harness import (
     share_with_roots,
     train_hft,
 )
+from table import own_rate
 
 from hft.trainers import HFTTrainer, plan_hierarchy
 from hft.trainers.evaluation import score_options
@@ -267,11 +268,9 @@ class Benchmark:
         gc.collect()
 
     def best_rate(self, method: str) -> float:
-        """The rate with the best average on validation rows, seed 0."""
-        cells = [done for done in read_cells(self.out) if done["name"] == self.name and done["seed"] == 0]
-        return max((done for done in cells if done["method"] == method), key=lambda done: done["value"])[
-            "learning_rate"
-        ]
+        """The rate with the best average on validation rows, so far."""
+        cells = [done for done in read_cells(self.out) if (done["name"], done.get("method")) == (self.name, method)]
+        return own_rate(cells)
 
 
 def main() -> None:
