@@ -145,6 +145,9 @@ def test_without_shrinking_gates_go_where_the_gradient_says(backbones, tokenizer
             "go by evaluations, and `eval_strategy` is 'no'; set it to 'steps', and `eval_steps`.",
         ),
         ({"gate_shrink": -1.0}, "`gate_shrink` is -1.0; it must be 0 or more."),
+        ({"task_passes": {"a": 0}}, "`task_passes['a']` is 0; it must be a number above 0."),
+        ({"task_passes": {"a": "1e-1"}}, "`task_passes['a']` is '1e-1'; it must be a number above 0."),
+        ({"task_passes": ["a"]}, "`task_passes` is ['a']; give {task: passes}."),
     ],
 )
 def test_wrong_settings(backbones, tokenizer, tmp_path, options, message):

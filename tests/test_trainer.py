@@ -1,6 +1,7 @@
 """The trainer: invariants 5 and 8, siblings that do not disturb one another, and data that is wrong."""
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -349,6 +350,17 @@ def test_logs_name_task_and_stage_and_every_stage_starts_afresh(backbones, token
 def test_the_progress_bar_names_the_stage(backbones, tokenizer, tmp_path, capsys):
     make(backbones, tokenizer, tmp_path, {"a": [], "b": ["a"]}, disable_tqdm=False, max_steps=1).train()
     assert "stage 1/2: a: " in (shown := capsys.readouterr().err) and "stage 2/2: b: " in shown
+
+
+def test_passes_of_a_task(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path, {"a": [], "e": []}, num_train_epochs=2, task_passes={"a": 2.0})
+    block = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+    blocks = {task: math.ceil(len(rows) / block) for task, rows in data().items()}
+    assert trainer.train().global_step == 2 * (2 * blocks["a"] + blocks["e"])
+    assert trainer.record.budget["task_passes"] == {"a": 2.0} and "rank_tolerance" not in trainer.record.budget
+    trainer = make(backbones, tokenizer, tmp_path / "2", {"a": [], "e": []}, task_passes={"ee": 2.0})
+    with pytest.raises(ValueError, match=r"Unknown task 'ee'.*'e'"):
+        trainer.train()
 
 
 def test_gates_have_a_learning_rate_of_their_own(backbones, tokenizer, tmp_path):

@@ -84,9 +84,11 @@ class HFTTrainingConfig(SFTConfig):
             raise ValueError(f"`gate_shrink` is {self.gate_shrink}; it must be 0 or more.")
         if self.rank_tolerance is not None and not self.rank_tolerance >= 0:
             raise ValueError(f"`rank_tolerance` is {self.rank_tolerance}; it must be 0 nats a token or more.")
+        if not isinstance(self.task_passes or {}, dict):
+            raise ValueError(f"`task_passes` is {self.task_passes!r}; give {{task: passes}}.")
         for task, passes in (self.task_passes or {}).items():
-            if not 0 < passes < math.inf:
-                raise ValueError(f"`task_passes[{task!r}]` is {passes}; it must be above 0.")
+            if not isinstance(passes, (int, float)) or not 0 < passes < math.inf:
+                raise ValueError(f"`task_passes[{task!r}]` is {passes!r}; it must be a number above 0.")
         if self.has_mastery() and self.eval_strategy == "no":
             raise ValueError(
                 "`mastery_accuracy` and `mastery_patience` go by evaluations, and `eval_strategy` is 'no'; "

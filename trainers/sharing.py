@@ -31,7 +31,7 @@ class HFTSharing:
         for task in (*(self.args.route_tasks or ()), *(self.args.task_passes or ())):
             self.model.hierarchy.check(task)
         budget = self.args.to_dict()  # enums as text
-        self.record.budget = {name: budget[name] for name in BUDGET}
+        self.record.budget = {name: budget[name] for name in BUDGET if budget[name] is not None}
         for task, rows in self._train_sets.items():
             self.record.data[task] = {"rows": len(rows), **_origin(rows)}
         batch_size, has_bars = self.args.per_device_eval_batch_size, self.is_world_process_zero()

@@ -53,7 +53,8 @@ class StepTime:
 def task_steps(num_rows: Mapping[str, int], config: HFTTrainingConfig) -> dict[str, int]:
     """The optimizer steps of each of a stage's tasks, from how many rows it has."""
     block = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    sampler = BlockSampler(num_rows, block, config.seed, config.task_passes)
+    seed = config.seed if config.data_seed is None else config.data_seed
+    sampler = BlockSampler(num_rows, block, seed, config.task_passes)
     if config.max_steps > 0:  # of the stage
         turns = sampler.turns_after(0, config.max_steps)
         return {task: turns.count(task) for task in num_rows}
