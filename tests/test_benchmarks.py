@@ -18,9 +18,10 @@ sys.path.insert(0, str(BENCHMARKS))
 import summary  # noqa: E402
 import table  # noqa: E402
 from baselines import METHODS, orthogonality  # noqa: E402
-from harness import cell, read_cells, rows_of_roots, share_with_roots, todo  # noqa: E402
+from harness import cell, read_cells, rows_of_roots, todo  # noqa: E402
 
 from hft.trainers.curriculum import BlockSampler  # noqa: E402
+from hft.trainers.recipes import shared_passes  # noqa: E402
 
 
 def test_olora_penalty_by_hand():
@@ -172,7 +173,7 @@ def test_a_familys_root_takes_two_of_three_steps():
     assert [row["row"] for row in rows_of_roots(train, families)["root"]] == [
         f"{t}{i}" for t in "ab" for i in range(6)
     ]
-    passes = share_with_roots(families)
+    passes = shared_passes(families)
     seen = {
         task: BlockSampler({task: rows}, 1, 0, passes) for task, rows in {"root": 12, "a": 6, "b": 6, "c": 6}.items()
     }

@@ -7,10 +7,8 @@ import sys
 from torch import accelerator
 
 
-CAPACITIES = (
-    "LRU_CACHE_CAPACITY",
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
-)  # PyTorch and oneDNN read them at the first product
+# PyTorch and oneDNN read them at the first product.
+CAPACITIES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's `mallopt`
 
 

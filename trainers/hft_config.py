@@ -1,11 +1,13 @@
 """The arguments of `HFTTrainer`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import accelerator
 from trl import SFTConfig
+
+from .curriculum import BlockSampler
 
 
 @dataclass
@@ -102,6 +104,11 @@ class HFTTrainingConfig(SFTConfig):
                 f"Reentrant checkpointing hides from DDP which parameters a step uses, and there are {self.world_size} "
                 "processes; leave `use_reentrant` out of `gradient_checkpointing_kwargs`."
             )
+
+    def sampler(self, num_rows: Mapping[str, int], block_size: int) -> BlockSampler:
+        """The order of a stage's rows: task -> how many it has, in blocks of what one optimizer step takes."""
+        seed = self.seed if self.data_seed is None else self.data_seed
+        return BlockSampler(num_rows, block_size, seed, self.task_passes)
 
     def routed(self, tasks: Sequence[str]) -> list[str]:
         """Those of the tasks that the router learns to know."""

@@ -190,8 +190,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> BlockSampler:
         block = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         rows = {task: len(self._prepared[task]) for task in self.stage.tasks}
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = BlockSampler(rows, block, seed, self.args.task_passes)
+        self._sampler = self.args.sampler(rows, block)
         return self._sampler
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:

@@ -5,7 +5,7 @@ import functools
 import inspect
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -88,9 +88,14 @@ class Recipe:
         """The keys of HFTTrainingConfig; what mixtures say of the router and of passes, the training's own keys override."""
         if not self.mixtures:
             return self.training
-        rest = {task: 1 - self.root_share for members in self.mixtures.values() for task in members}
-        passes = rest | dict.fromkeys(self.mixtures, self.root_share)
+        passes = shared_passes(self.mixtures, self.root_share)
         return {"route_tasks": self.tasks(), "task_passes": passes, **self.training}
+
+
+def shared_passes(mixtures: Mapping[str, Sequence[str]], root_share: float = Recipe.root_share) -> dict[str, float]:
+    """`task_passes` by which a mixture's task and the tasks whose rows it has share each epoch over these rows."""
+    rest = {task: 1 - root_share for members in mixtures.values() for task in members}
+    return rest | dict.fromkeys(mixtures, root_share)
 
 
 _SPEC_KEYS = ("path", "name", "splits", "instruction", "options", "input", "label")

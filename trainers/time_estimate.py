@@ -14,7 +14,6 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .curriculum import BlockSampler
 from .evaluation import Row
 from .hft_config import HFTTrainingConfig
 from .hft_trainer import HFTTrainer
@@ -53,8 +52,7 @@ class StepTime:
 def task_steps(num_rows: Mapping[str, int], config: HFTTrainingConfig) -> dict[str, int]:
     """The optimizer steps of each of a stage's tasks, from how many rows it has."""
     block = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    seed = config.seed if config.data_seed is None else config.data_seed
-    sampler = BlockSampler(num_rows, block, seed, config.task_passes)
+    sampler = config.sampler(num_rows, block)
     if config.max_steps > 0:  # of the stage
         turns = sampler.turns_after(0, config.max_steps)
         return {task: turns.count(task) for task in num_rows}

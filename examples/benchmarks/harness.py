@@ -26,7 +26,6 @@ from hft.trainers import HFTTrainer, HFTTrainingConfig, run_record
 from hft.trainers.cpu_memory import use_memory_well
 from hft.trainers.demo_backbone import find_backbone
 from hft.trainers.evaluation import score_options
-from hft.trainers.recipes import Recipe
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -121,12 +120,6 @@ def sample(rows: list[dict[str, Any]], count: int | None, seed: int, with_option
 def rows_of_roots(train: Mapping[str, Dataset], families: Mapping[str, Sequence[str]]) -> dict[str, Dataset]:
     """The rows of each family's root: those of its tasks, as a recipe's `mixtures` mean it."""
     return {root: concatenate_datasets([train[task] for task in its]) for root, its in families.items()}
-
-
-def share_with_roots(families: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """`task_passes` by a recipe's default: as many steps as without roots, two of three of a family's on its root."""
-    recipe = Recipe(backbone="", hierarchy={}, mixtures={root: list(its) for root, its in families.items()})
-    return recipe.training_arguments()["task_passes"]
 
 
 def quiet_config(folder: str, seed: int, training: Mapping[str, Any]) -> HFTTrainingConfig:

@@ -37,7 +37,6 @@ from harness import (
     rows_of_roots,
     sample,
     score,
-    share_with_roots,
     todo,
     train_hft,
 )
@@ -50,7 +49,7 @@ from hft.trainers.overlap import answer_of
 from hft.trainers.pilots import ProbeSettings
 from hft.trainers.plan_costs import plan_costs
 from hft.trainers.planner import Plan, TaskProbe
-from hft.trainers.recipes import Recipe
+from hft.trainers.recipes import Recipe, shared_passes
 from hft.trainers.task_data import tokenize_rows
 
 
@@ -215,7 +214,7 @@ def main() -> None:
             elif setting == "found":
                 train = {task: sample(rows[task], ROWS, seed) for task in TREE}
                 train |= rows_of_roots(train, plan["families"])
-                training = {**TRAINING, "task_passes": share_with_roots(plan["families"])}
+                training = {**TRAINING, "task_passes": shared_passes(plan["families"])}
                 model = train_hft(backbone, tokenizer, plan["hierarchy"], train, seed, training)
                 tasks = score(model, tokenizer, validation, lambda task: task)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=plan["hierarchy"])

@@ -30,7 +30,6 @@ from harness import (
     rows_of_roots,
     sample,
     score,
-    share_with_roots,
     train_hft,
 )
 from table import own_rate
@@ -38,6 +37,7 @@ from table import own_rate
 from hft.trainers import HFTTrainer, plan_hierarchy
 from hft.trainers.evaluation import score_options
 from hft.trainers.pilots import ProbeSettings
+from hft.trainers.recipes import shared_passes
 
 
 CL14 = {
@@ -111,7 +111,7 @@ def hft_on(setup: Setup, tree: dict[str, list[str]], families: Mapping[str, Sequ
     train, training = dict(setup.train), {**setup.training, "gate_learning_rate": 5e-2}
     if families:
         train |= rows_of_roots(train, families)
-        training.update(task_passes=share_with_roots(families), route_tasks=setup.order)
+        training.update(task_passes=shared_passes(families), route_tasks=setup.order)
 
     class Reporting(HFTTrainer):
         def _train_stage(self, stage, checkpoint, **kwargs):
