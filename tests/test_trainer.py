@@ -69,12 +69,17 @@ class Recording(HFTTrainer):
         vars(self).setdefault("seen", []).append((stage, before, snapshot(self.model)))
         return output
 
+    def stage_ended(self, stage, trims):
+        saved = hft.HFTConfig.from_pretrained(self.args.output_dir).sealed_tasks()
+        vars(self).setdefault("ended", []).append((stage.tasks, len(saved), list(trims)))
+
 
 @pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}, {"packing": True, "max_length": 64}])
 def test_5_in_a_stage_all_that_is_its_own_moves_and_nothing_else(backbones, tokenizer, tmp_path, options):
     trainer = make(backbones, tokenizer, tmp_path, cls=Recording, num_train_epochs=4, **options)
     trainer.train()
     assert [stage.tasks for stage, _, _ in trainer.seen] == [("a", "e"), ("b", "d"), ("x",)]
+    assert trainer.ended == [(("a", "e"), 2, []), (("b", "d"), 4, []), (("x",), 5, [])]
     for stage, before, after in trainer.seen:
         own = {name for task in stage.tasks for name in trainer.model.task_parameters(task)}
         assert trainer.model.config.page(stage.level)["writers"] == list(stage.tasks)

@@ -1,7 +1,7 @@
 """`HFTTrainer`: TRL's SFTTrainer, once a stage, bottom-up."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,18 @@ from trl import SFTTrainer
 
 from hft.files_hft import replacing
 from hft.modeling_hft import HFTForCausalLM
+from hft.trimmed_hft import HFTTrim
 
 from .answers_only import answers_only
 from .checkpoints import RunFolder
 from .compiled import CompiledDecoder
 from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
+from .gate_group import group_gates
 from .hft_config import HFTTrainingConfig
 from .processes import HFTProcesses
 from .progress import StagePrinter, StageProgress
+from .quantized import passing_as_unquantized
 from .routes import learn_routes
 from .sharing import HFTSharing
 from .stage_callback import StageCallback
@@ -116,7 +119,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
             train_set = self._join(
                 {task: self._ready(task, rows, rows, args) for task, rows in self._train_sets.items()}
             )
-        with _passing_as_unquantized(model):
+        with passing_as_unquantized(model):
             super().__init__(
                 model,
                 args,
@@ -281,7 +284,16 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         learn_routes(self.model, routed, self._train_sets, self.processing_class, self.args.route_samples)
         self._end_stage_record(stage, output, trims)
         self.save_model()
+        self.stage_ended(stage, trims)
         return output
+
+    def stage_ended(self, stage: Stage, trims: Sequence[HFTTrim]) -> None:
+        """Called on every process when a stage is learnt, sealed and saved; does nothing: for those who subclass.
+
+        Args:
+            stage: its level and tasks.
+            trims: what `rank_tolerance` cut off, a task each; empty without it.
+        """
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it owns."""
@@ -343,21 +355,14 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         """As the Trainer's, with the gates in a group of their own: another learning rate, no decay."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
-        gates = {id(gate): gate for gate in self.model.hft_gates.parameters() if gate.requires_grad}
-        if fresh and gates:
-            for group in optimizer.param_groups:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in gates]
-            optimizer.add_param_group(
-                {"params": list(gates.values()), "lr": self.args.gate_learning_rate, "weight_decay": 0.0}
-            )
+        if fresh:
+            group_gates(optimizer, self.model.hft_gates, self.args.gate_learning_rate)
         return optimizer
 
     def _shrink_gates(self) -> None:
         """After an optimizer step: the proximal step on the gates of the task that took it."""
-        rate = self.optimizer.param_groups[-1]["lr"]
-        self.model.hft_gates.shrink(
-            self._last_task, self.model.inherited(self._last_task), rate * self.args.gate_shrink
-        )
+        strength = self.optimizer.param_groups[-1]["lr"] * self.args.gate_shrink
+        self.model.hft_gates.shrink(self._last_task, self.model.inherited(self._last_task), strength)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As SFTTrainer's, with the stage."""
@@ -376,14 +381,3 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.restore(resume_from_checkpoint)
         self.model.set_trainable(self.stage.tasks)
-
-
-@contextlib.contextmanager
-def _passing_as_unquantized(model: PreTrainedModel) -> Iterator[None]:
-    """The Trainer refuses quantised models without PEFT adapters; ours train beside the quantised weights, too."""
-    quantized = getattr(model, "is_quantized", False)
-    model.is_quantized = False
-    try:
-        yield
-    finally:
-        model.is_quantized = quantized

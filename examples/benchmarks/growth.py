@@ -25,9 +25,8 @@ SAMPLES = 200
 class Noting(HFTTrainer):
     """Keeps what the cuts found out."""
 
-    def _end_stage_record(self, stage, output, trims):
+    def stage_ended(self, stage, trims):
         self.model.noted = {**getattr(self.model, "noted", {}), **{trim.task: trim for trim in trims}}
-        super()._end_stage_record(stage, output, trims)
 
 
 def sizes(model: hft.HFTForCausalLM) -> dict[str, int]:

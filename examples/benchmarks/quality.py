@@ -114,13 +114,11 @@ def hft_on(setup: Setup, tree: dict[str, list[str]], families: Mapping[str, Sequ
         training.update(task_passes=shared_passes(families), route_tasks=setup.order)
 
     class Reporting(HFTTrainer):
-        def _train_stage(self, stage, checkpoint, **kwargs):
-            output = super()._train_stage(stage, checkpoint, **kwargs)
+        def stage_ended(self, stage, trims):
             self.model.eval()
             for task in stage.tasks:
                 if task in setup.order:  # not the root of a family
                     setup.after_task(task, lambda task: self.model)
-            return output
 
     model = train_hft(setup.backbone, setup.tokenizer, tree, train, setup.seed, training, Reporting, rank=setup.rank)
     own = sum(p.numel() for name, p in model.named_parameters() if name.startswith("hft_"))
