@@ -82,12 +82,17 @@ def test_steps_and_bytes_are_those_of_the_training(backbones, tokenizer, tmp_pat
 def test_rows_that_lose_their_answers_are_not_timed(backbones, tokenizer, tmp_path):
     rows = {"a": [{"prompt": "so " * 4 * i, "completion": " yes"} for i in range(1, 7)]}
     training = {"output_dir": str(tmp_path), "max_length": 40, "bf16": False, "per_device_train_batch_size": 2}
-    assert (
-        list(_longest(rows["a"], tokenizer, training)) == rows["a"][2::-1]
-    )  # a token a letter: the prompt of the fourth has 48
-    for whole in ({"max_length": None}, {"truncation_mode": "keep_end"}, {"completion_only_loss": False}):
-        assert list(_longest(rows["a"], tokenizer, {**training, **whole})) == rows["a"][::-1]
+
+    def longest(rows, **options):
+        return list(_longest(rows, tokenizer, HFTTrainingConfig(**training, **options)))
+
+    assert longest(rows["a"]) == rows["a"][2::-1]  # a token a letter: the prompt of the fourth has 48
+    for whole in ({"truncation_mode": "keep_end"}, {"completion_only_loss": False}):
+        assert longest(rows["a"], **whole) == rows["a"][::-1]
+    training["max_length"] = None
+    assert longest(rows["a"]) == rows["a"][::-1]
+    training["max_length"] = 40
     with pytest.raises(ValueError, match="`max_length`=40 tokens cuts off the answers of all 1 rows: raise it"):
-        list(_longest(rows["a"][-1:], tokenizer, training))
+        longest(rows["a"][-1:])
     model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {}, rank=3)
     assert time_steps(model, rows, tokenizer, training, num_steps=2).seconds(80, 0) > 0

@@ -100,20 +100,19 @@ def time_steps(
     size = training.get("per_device_train_batch_size", 8)
     everything = [{key: row[key] for key in ("prompt", "completion")} for its in rows.values() for row in its]
     everything.sort(key=lambda row: len(json.dumps(row)))
-    short = list(itertools.islice(itertools.cycle(everything), num_steps * size))
-    long = list(itertools.islice(itertools.cycle(_longest(everything, tokenizer, training)), num_steps * size))
-    for task, parents in TIMED.items():
-        model.add_task(task, parents)
-    data = {task: Dataset.from_list(short if task == "timed-short" else long) for task in TIMED}
     with tempfile.TemporaryDirectory() as folder:
         quiet = dict(
             output_dir=folder, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
             eval_strategy="no", num_train_epochs=1, max_steps=-1, gradient_accumulation_steps=1, route_samples=0,
             route_tasks=None, task_passes=None,
         )  # fmt: skip
-        trainer = _TimedTrainer(
-            model, HFTTrainingConfig(**{**training, **quiet}), train_dataset=data, processing_class=tokenizer
-        )
+        config = HFTTrainingConfig(**{**training, **quiet})
+        short = list(itertools.islice(itertools.cycle(everything), num_steps * size))
+        long = list(itertools.islice(itertools.cycle(_longest(everything, tokenizer, config)), num_steps * size))
+        data = {task: Dataset.from_list(short if task == "timed-short" else long) for task in TIMED}
+        for task, parents in TIMED.items():
+            model.add_task(task, parents)
+        trainer = _TimedTrainer(model, config, train_dataset=data, processing_class=tokenizer)
         trainer.remove_callback(StagePrinter)
         begin = time.perf_counter()
         trainer.train()
@@ -127,9 +126,8 @@ def time_steps(
     return _fit(trainer.starts, 2 * model.config.rank + model.config.memory_config.slots, per_prompt, whole)
 
 
-def _longest(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, training: Mapping[str, Any]) -> Iterator[Row]:
+def _longest(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: HFTTrainingConfig) -> Iterator[Row]:
     """The rows of whose answers something is left when they are cut, from the last one down."""
-    config = HFTTrainingConfig(**{**training, "report_to": "none"})
     cuts = config.truncation_mode == "keep_start" and config.completion_only_loss is not False
     end, something_left = config.max_length if cuts else None, False
     for row in reversed(rows):
