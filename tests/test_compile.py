@@ -159,8 +159,9 @@ def test_nf4_trains_compiled(backbones, tokenizer, tmp_path):
 
 
 def test_what_cannot_have_one_graph_is_refused():
-    with pytest.raises(ValueError, match="`torch_compile` does not go with reentrant checkpointing; leave"):
-        HFTTrainingConfig(torch_compile=True, gradient_checkpointing_kwargs={"use_reentrant": True})
+    for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):  # the old and the new
+        with pytest.raises(ValueError, match="`torch_compile` does not go with reentrant checkpointing; leave"):
+            HFTTrainingConfig(torch_compile=True, **{name: {"use_reentrant": True}})
 
 
 def test_a_rank_that_is_too_small_is_refused(model):

@@ -77,11 +77,6 @@ class HFTTrainingConfig(SFTConfig):
             raise ValueError(f"`mastery_accuracy` is {self.mastery_accuracy}; it must be above 0 and at most 1.")
         if self.mastery_patience is not None and self.mastery_patience < 1:
             raise ValueError(f"`mastery_patience` is {self.mastery_patience}; it must be 1 or more.")
-        if self.torch_compile and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                "`torch_compile` does not go with reentrant checkpointing; leave `use_reentrant` out of "
-                "`gradient_checkpointing_kwargs`."
-            )
         if self.gate_shrink < 0:
             raise ValueError(f"`gate_shrink` is {self.gate_shrink}; it must be 0 or more.")
         if self.rank_tolerance is not None and not self.rank_tolerance >= 0:
@@ -99,11 +94,15 @@ class HFTTrainingConfig(SFTConfig):
         if self.ddp_find_unused_parameters is None:  # a step holds one task; what its siblings own gets no gradient
             self.ddp_find_unused_parameters = True
         super().__post_init__()
-        if self.world_size > 1 and (self.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
-            raise ValueError(
-                f"Reentrant checkpointing hides from DDP which parameters a step uses, and there are {self.world_size} "
-                "processes; leave `use_reentrant` out of `gradient_checkpointing_kwargs`."
-            )
+        if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):  # by its old name, too, from here on
+            leave = "leave `use_reentrant` out of `activation_checkpointing_kwargs`"
+            if self.torch_compile:
+                raise ValueError(f"`torch_compile` does not go with reentrant checkpointing; {leave}.")
+            if self.world_size > 1:
+                raise ValueError(
+                    f"Reentrant checkpointing hides from DDP which parameters a step uses, and there are {self.world_size} "
+                    f"processes; {leave}."
+                )
 
     def sampler(self, num_rows: Mapping[str, int], block_size: int) -> BlockSampler:
         """The order of a stage's rows: task -> how many it has, in blocks of what one optimizer step takes."""
