@@ -57,21 +57,26 @@ class HFTFused:
                 pairs, g_R = self._sources(task, x_BTI)
                 factors = [factor for pair in pairs for factor in pair]
                 return _PathProduct.apply(x_BTI, g_R, *factors)
-            if task.wide is not None and _is_a_token_on_cpu(x_BTI):
+            if task.wide is not None and _are_few_on_cpu(x_BTI, x_BTI.numel() // x_BTI.shape[-1]):
                 down_RI, up_OR = self._wide_factors(task, task.wide, x_BTI)
                 return F.linear(F.linear(x_BTI.float(), down_RI), up_OR).to(x_BTI.dtype)
             down_RI, up_OR = self.factors(task, x_BTI)
             return F.linear(F.linear(x_BTI, down_RI), up_OR)
         # A path a row: each row meets the factors of its own task only. Some decoders flatten rows and tokens into one axis.
         rows_BTI = x_BTI.reshape(len(path.task_of_row_B), -1, x_BTI.shape[-1])
-        down_BRI, up_BOR = self._stacked([self.factors(task, x_BTI) for task in path.tasks])
+        if path.tasks[0].wide is not None and _are_few_on_cpu(x_BTI, rows_BTI.shape[1]):
+            rows_BTI = rows_BTI.float()
+            pairs = [self._wide_factors(task, task.wide, x_BTI) for task in path.tasks]
+        else:
+            pairs = [self.factors(task, x_BTI) for task in path.tasks]
+        down_BRI, up_BOR = self._stacked(pairs)
         if path.in_order:
             down_BRI, up_BOR = down_BRI[: len(rows_BTI)], up_BOR[: len(rows_BTI)]
         else:
             rows_B = path.task_of_row_B.to(x_BTI.device)
             down_BRI, up_BOR = down_BRI[rows_B], up_BOR[rows_B]
         added_BTO = (rows_BTI @ down_BRI.mT) @ up_BOR.mT
-        return added_BTO.reshape(*x_BTI.shape[:-1], -1)
+        return added_BTO.reshape(*x_BTI.shape[:-1], -1).to(x_BTI.dtype)
 
     def _stacked(self, pairs: list[Pair]) -> Pair:
         """The factors of K tasks, padded to one rank: [K + 1, R, I] and [K + 1, O, R]; last the backbone's, which are 0.
@@ -138,10 +143,9 @@ def padded(pair: Pair, rank: int) -> Pair:
     return F.pad(down_RI, (0, 0, 0, rank - len(down_RI))), F.pad(up_OR, (0, rank - up_OR.shape[1]))
 
 
-def _is_a_token_on_cpu(x_BTI: torch.Tensor) -> bool:
-    """Whether these are so few tokens, up to four, that a CPU multiplies them faster in float32: a row's next one."""
-    is_narrow = x_BTI.device.type == "cpu" and x_BTI.dtype in (torch.bfloat16, torch.float16)
-    return is_narrow and x_BTI.numel() <= 4 * x_BTI.shape[-1]
+def _are_few_on_cpu(x_BTI: torch.Tensor, num_tokens: int) -> bool:
+    """Whether a pair of factors meets so few tokens, up to four, that a CPU multiplies them faster in float32."""
+    return num_tokens <= 4 and x_BTI.device.type == "cpu" and x_BTI.dtype in (torch.bfloat16, torch.float16)
 
 
 def _concatenated(pairs: Sequence[Pair], like: torch.Tensor) -> Pair:

@@ -123,3 +123,26 @@ def test_a_single_token_on_a_cpu_is_multiplied_in_float32(backbones):
     assert all(factor.dtype == torch.float32 for pair in wide.wide.values() for factor in pair)
     assert (token - exact).norm() <= (plain - exact).norm()  # one rounding instead of three
     assert added(x_BTI, True)[1].wide == {} and bits(added(x_BTI, True)[0]) == bits(added(x_BTI, False)[0])
+
+
+def test_so_are_the_tokens_of_a_mixed_batch_a_row_each(backbones):
+    """Each row as when it is alone; a row of the backbone gets nothing; longer rows are as they were."""
+    model = chain(backbones, torch.bfloat16, memory_config={"slots": 3}).requires_grad_(False)
+    fused = model._fused["layers.0.mlp.up_proj"]
+    x_BTI = torch.randn(4, 6, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    tasks = ["c", "a", "backbone", "b"]
+
+    def added(rows, which, wide):
+        with torch.no_grad():
+            path = model._path(which, len(rows), is_one_pass=True)
+            return fused.added(rows, path.with_wide_factors() if wide else path)
+
+    mixed = added(x_BTI[:, -1:], tasks, True)
+    assert mixed.dtype == torch.bfloat16 and not mixed[2].any()
+    for row, task in enumerate(tasks):
+        if task != "backbone":
+            alone = added(x_BTI[row : row + 1, -1:], task, True)
+            torch.testing.assert_close(mixed[row], alone[0], rtol=2**-7, atol=0)  # a last bit of bfloat16
+    narrow = added(x_BTI[:, -1:], tasks, False)
+    assert bits(mixed) != bits(narrow)
+    assert bits(added(x_BTI, tasks, True)) == bits(added(x_BTI, tasks, False))
