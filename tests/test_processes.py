@@ -122,6 +122,7 @@ def test_killed_and_resumed_two_processes_learn_what_one_learns(backbones, token
         {"gradient_checkpointing": True},
         {"packing": True, "max_length": 40, "per_device_train_batch_size": 1},
         {"gate_shrink": 1.0, "max_grad_norm": 0.1},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
     ],
     ids=lambda options: next(iter(options)),
 )
