@@ -102,6 +102,22 @@ def test_the_planners_estimates():
     assert f"{100 * seconds:.1f} % too much time and {100 * size:.1f} % too much memory" in PROSE
 
 
+def test_the_sentences_on_decoding():
+    cells = {cell["setting"]: cell for cell in read_cells("speed.jsonl")}
+    times = cells["decode"]["times"]
+    more = 1000 * (times["task"] - times["backbone"])
+    assert (
+        f"takes {1000 * times['backbone']:.0f} ms, and two small products and a hook at each of 210 linears" in PROSE
+    )
+    assert f"linears {more:.0f} ms more" in PROSE
+    assert f"and differ by {100 * (times['task'] / times['routed'] - 1):.0f} %" in PROSE
+    bounds = [its["peft"] / its["backbone"] for its in cells["mixed 8"]["times"].values()]
+    assert f"PEFT takes {min(bounds):.1f} to {max(bounds):.1f} times as long as the plain backbone" in PROSE
+    ratio = cells["mixed 8"]["ratio"]
+    words = f"{ratio['prefill']:.2f} times as long as HFT (64 tokens a row), and {ratio['decode']:.2f} times"
+    assert f"`adapter_names` {words}" in PROSE
+
+
 def test_what_tasks_take_on_disk(figures):
     (cell,) = read_cells("growth.jsonl")
     ranks = [rank for _, rank, *_ in cell["trims"].values()]

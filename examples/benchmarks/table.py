@@ -190,6 +190,11 @@ def speed() -> str:
             beside = [f"{name} {ratio:.2f}" for name, ratio in _flat(cell.get("ratio", {})) if ratio != cell["value"]]
             if "bytes_per_task" in cell:
                 beside.append(f"{cell['times']['one']:.1f} s, {cell['bytes_per_task'] / 1e6:.1f} MB a task")
+            if setting.startswith("mixed"):  # no way to run adapters is faster than to run none
+                bounds = {name: its["peft"] / its["backbone"] for name, its in cell["times"].items()}
+                beside.append(
+                    "the plain backbone: " + ", ".join(f"{bound:.2f} {name}" for name, bound in bounds.items())
+                )
             beside += [f"{name}: does not run" for name in cell.get("does_not_run", ())]
             lines.append(f"| {title} | {cell['value']:.2f} | {', '.join(beside)} |")
     return "\n".join(lines)
