@@ -76,13 +76,14 @@ def test_the_quality_tables_by_hand(tmp_path, monkeypatch):
 
     cells = [line("single", 1, 0, 56, 61), line("single", 1, 1, 58, 63), line("single", 2, 0, 50, 50),
              line("joint", 1, 0, 60, 60), line("joint", 1, 1, 62, 60),
-             line("hft", 2, 0, 64, 66, (64, 64)), line("hft", 2, 1, 66, 66, (66, 66))]  # fmt: skip
+             line("hft_chains", 2, 0, 64, 66, (64, 64)), line("hft_chains", 2, 1, 66, 66, (66, 66)),
+             line("hft_root", 2, 0, 64, 64)]  # fmt: skip
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, cells)))
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     assert table.learnable(summary.read("quality-small-family")) == ["a"]
     shown = table.quality("small", "family")
     assert "| one LoRA a task | 2 | 59.5 ± 1.0 | 57.0 ± 1.0 |  | 2.0 M |" in shown
-    assert "| HFT, routed | 2 | 65.0 ± 1.0 | 65.0 ± 1.0 |  | 2.0 M |" in shown
+    assert "| HFT, routed, chains | 2 | 65.0 ± 1.0 | 65.0 ± 1.0 |  | 2.0 M |" in shown
     assert "| b | 60.0 | no | 62.0 ± 1.0 | 60.0 ± 0.0 | 66.0 ± 0.0 | 65.0 ± 1.0 |" in table.quality_tasks(
         "small", "family"
     )
@@ -91,6 +92,8 @@ def test_the_quality_tables_by_hand(tmp_path, monkeypatch):
         figures["quality.small.family.hft_minus_joint"] == 5.0 and figures["quality.small.family.learnable_tasks"] == 1
     )
     assert figures["quality.small.family.ap_learnable_hft"] == 65.0
+    assert figures["quality.small.family.hft_chains_minus_joint"] == 5.0  # better than `hft_root` on validation rows
+    assert figures["quality.small.family.ap_hft_routed"] == 65.0 and table.own_hierarchy({}) is None
 
 
 def test_the_memorys_table_by_hand(tmp_path, monkeypatch):
@@ -411,7 +414,7 @@ def test_each_method_runs(backbones, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     cells = read_cells(out)
-    assert {cell["method"] for cell in cells} == {*METHODS, "hft", "hft_families", "hft_planned"}
+    assert {cell["method"] for cell in cells} == {*METHODS, "hft_chains", "hft_families", "hft_root", "hft_planned"}
     for line in cells:
         assert set(line["test"]["tasks"]) == {"sst2", "yelp"} and 0 <= line["test"]["ap"] <= 100
         sees_a_sequence = line["method"].startswith(("sequential", "olora", "osf", "hft"))

@@ -60,14 +60,14 @@ def figures() -> dict[str, float]:
 
 def test_the_qualitys_sentences(figures):
     of = {key.removeprefix("quality.small.family."): value for key, value in figures.items()}
-    for ours, words in (("hft", "HFT with chains is"), ("hft_families", "with a root a family")):
+    for ours, words in (("hft_chains", "HFT with chains is"), ("hft_families", "with a root a family")):
         single, joint = (
             f"{abs(of[f'{ours}_minus_{o}']):.1f} ± {of[f'{ours}_minus_{o}_se']:.1f}" for o in ("single", "joint")
         )
         assert of[f"{ours}_minus_single"] > 0 > of[f"{ours}_minus_joint"]
         assert re.search(rf"{words} {single} [^;]*above[^;]* and {joint} below", PROSE)
     assert f"{of['quality.small.hft_minus_single_low_resource']:.1f} points above one LoRA a task (goal: 5)" in PROSE
-    assert f"a routed task scores {of['ap_hft'] - of['ap_hft_routed']:.1f} points less" in PROSE
+    assert f"a routed task scores {of['ap_hft_chains'] - of['ap_hft_chains_routed']:.1f} points less" in PROSE
     cells = read_cells("quality.jsonl")
     small = [cell for cell in cells if cell["name"] == "quality-small-family"]
     tests = [cell["test"] for cell in small if cell["setting"] == "hft_families@0.002"]
@@ -79,8 +79,11 @@ def test_the_qualitys_sentences(figures):
     lower = [cell["test"]["ap"] for cell in small if cell["setting"] == "joint@0.001"]
     assert f"at 1e-3 joint LoRA scores {statistics.mean(lower):.1f} on test rows" in PROSE
     assert f"in the third it is {of_joint[2]['test']['ap'] - tests[2]['ap']:.1f} below" in PROSE
-    short = {m: f"{of[f'quality.short.family.ap_{m}']:.1f}" for m in ("joint", "hft", "single")}
-    assert f"joint LoRA {short['joint']}, HFT with chains {short['hft']}, one LoRA a task {short['single']}" in PROSE
+    short = {m: f"{of[f'quality.short.family.ap_{m}']:.1f}" for m in ("joint", "hft_chains", "single")}
+    assert (
+        f"joint LoRA {short['joint']}, HFT with chains {short['hft_chains']}, one LoRA a task {short['single']}"
+        in PROSE
+    )
 
 
 def test_the_fourteen_tasks():
@@ -186,7 +189,9 @@ def test_the_routers_numbers():
         numbers = " | ".join(f"{cell[key]:.1f} %" for key in ("value", "likeliest", "false_activation"))
         assert f" | {numbers} |" in README, cell["setting"]
     cells = read_cells("quality.jsonl")
-    test = next(cell for cell in cells if (cell["name"], cell["method"]) == ("quality-short-cl14", "hft"))["test"]
+    test = next(cell for cell in cells if (cell["name"], cell["method"]) == ("quality-short-cl14", "hft_chains"))[
+        "test"
+    ]
     assert f"was {test['ap']:.1f} with the task given and {test['routed']['ap']:.1f} routed" in README
 
 

@@ -82,8 +82,8 @@ def hierarchy(tasks: list[str]) -> dict[str, list[str]]:
     return {task: [up for up in CL14[task] if up in tasks] for task in tasks}
 
 
-def hft(setup: Setup) -> Outcome:
-    """HFT with its hand-made hierarchy; the caller names the task."""
+def hft_chains(setup: Setup) -> Outcome:
+    """HFT with a hand-made hierarchy: a chain a family, from few answers to many; the caller names the task."""
     return hft_on(setup, hierarchy(setup.order))
 
 
@@ -93,6 +93,12 @@ def hft_families(setup: Setup) -> Outcome:
     families = {name: its for name, its in families.items() if len(its) > 1}
     up = {task: [name for name, its in families.items() if task in its] for task in setup.order}
     return hft_on(setup, {**{name: [] for name in families}, **up}, families)
+
+
+def hft_root(setup: Setup) -> Outcome:
+    """HFT where all tasks stand on one root that learns from all of them, for two of three of their steps."""
+    root = {"all": setup.order}
+    return hft_on(setup, {"all": [], **{task: ["all"] for task in setup.order}}, root)
 
 
 def hft_planned(setup: Setup) -> Outcome:
@@ -125,7 +131,13 @@ def hft_on(setup: Setup, tree: dict[str, list[str]], families: Mapping[str, Sequ
     return Outcome(lambda task: model, own, own, {"tree": tree})
 
 
-ALL = {**METHODS, "hft": hft, "hft_families": hft_families, "hft_planned": hft_planned}
+ALL = {
+    **METHODS,
+    "hft_chains": hft_chains,
+    "hft_families": hft_families,
+    "hft_root": hft_root,
+    "hft_planned": hft_planned,
+}
 
 
 def routed_score(

@@ -58,8 +58,11 @@ def _put(figures: dict[str, float], key: str, values: list[float]) -> None:
 
 
 def quality() -> dict[str, float]:
-    """Average performance and forgetting on test rows of each method at its own learning rate, and HFT against others."""
-    from table import LOW_RESOURCE, METHODS, chosen, learnable, test_scores
+    """Average performance and forgetting on test rows of each method at its own learning rate, and HFT against others.
+
+    `hft` is HFT with the hand-made hierarchy that validation rows choose, see `own_hierarchy`.
+    """
+    from table import HAND_MADE, LOW_RESOURCE, METHODS, learnable, own_hierarchy, runs, test_scores
 
     figures: dict[str, float] = {}
     for budget, tasks in itertools.product(("short", "small", "full"), ("family", "cl14")):
@@ -70,9 +73,12 @@ def quality() -> dict[str, float]:
         above = learnable(cells)
         if above:
             figures[f"{prefix}.learnable_tasks"] = len(above)
-        for method in METHODS:
-            its = chosen(cells, method.removesuffix("_routed"))
-            if not its:
+        best = own_hierarchy(cells)
+        stands_for = {method: method for method in METHODS}
+        if best is not None:
+            stands_for |= {"hft": best, "hft_routed": f"{best}_routed"}
+        for method, its_name in stands_for.items():
+            if not (its := runs(cells, its_name)):
                 continue
             of[method] = {cell["seed"]: cell for cell in its}
             scores = [test_scores(cell, method) for cell in its]
@@ -82,7 +88,7 @@ def quality() -> dict[str, float]:
                     _put(figures, f"{prefix}.{key}_{method}", means)
             if lost := [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]:
                 figures[f"{prefix}.forgetting_{method}"] = round(statistics.mean(lost), 3)
-        for ours, other in itertools.product(("hft", "hft_families"), ("joint", "single")):
+        for ours, other in itertools.product(("hft", *HAND_MADE), ("joint", "single")):
             if seeds := of.get(ours, {}).keys() & of.get(other, {}).keys():
                 gaps = [of[ours][seed]["test"]["ap"] - of[other][seed]["test"]["ap"] for seed in seeds]
                 _put(figures, f"{prefix}.{ours}_minus_{other}", gaps)
@@ -106,7 +112,7 @@ def routing() -> dict[str, float]:
     for form, key in (("as they are", ""), ("shared", "_shared_instruction"), ("stripped", "_stripped")):
         if form in cells:
             figures[f"routing.accuracy{key}"] = cells[form]["value"]
-    trained = [cell for cell in read("quality-short-cl14").values() if cell["method"] == "hft"]
+    trained = [cell for cell in read("quality-short-cl14").values() if cell["method"] == "hft_chains"]
     if trained:
         gaps = [cell["test"]["routed"]["ap"] - cell["test"]["ap"] for cell in trained]
         figures["routing.ap_routed_minus_given"] = round(statistics.mean(gaps), 3)

@@ -37,11 +37,14 @@ METHODS = {
     "olora": "O-LoRA",
     "osf": "OSF (backbone in bfloat16)",
     "arrow": "Arrow over one LoRA a task",
-    "hft": "HFT, task ids given",
-    "hft_routed": "HFT, routed",
+    "hft_chains": "HFT, task ids given, chains",
+    "hft_chains_routed": "HFT, routed, chains",
     "hft_families": "HFT, task ids given, a root a family",
+    "hft_root": "HFT, task ids given, one root for all",
+    "hft_root_routed": "HFT, routed, one root for all",
     "hft_planned": "HFT, task ids given, the planner's hierarchy",
 }
+HAND_MADE = ("hft_chains", "hft_families", "hft_root")  # hierarchies of which validation rows choose one
 
 
 SPEED = {
@@ -89,7 +92,7 @@ def quality(budget: str, tasks: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for method, title in METHODS.items():
-        if not (its := chosen(cells, method.removesuffix("_routed"))):
+        if not (its := runs(cells, method)):
             continue
         scores = [test_scores(cell, method) for cell in its]
         whole = mean_se([statistics.mean(its.values()) for its in scores])
@@ -103,7 +106,7 @@ def quality(budget: str, tasks: str) -> str:
 def quality_tasks(budget: str, tasks: str) -> str:
     """Tasks in rows: the commonest answer's share, whether one LoRA learns the task at all, and methods' test scores."""
     cells = read(f"quality-{budget}-{tasks}")
-    its = {method: found for method in METHODS if (found := chosen(cells, method.removesuffix("_routed")))}
+    its = {method: found for method in METHODS if (found := runs(cells, method))}
     above = learnable(cells)
     lines = ["| task | majority | learnable | " + " | ".join(METHODS[method] for method in its) + " |"]
     lines.append("|---" * (3 + len(its)) + "|")
@@ -136,7 +139,7 @@ def share_of_page_1(added: Mapping[str, list[float]]) -> float:
 
 
 def test_scores(cell: Mapping, method: str) -> dict[str, float]:
-    """A cell's accuracies on test rows, with the router's tasks for `hft_routed`."""
+    """A cell's accuracies on test rows, with the router's tasks for a method called `..._routed`."""
     scores = cell["test"]["routed"] if method.endswith("_routed") else cell["test"]
     return {task: its["accuracy"] for task, its in scores["tasks"].items()}
 
@@ -158,6 +161,12 @@ def learnable(cells: Mapping[tuple[str, int], dict]) -> list[str]:
     return above
 
 
+def runs(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
+    """As `chosen`; of a method called `..._routed` those in which the router was asked, which the first ones were not."""
+    its = chosen(cells, method.removesuffix("_routed"))
+    return [cell for cell in its if "routed" in cell["test"]] if method.endswith("_routed") else its
+
+
 def chosen(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
     """A method's cells at its own learning rate, by seed."""
     its = [cell for cell in cells.values() if cell["method"] == method]
@@ -165,6 +174,16 @@ def chosen(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
         return []
     rate = own_rate(its)
     return sorted((cell for cell in its if cell["learning_rate"] == rate), key=lambda cell: cell["seed"])
+
+
+def own_hierarchy(cells: Mapping[tuple[str, int], dict]) -> str | None:
+    """HFT's hand-made hierarchy that is best on validation rows: their average, over the seeds that all of them have run."""
+    found = {method: {cell["seed"]: cell["value"] for cell in chosen(cells, method)} for method in HAND_MADE}
+    found = {method: its for method, its in found.items() if its}
+    if not found:
+        return None
+    seeds = set.intersection(*map(set, found.values()))
+    return max(found, key=lambda method: statistics.mean(found[method][seed] for seed in seeds))
 
 
 def own_rate(cells: Sequence[Mapping]) -> float:
