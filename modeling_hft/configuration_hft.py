@@ -20,9 +20,12 @@ class HFTGatingConfig(PreTrainedConfig):
     """How a task decides, layer by layer, how much of each node on its path flows in.
 
     Args:
-        init: a task's gate on its own node at the start. The gates on its ancestors start at its parents' values, so
-            that a child begins as its parent.
-        trainable: `False` keeps all gates at their start: the ablation "without gates".
+        init: a task's gate on its own node, which does not learn with it; not 0. The gates on its ancestors start at its
+            parents' values, so that a child begins as its parent, and learn.
+        trainable: `False` keeps these at their start, too: the ablation "without gates". A refresh moves all.
+
+    Raises:
+        ValueError: an `init` of 0, through which nothing could learn.
     """
 
     model_type = "hft_gating"
@@ -30,6 +33,13 @@ class HFTGatingConfig(PreTrainedConfig):
 
     init: float = 1.0
     trainable: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.init == 0:
+            raise ValueError(
+                "`init` of the gates is 0, and a node behind a gate of 0 cannot learn; give another number."
+            )
+        super().__post_init__(**kwargs)
 
 
 @strict
@@ -40,11 +50,11 @@ class HFTMemoryConfig(PreTrainedConfig):
         read: `"linear"`: a page adds V K x, so that a task's path stays one plain LoRA. `"off"`: there is no memory.
         slots: S, the slots of a new page at each linear; 1 or more.
         target_modules: the linears that carry slots, among those that carry nodes: `"all-linear"` or a list of last names.
-        init: a task's gate on its own stage's page at the start.
+        init: a task's gate on its own stage's page, which does not learn with it; not 0.
         root_init: a root's gates on pages that were there before it, at the start. A child's start at its parents' values.
 
     Raises:
-        ValueError: a number of slots below 1.
+        ValueError: a number of slots below 1, or an `init` of 0.
     """
 
     model_type = "hft_memory"
@@ -59,6 +69,10 @@ class HFTMemoryConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.slots < 1:
             raise ValueError(f"`slots` is {self.slots}; a page needs 1 or more.")
+        if self.init == 0:
+            raise ValueError(
+                "`init` of the memory is 0, and a page behind a gate of 0 cannot learn; give another number."
+            )
         super().__post_init__(**kwargs)
 
 
@@ -252,7 +266,7 @@ class HFTConfig(PreTrainedConfig):
         """The entry of a sealed task; ValueError if there is none, or it is still open."""
         task = self.task(name)
         if not task["sealed"]:
-            raise ValueError(f"Task {name!r} is not sealed: its gates still learn with it; refresh is for old tasks.")
+            raise ValueError(f"Task {name!r} is not sealed; refresh is for old tasks.")
         return task
 
     def page(self, page_id: int) -> dict[str, Any]:

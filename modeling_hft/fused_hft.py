@@ -64,12 +64,14 @@ class HFTFused:
             return F.linear(F.linear(x_BTI, down_RI), up_OR)
         # A path a row: each row meets the factors of its own task only. Some decoders flatten rows and tokens into one axis.
         rows_BTI = x_BTI.reshape(len(path.task_of_row_B), -1, x_BTI.shape[-1])
-        if path.tasks[0].wide is not None and _are_few_on_cpu(x_BTI, rows_BTI.shape[1]):
+        if path.wide_stacks is not None and _are_few_on_cpu(x_BTI, rows_BTI.shape[1]):
             rows_BTI = rows_BTI.float()
-            pairs = [self._wide_factors(task, task.wide, x_BTI) for task in path.tasks]
+            if self.name not in path.wide_stacks:
+                down_BRI, up_BOR = _stack([self.factors(task, x_BTI) for task in path.tasks])
+                path.wide_stacks[self.name] = down_BRI.float(), up_BOR.float()
+            down_BRI, up_BOR = path.wide_stacks[self.name]
         else:
-            pairs = [self.factors(task, x_BTI) for task in path.tasks]
-        down_BRI, up_BOR = self._stacked(pairs)
+            down_BRI, up_BOR = self._stacked([self.factors(task, x_BTI) for task in path.tasks])
         if path.in_order:
             down_BRI, up_BOR = down_BRI[: len(rows_BTI)], up_BOR[: len(rows_BTI)]
         else:
@@ -79,26 +81,13 @@ class HFTFused:
         return added_BTO.reshape(*x_BTI.shape[:-1], -1).to(x_BTI.dtype)
 
     def _stacked(self, pairs: list[Pair]) -> Pair:
-        """The factors of K tasks, padded to one rank: [K + 1, R, I] and [K + 1, O, R]; last the backbone's, which are 0.
-
-        The last stack is kept for the next pass: a batch is decoded many times with the same tasks.
-        """
-        if (
-            self._stack is not None
-            and len(self._stack[0]) == len(pairs)
-            and all(
-                a is b
-                for one, other in zip(self._stack[0], pairs, strict=True)
-                for a, b in zip(one, other, strict=True)
-            )
-        ):
-            return self._stack[1]
-        rank = max(len(down_RI) for down_RI, _ in pairs)
-        downs, ups = zip(*(padded(pair, rank) for pair in pairs), strict=True)
-        stack = (
-            torch.stack([*downs, torch.zeros_like(downs[0])]),
-            torch.stack([*ups, torch.zeros_like(ups[0])]),
-        )
+        """As `_stack`; the last one is kept for the next pass, which is often one with the same tasks."""
+        kept = self._stack  # once: another thread may put its own there meanwhile
+        if kept is not None and len(kept[0]) == len(pairs):
+            both = zip(kept[0], pairs, strict=True)
+            if all(a is b for one, other in both for a, b in zip(one, other, strict=True)):
+                return kept[1]
+        stack = _stack(pairs)
         if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             self._stack = (pairs, stack)
         return stack
@@ -135,6 +124,13 @@ class HFTFused:
         if self.memory is not None:
             pairs += [self.memory.pair(page) for page in task.sources.pages]
         return pairs, task.column_gates(self.nodes.layer, self.memory is not None).to(like.device)
+
+
+def _stack(pairs: list[Pair]) -> Pair:
+    """The factors of K tasks, padded to one rank: [K + 1, R, I] and [K + 1, O, R]; last the backbone's, which are 0."""
+    rank = max(len(down_RI) for down_RI, _ in pairs)
+    downs, ups = zip(*(padded(pair, rank) for pair in pairs), strict=True)
+    return torch.stack([*downs, torch.zeros_like(downs[0])]), torch.stack([*ups, torch.zeros_like(ups[0])])
 
 
 def padded(pair: Pair, rank: int) -> Pair:

@@ -16,11 +16,12 @@ from .path_hft import HFTSources
 class HFTGates(nn.Module):
     """One learnt number a (task, source, layer), in float32: how much of a node or page the task lets in at that layer.
 
-    Unlike the gates of a mixture of experts, they do not depend on the input: a task's path stays one plain LoRA.
+    Unlike the gates of a mixture of experts, they do not depend on the input: a task's path stays one plain LoRA. While a
+    task learns, so do its gates on what it inherits; those on its own node and its own stage's page stay as they are.
 
     Args:
         num_layers: L.
-        start: a task's gate on its own node at the start.
+        start: a task's gate on its own node.
         page_start: on its own stage's page.
         root_page_start: a root's, on pages that were there before it.
     """

@@ -164,7 +164,13 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         gates_LN = self.hft_gates.of(task)
         source_of_column_R = [source for source, rank in enumerate(ranks) for _ in range(rank)]
         columns = torch.tensor(source_of_column_R, device=gates_LN.device)
-        return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns, kept)
+        learns_N = None
+        if (
+            gates_LN.requires_grad and not self.config.task(task)["sealed"]
+        ):  # a sealed task's want one in a refresh only
+            learning = self.learning_gates(task)
+            learns_N = torch.tensor([i in learning for i in range(len(sources))], device=gates_LN.device)
+        return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns, kept, learns_N=learns_N)
 
     def _rows(self, task: Task, num_rows: int | None) -> list[str | None]:
         """The names in `task`, checked; one if it is one for all rows. None for the backbone."""

@@ -49,6 +49,7 @@ class HFTTaskPath:
         kept: the fused factors that linears made on this path, by linear, and which are still right; linears add theirs.
             None: they make them anew.
         wide: the same in float32, while tokens are generated; None otherwise.
+        learns_N: which sources' gates get gradients; None: all, as in a refresh, or none.
     """
 
     task: str
@@ -58,11 +59,15 @@ class HFTTaskPath:
     num_node_columns: int
     kept: dict[str, Pair] | None = None
     wide: dict[str, Pair] | None = None
+    learns_N: torch.Tensor | None = None
 
     def column_gates(self, layer: int, with_pages: bool) -> torch.Tensor:
         """One layer's gates, a number a column of the factors: [R], float32; the nodes' columns, or all."""
         columns = self.source_of_column_R if with_pages else self.source_of_column_R[: self.num_node_columns]
-        return self.gates[layer][columns]
+        gates_N = self.gates[layer]
+        if self.learns_N is not None:
+            gates_N = torch.where(self.learns_N, gates_N, gates_N.detach())
+        return gates_N[columns]
 
 
 @dataclass(frozen=True)
@@ -74,15 +79,18 @@ class HFTPath:
         task_of_row_B: for each row its place in `tasks`, and one more than the last for the plain backbone; None if all rows
             take the only one.
         in_order: whether the places are 0, 1, 2, ...: each row has a task of its own.
+        wide_stacks: of rows with different tasks, while tokens are generated: by linear, their factors in one tensor each,
+            in float32; linears add theirs. None otherwise.
     """
 
     tasks: tuple[HFTTaskPath, ...]
     task_of_row_B: torch.Tensor | None = None
     in_order: bool = False
+    wide_stacks: dict[str, Pair] | None = None
 
     def with_wide_factors(self) -> "HFTPath":
         """The same paths with room for factors in float32."""
-        return replace(self, tasks=tuple(replace(task, wide={}) for task in self.tasks))
+        return replace(self, tasks=tuple(replace(task, wide={}) for task in self.tasks), wide_stacks={})
 
 
 class _ThreadState(threading.local):

@@ -211,7 +211,7 @@ class HFTTasks:
         entry["pages"] = sorted({page_id for up in above for page_id in up["pages"]} | set(pages))
         self._make_gates(task)
         self._reset_gates(task)
-        self.hft_gates.of(task).requires_grad_(self.config.gating_config.trainable)
+        self.hft_gates.of(task).requires_grad_(bool(self.learning_gates(task)))
 
     def _reset_gates(self, task: str) -> None:
         parents = self.hierarchy.parents(task)
@@ -256,12 +256,15 @@ class HFTTasks:
 
     def inherited(self, task: str) -> list[int]:
         """The columns of a task's gates that stand for what it found, not for its own node or its own stage's page."""
-        sources, own_page = self.sources(task), str(self._open_page(task))
-        return [
-            column
-            for column, name in enumerate((*sources.nodes, *sources.pages))
-            if name != (task if column < len(sources.nodes) else own_page)
-        ]
+        own = {task, *(f"page:{page['id']}" for page in self.config.pages if task in page["writers"])}
+        return [column for column, label in enumerate(self.sources(task).labels()) if label not in own]
+
+    def learning_gates(self, task: str) -> list[int]:
+        """The columns of an open task's gates that learn with it: those on what it inherits, if gates learn at all.
+
+        The others keep their start: what they would scale is learning itself, and a gate that falls meanwhile only slows it.
+        """
+        return self.inherited(task) if self.config.gating_config.trainable else []
 
     def _read_parameters(self, task: str) -> list[nn.Parameter]:
         """All parameters that a task reads: its gates, and its sources' factors."""
@@ -289,12 +292,14 @@ class HFTTasks:
         return own
 
     def learning_parameters(self, task: str) -> dict[str, nn.Parameter]:
-        """All that an open task trains: what it owns, and the page that it writes with its siblings."""
-        page_id = self._open_page(task)
-        return {**self.task_parameters(task), **(self.page_parameters(page_id) if page_id is not None else {})}
+        """All that an open task trains: its node, its gates if any of them learns, and the page that its stage writes."""
+        page_id, own = self._open_page(task), self.task_parameters(task)
+        if not self.learning_gates(task):
+            del own[f"hft_gates.g_{task}"]
+        return {**own, **(self.page_parameters(page_id) if page_id is not None else {})}
 
     def set_trainable(self, tasks: Iterable[str]) -> None:
-        """Makes what these tasks train trainable, and nothing else: their nodes, gates, and the page that they write.
+        """Makes what these tasks train trainable, and nothing else: see `learning_parameters`.
 
         Raises:
             ValueError: if one of them is unknown or sealed.
@@ -308,7 +313,6 @@ class HFTTasks:
         for task in tasks:
             for parameter in self.learning_parameters(task).values():
                 parameter.requires_grad_(True)
-            self.hft_gates.of(task).requires_grad_(self.config.gating_config.trainable)
 
     @torch.no_grad()
     def seal(

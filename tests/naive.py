@@ -2,6 +2,8 @@
 
 y[b, t] = W x[b, t] + sum over the nodes n that row b's task reads of g[task, n, layer] * B_n (A_n x[b, t])
                     + sum over its pages p and their slots s       of g[task, p, layer] * K_p[s] . x[b, t] * V_p[:, s]
+
+Of an open task, the gates on what is learning itself, its own node and its stage's page, get no gradient.
 """
 
 import torch
@@ -35,7 +37,11 @@ def add_sources(model, task, nodes, memory, layer, x, y):
     if task is None:
         return y
     entry = model.config.task(task)
-    gates = iter(model.hft_gates.of(task)[layer])
+    own = [task] + [page["id"] for page in model.config.pages if task in page["writers"] and not page["sealed"]]
+    read = [*model.hierarchy.path(task), *entry["borrows"], *entry["pages"]]
+    gates = model.hft_gates.of(task)[layer]
+    gates = iter(g.detach() if not entry["sealed"] and source in own else g
+                 for source, g in zip(read, gates, strict=True))  # fmt: skip
     for node in [*model.hierarchy.path(task), *entry["borrows"]]:
         A, B = nodes.pair(node)
         hidden = sum(A[:, i] * x[i] for i in range(A.shape[1]))

@@ -414,7 +414,14 @@ def test_each_method_runs(backbones, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     cells = read_cells(out)
-    assert {cell["method"] for cell in cells} == {*METHODS, "hft_chains", "hft_families", "hft_root", "hft_planned"}
+    assert {cell["method"] for cell in cells} == {
+        *METHODS,
+        "hft_chains",
+        "hft_families",
+        "hft_root",
+        "hft_root_no_memory",
+        "hft_planned",
+    }
     for line in cells:
         assert set(line["test"]["tasks"]) == {"sst2", "yelp"} and 0 <= line["test"]["ap"] <= 100
         sees_a_sequence = line["method"].startswith(("sequential", "olora", "osf", "hft"))

@@ -143,6 +143,7 @@ def test_so_are_the_tokens_of_a_mixed_batch_a_row_each(backbones):
         if task != "backbone":
             alone = added(x_BTI[row : row + 1, -1:], task, True)
             torch.testing.assert_close(mixed[row], alone[0], rtol=2**-7, atol=0)  # a last bit of bfloat16
+    assert fused._stack is None  # in float32 they live no longer than the tokens come
     narrow = added(x_BTI[:, -1:], tasks, False)
     assert bits(mixed) != bits(narrow)
     assert bits(added(x_BTI, tasks, True)) == bits(added(x_BTI, tasks, False))

@@ -122,11 +122,21 @@ def test_shrinking_gates_reach_exactly_zero_and_only_inherited_ones(backbones, t
         own_page = f"page:{trainer.model.hierarchy.level(task)}"
         for source, column in zip(gates.sources, gates.values.T, strict=True):
             if source in (task, own_page):
-                assert (column.abs() > 0.2).all(), (task, source)
+                assert (column == 1).all(), (task, source)
             else:
                 assert (column == 0).all(), (task, source)
     first = trainer.model.gates("a")
-    assert first.sources == ("a", "page:1") and (first.values != 0).all()
+    assert first.sources == ("a", "page:1") and (first.values == 1).all()
+
+
+def test_gates_that_do_not_learn_do_not_shrink(backbones, tokenizer, tmp_path):
+    found = []
+    for strength in (0.0, 20.0):
+        trainer = make(backbones, tokenizer, tmp_path / str(strength), gate_shrink=strength)
+        trainer.model.config.gating_config.trainable = False
+        trainer.train()
+        found.append({task: trainer.model.gates(task).values.tolist() for task in ("a", "b", "x")})
+    assert found[0] == found[1] and found[0]["b"][0][0] == 1
 
 
 def test_without_shrinking_gates_go_where_the_gradient_says(backbones, tokenizer, tmp_path):

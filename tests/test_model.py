@@ -94,7 +94,7 @@ def test_4_the_fused_path_is_the_naive_loop_forward_and_gradient(backbones, fami
     fill(model)
     x = prompts(3, 5)
     weight = torch.randn(3, 5, VOCABULARY, dtype=torch.float64)
-    own = {n: p for n, p in model.named_parameters() if n.startswith("hft_")}
+    own = {n: p for n, p in model.named_parameters() if n.startswith("hft_") and p.requires_grad}
 
     def run(logits):
         gradients = torch.autograd.grad((logits * weight).sum(), list(own.values()), allow_unused=True)
@@ -388,10 +388,19 @@ def test_only_what_is_open_can_train(model):
 
 
 def test_untrained_gates_stay_fixed(backbones):
-    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, gating_config={"trainable": False})
-    assert not model.hft_gates.of("a").requires_grad
-    model.set_trainable(["a"])
-    assert not model.hft_gates.of("a").requires_grad
+    for learns in (True, False):
+        model = hft.HFTForCausalLM.from_backbone(
+            backbones["llama"], {"a": [], "b": ["a"]}, gating_config={"trainable": learns}
+        )
+        assert model.hft_gates.of("b").requires_grad == learns and not model.hft_gates.of("a").requires_grad
+        model.set_trainable(["a", "b"])
+        assert model.hft_gates.of("b").requires_grad == learns and not model.hft_gates.of("a").requires_grad
+
+
+@pytest.mark.parametrize("part", ["gating_config", "memory_config"])
+def test_a_start_that_nothing_could_learn_behind_is_refused(backbones, part):
+    with pytest.raises(ValueError, match=r"behind a gate of 0 cannot learn; give another number\."):
+        hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, **{part: {"init": 0.0}})
 
 
 def test_target_modules_choose_the_linears(backbones):

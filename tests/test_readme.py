@@ -14,6 +14,10 @@ from hft.trainers.transfer import format_matrix
 
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples/benchmarks"))
+from table import own_hierarchy  # noqa: E402
+
+
 README = (ROOT / "README.md").read_text()
 PROSE = " ".join(README.split())  # without line breaks
 RESULTS = ROOT / "examples/benchmarks/results"
@@ -60,25 +64,46 @@ def figures() -> dict[str, float]:
 
 def test_the_qualitys_sentences(figures):
     of = {key.removeprefix("quality.small.family."): value for key, value in figures.items()}
-    for ours, words in (("hft_chains", "HFT with chains is"), ("hft_families", "with a root a family")):
-        single, joint = (
-            f"{abs(of[f'{ours}_minus_{o}']):.1f} ± {of[f'{ours}_minus_{o}_se']:.1f}" for o in ("single", "joint")
-        )
-        assert of[f"{ours}_minus_single"] > 0 > of[f"{ours}_minus_joint"]
-        assert re.search(rf"{words} {single} [^;]*above[^;]* and {joint} below", PROSE)
-    assert f"{of['quality.small.hft_minus_single_low_resource']:.1f} points above one LoRA a task (goal: 5)" in PROSE
-    assert f"a routed task scores {of['ap_hft_chains'] - of['ap_hft_chains_routed']:.1f} points less" in PROSE
     cells = read_cells("quality.jsonl")
     small = [cell for cell in cells if cell["name"] == "quality-small-family"]
-    tests = [cell["test"] for cell in small if cell["setting"] == "hft_families@0.002"]
-    gaps = [test["routed"]["ap"] - test["ap"] for test in tests if "routed" in test]
-    assert len(gaps) == 2 and f"With a root a family (two seeds) it scores {sum(gaps) / 2:.1f} more" in PROSE
+
+    def gap(name: str) -> str:
+        error = f" ± {of[f'{name}_se']:.1f}" if f"{name}_se" in of else ""
+        return f"{abs(of[name]):.1f}{error}"
+
+    def side(name: str) -> str:
+        return "above" if of[name] > 0 else "below"
+
+    for ours, words in (("hft_chains", "HFT with chains is"), ("hft_families", "with a root a family")):
+        assert of[f"{ours}_minus_single"] > 0 > of[f"{ours}_minus_joint"]
+        both = gap(f"{ours}_minus_single"), gap(f"{ours}_minus_joint")
+        assert re.search(rf"{words} {both[0]} above[^;]* and {both[1]} below", PROSE)
+    assert own_hierarchy({(cell["setting"], cell["seed"]): cell for cell in small}) == "hft_root_no_memory"
+    first = {cell["setting"]: cell["value"] for cell in small if cell["seed"] == 0}
+    values = [
+        first[f"{name}@0.002"] for name in ("hft_root_no_memory", "hft_root", "hft_families", "hft_chains", "joint")
+    ]
+    words = "({:.1f} with seed 0; with memory {:.1f}, a root a family {:.1f}, chains {:.1f}, joint LoRA {:.1f})"
+    assert f"one root for all, without memory {words.format(*values)}" in PROSE
+    joint, single = (f"{gap(name)} points {side(name)}" for name in ("hft_minus_joint", "hft_minus_single"))
+    assert (
+        f"On test rows it is {joint} joint LoRA (goal: 1.0 above) and {single.replace(' points', '')} one LoRA"
+        in PROSE
+    )
+    name = "hft_root_minus_joint"
+    assert f"did not choose, {gap(name)} {side(name)} joint LoRA (one seed)" in PROSE
+    lost = of["forgetting_sequential"], of["forgetting_olora"]
+    assert "one LoRA forgets {:.1f} points, and O-LoRA, its penalty weighted 0.5, {:.1f}".format(*lost) in PROSE
+    few = of["quality.small.hft_minus_single_low_resource"]
+    assert f"the chosen hierarchy is {few:.1f} points above one LoRA a task (goal: 5)" in PROSE
+    routed = of["ap_hft_routed"] - of["ap_hft"]
+    more = "more" if routed > 0 else "less"
+    assert f"A routed task scores {abs(routed):.1f} points {more} than a given one" in PROSE
     of_joint = [cell for cell in small if cell["setting"] == "joint@0.002"]
     perplexities = [cell["general"]["perplexity"] for cell in of_joint]
     assert f"joint LoRA's rises to {min(perplexities):.0f} to {max(perplexities):.0f}." in PROSE
     lower = [cell["test"]["ap"] for cell in small if cell["setting"] == "joint@0.001"]
     assert f"at 1e-3 joint LoRA scores {statistics.mean(lower):.1f} on test rows" in PROSE
-    assert f"in the third it is {of_joint[2]['test']['ap'] - tests[2]['ap']:.1f} below" in PROSE
     short = {m: f"{of[f'quality.short.family.ap_{m}']:.1f}" for m in ("joint", "hft_chains", "single")}
     assert (
         f"joint LoRA {short['joint']}, HFT with chains {short['hft_chains']}, one LoRA a task {short['single']}"

@@ -84,7 +84,13 @@ def test_5_in_a_stage_all_that_is_its_own_moves_and_nothing_else(backbones, toke
         own = {name for task in stage.tasks for name in trainer.model.task_parameters(task)}
         assert trainer.model.config.page(stage.level)["writers"] == list(stage.tasks)
         own |= set(trainer.model.page_parameters(stage.level))
+        own -= {"hft_gates.g_a", "hft_gates.g_e"}  # which inherit nothing
         assert {name for name in before if before[name] != after[name]} == own
+        for task in stage.tasks:
+            gates = trainer.model.gates(task)
+            learns = [source not in (task, f"page:{stage.level}") for source in gates.sources]
+            starts = gates.values == 1
+            assert starts.all(0).tolist() == [not moved for moved in learns]
     assert all(task["sealed"] for task in trainer.model.config.tasks)
     assert not any(parameter.requires_grad for parameter in trainer.model.parameters())
 
@@ -385,7 +391,7 @@ def test_a_parameter_that_gets_no_gradient_is_named(backbones, tokenizer, tmp_pa
     del deaf["layers.1.mlp.up_proj"]
     attach()
     trainer.model._layer_of = names
-    message = r"no gradient reached 4 of the 57 parameters of task '[ae]', first 'hft_nodes\.layers_1_mlp_up_proj\.A_"
+    message = r"no gradient reached 4 of the 56 parameters of task '[ae]', first 'hft_nodes\.layers_1_mlp_up_proj\.A_"
     with pytest.raises(RuntimeError, match="stage 1/3: a, e: " + message):
         trainer.train()
 
@@ -514,6 +520,7 @@ def test_nf4_trains_saves_and_loads(quantized, tokenizer, tmp_path, backbones):
     for stage, before, after in trainer.seen:
         own = {name for task in stage.tasks for name in quantized.task_parameters(task)}
         own |= set(quantized.page_parameters(stage.level))
+        own -= {"hft_gates.g_a"}  # which inherits nothing
         assert {name for name in before if before[name] != after[name]} == own
     assert quantized.hft_gates.of("b").dtype == torch.float32
     x = prompts(2, 6)

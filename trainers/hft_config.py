@@ -19,7 +19,8 @@ class HFTTrainingConfig(SFTConfig):
 
     Args:
         learning_rate: of the nodes.
-        gate_learning_rate: of the gates. They are single numbers near 1, so they take larger steps than the nodes.
+        gate_learning_rate: of the gates, on what a task inherits. They are single numbers near 1, so they take larger steps
+            than the nodes.
         gate_shrink: how strongly the gates on ancestors and older pages are drawn to 0: after each step, by this times the
             gates' learning rate, and never past 0 (the proximal step of an L1 penalty). A gate that its task's gradient does
             not hold ends at exactly 0. 0 switches it off.

@@ -296,7 +296,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         """
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it owns."""
+        """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it trains."""
         mastered = self.mastery.mastered
         if mastered and self._task_names[int(inputs["task"][0])] in mastered:  # reading the id makes a GPU wait
             # The step passes without computing, so that order, schedule and resuming stay what they are.
@@ -361,6 +361,8 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
 
     def _shrink_gates(self) -> None:
         """After an optimizer step: the proximal step on the gates of the task that took it."""
+        if not self.model.learning_gates(self._last_task):
+            return
         strength = self.optimizer.param_groups[-1]["lr"] * self.args.gate_shrink
         self.model.hft_gates.shrink(self._last_task, self.model.inherited(self._last_task), strength)
 

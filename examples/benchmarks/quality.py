@@ -95,10 +95,15 @@ def hft_families(setup: Setup) -> Outcome:
     return hft_on(setup, {**{name: [] for name in families}, **up}, families)
 
 
-def hft_root(setup: Setup) -> Outcome:
+def hft_root(setup: Setup, **model_options: Any) -> Outcome:
     """HFT where all tasks stand on one root that learns from all of them, for two of three of their steps."""
     root = {"all": setup.order}
-    return hft_on(setup, {"all": [], **{task: ["all"] for task in setup.order}}, root)
+    return hft_on(setup, {"all": [], **{task: ["all"] for task in setup.order}}, root, **model_options)
+
+
+def hft_root_no_memory(setup: Setup) -> Outcome:
+    """As `hft_root`, without memory pages."""
+    return hft_root(setup, memory_config={"read": "off"})
 
 
 def hft_planned(setup: Setup) -> Outcome:
@@ -112,7 +117,12 @@ def hft_planned(setup: Setup) -> Outcome:
     return hft_on(setup, {task: plan.parents[task] for task in order}, plan.families)
 
 
-def hft_on(setup: Setup, tree: dict[str, list[str]], families: Mapping[str, Sequence[str]] | None = None) -> Outcome:
+def hft_on(
+    setup: Setup,
+    tree: dict[str, list[str]],
+    families: Mapping[str, Sequence[str]] | None = None,
+    **model_options: Any,
+) -> Outcome:
     """HFT on a hierarchy; `families`: its roots that learn from the rows of the tasks on them."""
     train, training = dict(setup.train), {**setup.training, "gate_learning_rate": 5e-2}
     if families:
@@ -126,7 +136,8 @@ def hft_on(setup: Setup, tree: dict[str, list[str]], families: Mapping[str, Sequ
                 if task in setup.order:  # not the root of a family
                     setup.after_task(task, lambda task: self.model)
 
-    model = train_hft(setup.backbone, setup.tokenizer, tree, train, setup.seed, training, Reporting, rank=setup.rank)
+    options = {"rank": setup.rank, **model_options}
+    model = train_hft(setup.backbone, setup.tokenizer, tree, train, setup.seed, training, Reporting, **options)
     own = sum(p.numel() for name, p in model.named_parameters() if name.startswith("hft_"))
     return Outcome(lambda task: model, own, own, {"tree": tree})
 
@@ -136,6 +147,7 @@ ALL = {
     "hft_chains": hft_chains,
     "hft_families": hft_families,
     "hft_root": hft_root,
+    "hft_root_no_memory": hft_root_no_memory,
     "hft_planned": hft_planned,
 }
 
@@ -215,6 +227,8 @@ class Benchmark:
         with cell(self.out, self.name, setting, seed) as result:
             is_hft = method.startswith("hft")
             result.update(method=method, learning_rate=rate, attention=attention())
+            if is_hft:
+                result["gates"] = "inherited"  # those that learn; in cells without this, a task's own did, too
             just_learnt: dict[str, list[float]] = {}
 
             def after_task(task: str, model_of: Any) -> None:

@@ -41,10 +41,16 @@ METHODS = {
     "hft_chains_routed": "HFT, routed, chains",
     "hft_families": "HFT, task ids given, a root a family",
     "hft_root": "HFT, task ids given, one root for all",
-    "hft_root_routed": "HFT, routed, one root for all",
+    "hft_root_no_memory": "HFT, task ids given, one root for all, no memory",
+    "hft_root_no_memory_routed": "HFT, routed, one root for all, no memory",
     "hft_planned": "HFT, task ids given, the planner's hierarchy",
 }
-HAND_MADE = ("hft_chains", "hft_families", "hft_root")  # hierarchies of which validation rows choose one
+HAND_MADE = (
+    "hft_chains",
+    "hft_families",
+    "hft_root",
+    "hft_root_no_memory",
+)  # hierarchies of which validation rows choose one
 
 
 SPEED = {
