@@ -262,7 +262,7 @@ class HFTTasks:
     def learning_gates(self, task: str) -> list[int]:
         """The columns of an open task's gates that learn with it: those on what it inherits, if gates learn at all.
 
-        The others keep their start: what they would scale is learning itself, and a gate that falls meanwhile only slows it.
+        The others keep their start: what they would scale is learning itself, its scale included.
         """
         return self.inherited(task) if self.config.gating_config.trainable else []
 

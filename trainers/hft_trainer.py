@@ -361,10 +361,8 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
 
     def _shrink_gates(self) -> None:
         """After an optimizer step: the proximal step on the gates of the task that took it."""
-        if not self.model.learning_gates(self._last_task):
-            return
         strength = self.optimizer.param_groups[-1]["lr"] * self.args.gate_shrink
-        self.model.hft_gates.shrink(self._last_task, self.model.inherited(self._last_task), strength)
+        self.model.hft_gates.shrink(self._last_task, self.model.learning_gates(self._last_task), strength)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As SFTTrainer's, with the stage."""

@@ -136,8 +136,17 @@ def hft_on(
                 if task in setup.order:  # not the root of a family
                     setup.after_task(task, lambda task: self.model)
 
-    options = {"rank": setup.rank, **model_options}
-    model = train_hft(setup.backbone, setup.tokenizer, tree, train, setup.seed, training, Reporting, **options)
+    model = train_hft(
+        setup.backbone,
+        setup.tokenizer,
+        tree,
+        train,
+        setup.seed,
+        training,
+        Reporting,
+        rank=setup.rank,
+        **model_options,
+    )
     own = sum(p.numel() for name, p in model.named_parameters() if name.startswith("hft_"))
     return Outcome(lambda task: model, own, own, {"tree": tree})
 

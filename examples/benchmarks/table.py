@@ -45,12 +45,8 @@ METHODS = {
     "hft_root_no_memory_routed": "HFT, routed, one root for all, no memory",
     "hft_planned": "HFT, task ids given, the planner's hierarchy",
 }
-HAND_MADE = (
-    "hft_chains",
-    "hft_families",
-    "hft_root",
-    "hft_root_no_memory",
-)  # hierarchies of which validation rows choose one
+# HFT's hierarchies of which validation rows choose one.
+HAND_MADE = ("hft_chains", "hft_families", "hft_root", "hft_root_no_memory")
 
 
 SPEED = {
