@@ -102,6 +102,7 @@ class HFTTasks:
             if linear in factors:
                 rank = len(factors[linear][0])
                 down_RI[:rank], up_OR[:, :rank] = factors[linear]
+        self.hft_gates.of(name)[:, self.sources(name).nodes.index(name)] = 1.0  # as it was learnt, whatever gates start at
         self.seal([name])
         if prompts:
             self.add_routes(name, prompts)

@@ -159,7 +159,7 @@ def lora(backbones, folder, seed=0, **options):
 )
 def test_an_imported_lora_has_pefts_logits(backbones, tmp_path, options):
     expected = lora(backbones, tmp_path / "lora", **options)
-    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, rank=3)
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, rank=3, gating_config={"init": 0.5})
     grow(model)
     before = snapshot(model)
     model.import_lora("shelf", tmp_path / "lora")
