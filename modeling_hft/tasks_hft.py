@@ -2,7 +2,7 @@
 
 import importlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -102,7 +102,9 @@ class HFTTasks:
             if linear in factors:
                 rank = len(factors[linear][0])
                 down_RI[:rank], up_OR[:, :rank] = factors[linear]
-        self.hft_gates.of(name)[:, self.sources(name).nodes.index(name)] = 1.0  # as it was learnt, whatever gates start at
+        self.hft_gates.of(name)[:, self.sources(name).nodes.index(name)] = (
+            1.0  # as it was learnt, whatever gates start at
+        )
         self.seal([name])
         if prompts:
             self.add_routes(name, prompts)
@@ -155,7 +157,7 @@ class HFTTasks:
         self.hierarchy = self.config.hierarchy()
         return removed
 
-    def start_stage(self, tasks: Iterable[str]) -> None:
+    def start_stage(self, tasks: Iterable[str], writers: Collection[str] | None = None) -> None:
         """Begins a stage: these tasks, and nothing else, become trainable, and get a memory page that they write together.
 
         Tasks that have learnt nothing yet begin as what their parents are now, and may read all pages that are sealed.
@@ -163,6 +165,7 @@ class HFTTasks:
 
         Args:
             tasks: of one level; what they stand on is sealed.
+            writers: those of them that write the page; None: all. Without any there is no page.
 
         Raises:
             ValueError: if one of them is unknown or sealed.
@@ -170,7 +173,7 @@ class HFTTasks:
         tasks = sorted(tasks, key=self.hierarchy.level)
         self.set_trainable(tasks)  # checks the names before anything changes
         new = [task for task in tasks if not self._has_learnt(task)]
-        without = [task for task in new if self._open_page(task) is None]
+        without = [task for task in new if self._open_page(task) is None and (writers is None or task in writers)]
         if without and self.config.memory_config.read != "off":
             self._add_page(without)
         sealed = [page["id"] for page in self.config.pages if page["sealed"]]

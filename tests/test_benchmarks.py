@@ -21,7 +21,7 @@ from baselines import METHODS, orthogonality  # noqa: E402
 from harness import cell, read_cells, rows_of_roots, todo  # noqa: E402
 
 from hft.trainers.curriculum import BlockSampler  # noqa: E402
-from hft.trainers.recipes import shared_passes  # noqa: E402
+from hft.trainers.recipes import mixture_arguments  # noqa: E402
 
 
 def test_olora_penalty_by_hand():
@@ -83,10 +83,8 @@ def test_the_quality_tables_by_hand(tmp_path, monkeypatch):
     assert table.learnable(summary.read("quality-small-family")) == ["a"]
     shown = table.quality("small", "family")
     assert "| one LoRA a task | 2 | 59.5 ± 1.0 | 57.0 ± 1.0 |  | 2.0 M |" in shown
-    assert "| HFT, routed, chains | 2 | 65.0 ± 1.0 | 65.0 ± 1.0 |  | 2.0 M |" in shown
-    assert "| b | 60.0 | no | 62.0 ± 1.0 | 60.0 ± 0.0 | 66.0 ± 0.0 | 65.0 ± 1.0 |" in table.quality_tasks(
-        "small", "family"
-    )
+    assert "| HFT, chains, routed | 2 | 65.0 ± 1.0 | 65.0 ± 1.0 |  | 2.0 M |" in shown
+    assert "| b | 60.0 | no | 62.0 ± 1.0 | 60.0 ± 0.0 | 66.0 ± 0.0 | 64.0 |" in table.quality_tasks("small", "family")
     figures = summary.quality()
     assert (
         figures["quality.small.family.hft_minus_joint"] == 5.0 and figures["quality.small.family.learnable_tasks"] == 1
@@ -145,6 +143,12 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regre
     text = [json.dumps({"name": "planner", **line}) for line in lines]
     full = {"name": "ablation-200", "setting": "full", "value": 58, "tasks": {"x": {"loss": 0.7}, "y": {"loss": 0.9}}}
     text += [json.dumps({**full, "seed": seed}) for seed in range(2)]
+    text += [
+        json.dumps({"name": "quality-small-family", "setting": method, "method": method, "learning_rate": 2e-3,
+                    "seed": seed, "value": 0, "test": {"ap": ap + seed * more, "tasks": {"x": {"loss": loss}}}})
+        for method, ap, more, loss in (("hft_planned", 61, 2, 0.8), ("hft_families", 60, 1, 0.9))
+        for seed in range(2)
+    ]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("\n".join(text))
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     figures = summary.planner()
@@ -156,8 +160,10 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regre
     assert figures["planner.steps_needed_by_a_loss_of_tokens"] == 1.0
     assert figures["planner.rank_needed_by_a_loss_of_tokens"] == -1.0
     assert figures["planner.seconds_14_tasks"] == 321.0 and figures["planner.memory_estimate_error"] == -0.02
-    assert figures["planner.ap_found_minus_hand"] == 2.5 and figures["planner.ap_found_minus_hand_se"] == 0.5
-    assert figures["planner.loss_found_minus_hand"] == 0.2 and figures["planner.loss_found_minus_hand_se"] == 0.5
+    short = [figures[f"planner.{what}_found_minus_chains_short{se}"] for what in ("ap", "loss") for se in ("", "_se")]
+    assert short == [2.5, 0.5, 0.2, 0.5]
+    assert figures["planner.ap_found_minus_hand"] == 1.5 and figures["planner.ap_found_minus_hand_se"] == 0.5
+    assert figures["planner.loss_found_minus_hand"] == -0.1
 
 
 def test_a_rate_is_chosen_over_the_seeds_that_all_rates_have_run():
@@ -170,13 +176,13 @@ def test_a_rate_is_chosen_over_the_seeds_that_all_rates_have_run():
     assert table.own_rate([*cells({1e-3: [66.5], 2e-3: [65.2]}), *later]) == 1e-3
 
 
-def test_a_familys_root_takes_two_of_three_steps():
+def test_a_familys_root_and_its_tasks_share_the_steps():
     families = {"root": ["a", "b"]}
     train = {task: Dataset.from_list([{"row": f"{task}{i}"} for i in range(6)]) for task in "abc"}
     assert [row["row"] for row in rows_of_roots(train, families)["root"]] == [
         f"{t}{i}" for t in "ab" for i in range(6)
     ]
-    passes = shared_passes(families)
+    passes = mixture_arguments(families, ["a", "b", "c"], 1e-3, root_share=2 / 3)["task_passes"]
     seen = {
         task: BlockSampler({task: rows}, 1, 0, passes) for task, rows in {"root": 12, "a": 6, "b": 6, "c": 6}.items()
     }
@@ -342,7 +348,7 @@ def test_steps_needed_by_hand():
 
 
 def test_a_task_in_other_words():
-    from planner_measures import in_other_words
+    from planner_measures import exchanged, in_other_words
 
     row = {
         "prompt": "very good, good or bad? x",
@@ -351,6 +357,8 @@ def test_a_task_in_other_words():
     }
     (found,) = in_other_words([row], {"very good": "a", "good": "b", "bad": "c"})
     assert found == {"prompt": "a, b or c? x", "completion": " a", "options": [" c", " b", " a"]}
+    (wrong,) = exchanged([row], {"very good": "bad", "bad": "very good"})
+    assert wrong == {**row, "completion": " bad"} and exchanged([row], {}) == [row]
 
 
 def test_a_table_of_what_was_run(tmp_path, monkeypatch):
@@ -374,7 +382,7 @@ def test_a_table_of_what_was_run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_the_planners_truth_is_measured(backbones, tmp_path):
     tasks = ["sst2", "yelp", "amazon", "rte", "mnli", "cb", "agnews"]
-    more = ["amazon, other words", "rte, other words"]
+    more = [f"{task}, {how}" for task in ("amazon", "rte") for how in ("other words", "exchanged")]
     write_tasks(tmp_path / "data", tasks)
     out = tmp_path / "planner.jsonl"
     command = [sys.executable, BENCHMARKS / "planner.py", "--data", tmp_path / "data", "--seeds", "1", "--settings",
@@ -414,14 +422,9 @@ def test_each_method_runs(backbones, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     cells = read_cells(out)
-    assert {cell["method"] for cell in cells} == {
-        *METHODS,
-        "hft_chains",
-        "hft_families",
-        "hft_root",
-        "hft_root_no_memory",
-        "hft_planned",
-    }
+    from quality import ALL
+
+    assert {cell["method"] for cell in cells} == set(ALL) and set(METHODS) < set(ALL)
     for line in cells:
         assert set(line["test"]["tasks"]) == {"sst2", "yelp"} and 0 <= line["test"]["ap"] <= 100
         sees_a_sequence = line["method"].startswith(("sequential", "olora", "osf", "hft"))

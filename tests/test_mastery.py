@@ -158,6 +158,7 @@ def test_without_shrinking_gates_go_where_the_gradient_says(backbones, tokenizer
         ({"task_passes": {"a": 0}}, "`task_passes['a']` is 0; it must be a number above 0."),
         ({"task_passes": {"a": "1e-1"}}, "`task_passes['a']` is '1e-1'; it must be a number above 0."),
         ({"task_passes": ["a"]}, "`task_passes` is ['a']; give {task: passes}."),
+        ({"task_learning_rates": {"a": 0}}, "`task_learning_rates['a']` is 0; it must be a number above 0."),
     ],
 )
 def test_wrong_settings(backbones, tokenizer, tmp_path, options, message):

@@ -309,6 +309,7 @@ def command(backbones, data, tmp_path):
 
 
 def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp_path, capsys):
+    command = [*command, "--no_families"]  # of which tests/test_families.py tells
     assert main([*command, "--out", str(tmp_path / "tree.svg")]) == 0
     shown = capsys.readouterr().out
     assert "Next: hft train" in shown and "Why (in brackets: " in shown
@@ -426,7 +427,8 @@ class TestOddData:
     def test_identical_tasks(self, fresh, tokenizer):
         twins = {"one": rows_of("same"), "two": rows_of("same")}
         assert self.plan(fresh, tokenizer, sign=rows_of("sign"), **twins).families == {"family1": ["one", "two"]}
-        plan = self.plan(fresh, tokenizer, **twins)  # of two tasks, nothing tells what they share from what all share
+        assert self.plan(fresh, tokenizer, **twins).families == {"family1": ["one", "two"]}
+        plan = plan_hierarchy(fresh, twins, processing_class=tokenizer, settings=QUICK, families=False, progress=False)
         one, two = plan.probes["one"], plan.probes["two"]
         assert one.complexity == two.complexity and one.losses["two"] == two.losses["one"]
         assert sum(map(len, plan.parents.values())) <= 1 and all(edge.reason for edge in plan.edges)

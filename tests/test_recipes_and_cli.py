@@ -66,13 +66,19 @@ train_samples: 4
     recipe = read_recipe(tmp_path / "family.yaml")
     assert set(recipe.training_arguments()["route_tasks"]) == {"sst2", "mnli", "cb"}
     passes = recipe.training_arguments()["task_passes"]
-    assert passes == pytest.approx({"inference": 2 / 3, "mnli": 1 / 3, "cb": 1 / 3})
+    assert passes == pytest.approx({"inference": 0.9, "mnli": 0.1, "cb": 0.1})
+    assert set(recipe.training_arguments()["page_tasks"]) == {"sst2", "mnli", "cb"}
+    assert recipe.training_arguments()["task_learning_rates"] == pytest.approx({"mnli": 1e-4, "cb": 1e-4})
+    slower = read_recipe(tmp_path / "family.yaml", {"refining_rate": 0.5, "learning_rate": 4e-3}).training_arguments()
+    assert slower["task_learning_rates"] == pytest.approx({"mnli": 2e-3, "cb": 2e-3})
     changed = read_recipe(tmp_path / "family.yaml", {"root_share": 0.25, "route_tasks": ["cb"]}).training_arguments()
     assert changed["task_passes"] == {"inference": 0.25, "mnli": 0.75, "cb": 0.75} and changed["route_tasks"] == ["cb"]
     assert read_recipe(tmp_path / "family.yaml", {"task_passes": {}}).training_arguments()["task_passes"] == {}
     for wrong in (1.0, 0.0, "a"):
         with pytest.raises(ValueError, match="`root_share` is"):
             read_recipe(tmp_path / "family.yaml", {"root_share": wrong})
+    with pytest.raises(ValueError, match=r"`refining_rate` is 0; it must be a number above 0\."):
+        read_recipe(tmp_path / "family.yaml", {"refining_rate": 0})
     tokenizer = AutoTokenizer.from_pretrained(backbones["llama"])
     parts = [load_task(recipe, task, "train", tokenizer) for task in ("inference", "mnli", "cb")]
     rows = [[json.dumps(row, sort_keys=True) for row in part] for part in parts]

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallba
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.checkpoints import last_checkpoint
-from hft.trainers.curriculum import open_stages
+from hft.trainers.curriculum import Stage, open_stages
 
 from .test_model import prompts
 from .tiny import bits, snapshot
@@ -374,9 +374,49 @@ def test_passes_of_a_task(backbones, tokenizer, tmp_path):
         trainer.train()
 
 
+def test_tasks_that_write_no_page(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path, {"a": [], "e": [], "b": ["a"]}, page_tasks=["b", "e"], max_steps=2)
+    trainer.train()
+    config = trainer.model.config
+    assert [page["writers"] for page in config.pages] == [["e"], ["b"]]
+    assert [config.task(task)["pages"] for task in "aeb"] == [[], [1], [1, 2]]
+    trainer = make(backbones, tokenizer, tmp_path / "2", {"a": [], "b": ["a"]}, page_tasks=["b"], max_steps=2)
+    trainer.train()
+    assert [page["writers"] for page in trainer.model.config.pages] == [["b"]]
+    assert trainer.record.budget["page_tasks"] == ["b"]
+
+
+def test_tasks_have_learning_rates_of_their_own(backbones, tokenizer, tmp_path):
+    rates = {"e": 2e-4}
+    trainer = make(backbones, tokenizer, tmp_path, {"a": [], "e": []}, task_learning_rates=rates, weight_decay=0.1)
+    begun = []
+
+    class Rates(TrainerCallback):
+        def on_train_begin(self, args, state, control, *, optimizer, lr_scheduler, **kwargs):
+            found = {id(p): rate for group, rate in zip(optimizer.param_groups, lr_scheduler.base_lrs, strict=True)
+                     for p in group["params"]}  # fmt: skip
+            decayed = {id(p) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+            begun.append((found, decayed))
+
+    trainer.add_callback(Rates())
+    model = trainer.model
+    trainer.train()
+    assert trainer.record.budget["task_learning_rates"] == rates
+    ((found, decayed),) = begun
+    nodes = {task: [p for name, p in model.task_parameters(task).items() if "gates" not in name] for task in "ae"}
+    assert {found[id(p)] for p in nodes["a"]} == {trainer.args.learning_rate}
+    assert {found[id(p)] for p in nodes["e"]} == {2e-4}
+    assert {found[id(p)] for p in model.page_parameters(1).values()} == {trainer.args.learning_rate}  # the higher one
+    assert decayed == set(found)
+    trainer = make(backbones, tokenizer, tmp_path / "2", {"a": []}, task_learning_rates={"aa": 2e-4})
+    with pytest.raises(ValueError, match=r"Unknown task 'aa'.*'a'"):
+        trainer.train()
+
+
 def test_gates_have_a_learning_rate_of_their_own(backbones, tokenizer, tmp_path):
     trainer = make(backbones, tokenizer, tmp_path, gate_learning_rate=0.5, weight_decay=0.1)
     trainer.model.set_trainable(["d"])
+    trainer.stage = Stage(3, ("d",), 3)
     groups = trainer.create_optimizer().param_groups
     gates = [group for group in groups if group["lr"] == 0.5]
     assert len(gates) == 1 and [id(p) for p in gates[0]["params"]] == [id(trainer.model.hft_gates.of("d"))]

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 
-SMALLEST_OVERLAP = 0.15  # of 1
+SMALLEST_OVERLAP = (
+    0.5  # of 1; tasks whose answers are chosen from options that the prompt names have more, others less
+)
 Group: TypeAlias = tuple[str, ...]
 
 

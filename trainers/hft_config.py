@@ -33,6 +33,10 @@ class HFTTrainingConfig(SFTConfig):
             root of a family: no prompt is its own.
         task_passes: task -> passes over its rows in an epoch, above 0; 1 for those that it does not name. Of half a pass the
             next epoch takes the other half.
+        task_learning_rates: task -> the learning rate of its node, where it is not `learning_rate`; above 0. That of its
+            gates changes by the same factor. A page has the highest rate of those that write it.
+        page_tasks: the tasks that write their stage's memory page; None: all. Leave out a task whose rows are those of
+            others, as the root of a family: all of it is shared already.
         rank_tolerance: before a stage is sealed, each task's node is cut to the smallest rank that raises its mean loss on
             128 rows of `eval_dataset` by no more than this, in nats a token; 0 or more. See `HFTForCausalLM.trim`. None: no
             cuts.
@@ -53,6 +57,10 @@ class HFTTrainingConfig(SFTConfig):
     route_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks that the router learns; None: all."})
     task_passes: dict[str, float] | None = field(
         default=None, metadata={"help": "Passes over a task's rows in an epoch, where it is not one."}
+    )
+    page_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks that write memory pages; None: all."})
+    task_learning_rates: dict[str, float] | None = field(
+        default=None, metadata={"help": "Learning rate of a task's node, where it is not `learning_rate`."}
     )
 
     rank_tolerance: float | None = field(
@@ -82,11 +90,13 @@ class HFTTrainingConfig(SFTConfig):
             raise ValueError(f"`gate_shrink` is {self.gate_shrink}; it must be 0 or more.")
         if self.rank_tolerance is not None and not self.rank_tolerance >= 0:
             raise ValueError(f"`rank_tolerance` is {self.rank_tolerance}; it must be 0 nats a token or more.")
-        if not isinstance(self.task_passes or {}, dict):
-            raise ValueError(f"`task_passes` is {self.task_passes!r}; give {{task: passes}}.")
-        for task, passes in (self.task_passes or {}).items():
-            if not isinstance(passes, (int, float)) or not 0 < passes < math.inf:
-                raise ValueError(f"`task_passes[{task!r}]` is {passes!r}; it must be a number above 0.")
+        for name, what in (("task_passes", "passes"), ("task_learning_rates", "learning rate")):
+            by_task = getattr(self, name) or {}
+            if not isinstance(by_task, dict):
+                raise ValueError(f"`{name}` is {by_task!r}; give {{task: {what}}}.")
+            for task, value in by_task.items():
+                if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                    raise ValueError(f"`{name}[{task!r}]` is {value!r}; it must be a number above 0.")
         if self.has_mastery() and self.eval_strategy == "no":
             raise ValueError(
                 "`mastery_accuracy` and `mastery_patience` go by evaluations, and `eval_strategy` is 'no'; "

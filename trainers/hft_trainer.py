@@ -23,11 +23,11 @@ from .checkpoints import RunFolder
 from .compiled import CompiledDecoder
 from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
-from .gate_group import group_gates
 from .hft_config import HFTTrainingConfig
 from .processes import HFTProcesses
 from .progress import StagePrinter, StageProgress
 from .quantized import passing_as_unquantized
+from .rate_groups import group_by_rate, rate_of
 from .routes import learn_routes
 from .sharing import HFTSharing
 from .stage_callback import StageCallback
@@ -249,7 +249,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         self.mastery = Mastery(stage.tasks, self.args.mastery_accuracy, self.args.mastery_patience)
         self._checked = set()
         self._metrics["train"].clear()  # what the stage before had not logged yet
-        self.model.start_stage(stage.tasks)
+        self.model.start_stage(stage.tasks, self.args.page_tasks)
         self._begin_stage_record(stage)
         self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])
         all_eval_sets = self.eval_dataset
@@ -352,17 +352,24 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
                 yield
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As the Trainer's, with the gates in a group of their own: another learning rate, no decay."""
+        """As the Trainer's, in groups by learning rate: tasks may have one of their own, and gates have, without decay."""
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh:
-            group_gates(optimizer, self.model.hft_gates, self.args.gate_learning_rate)
+            own, usual, gates = (
+                self.args.task_learning_rates or {},
+                self.args.learning_rate,
+                self.args.gate_learning_rate,
+            )
+            rates = {task: own.get(task, usual) for task in self.stage.tasks}
+            group_by_rate(optimizer, self.model, rates, {task: gates * rate / usual for task, rate in rates.items()})
         return optimizer
 
     def _shrink_gates(self) -> None:
         """After an optimizer step: the proximal step on the gates of the task that took it."""
-        strength = self.optimizer.param_groups[-1]["lr"] * self.args.gate_shrink
-        self.model.hft_gates.shrink(self._last_task, self.model.learning_gates(self._last_task), strength)
+        if columns := self.model.learning_gates(task := self._last_task):
+            strength = rate_of(self.optimizer, self.model.hft_gates.of(task)) * self.args.gate_shrink
+            self.model.hft_gates.shrink(task, columns, strength)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As SFTTrainer's, with the stage."""

@@ -145,20 +145,22 @@ def estimate_recipe(
         num_scored, on_accelerator: see `estimate_memory`.
     """
     tree = Hierarchy(recipe.hierarchy)
-    training = HFTTrainingConfig(**{**recipe.training, "bf16": False, "use_cpu": True})
+    training = HFTTrainingConfig(**{**recipe.training_arguments(), "bf16": False, "use_cpu": True})
     memory = HFTMemoryConfig(**(recipe.model.get("memory_config") or {}))
     rank, slots = recipe.model.get("rank", HFTConfig.rank), 0 if memory.read == "off" else memory.slots
     batch_size, length = training.per_device_train_batch_size, length or training.max_length or 1024
-    estimates, num_sealed = [], 0
-    for level, tasks in enumerate(tree.levels(), start=1):
+    estimates, num_sealed, num_pages = [], 0, 0
+    for tasks in tree.levels():
+        has_page = training.page_tasks is None or not set(tasks).isdisjoint(training.page_tasks)
+        num_pages += has_page
         estimates.append(
             estimate_memory(
                 text_config,
                 rank=rank,
-                path_rank=rank * max(len(tree.path(task)) for task in tasks) + slots * level,
+                path_rank=rank * max(len(tree.path(task)) for task in tasks) + slots * num_pages,
                 num_training=len(tasks),
                 num_sealed=num_sealed,
-                slots=slots,
+                slots=slots * has_page,
                 batch_size=batch_size,
                 length=length,
                 num_scored=num_scored,

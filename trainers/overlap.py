@@ -1,10 +1,9 @@
 """How alike tasks are: the overlap of their gradients where a node starts.
 
-What most tasks want of a node first, that answers are one of a few words, is the greater part of their gradients and says
-nothing: the direction that they have in common is taken out. What is left sees the words of answers as well as what they
-mean: a task is less like itself in other words. (Gradients that agree or oppose one another as a sign of tasks that help
-or hinder: Yu et al. 2020, "Gradient Surgery for Multi-Task Learning"; Fifty et al. 2021, "Efficiently Identifying Task
-Groupings for Multi-Task Learning".)
+A large part of a gradient is the form of a task: that answers are one of a few words that the prompt names. Few rows teach
+that badly, and all tasks of one form teach it to one another, so it counts. The rest sees the words of answers as well as
+what they mean. (Gradients that agree or oppose one another as a sign of tasks that help or hinder: Yu et al. 2020, "Gradient
+Surgery for Multi-Task Learning"; Fifty et al. 2021, "Efficiently Identifying Task Groupings for Multi-Task Learning".)
 
 K tasks, M groups of rows, P parameters that are looked at.
 """
@@ -26,7 +25,6 @@ from .pilots import ProbeSettings, Sample, pilot
 
 TokenRow: TypeAlias = Mapping[str, Sequence[int]]
 FEWEST_GROUPS = 4  # of rows, that an error can be told from
-FEWEST_TASKS = 3  # of which something is common to all, and something to some
 NUM_PARAMETERS = 2**16  # a random choice of so many: 256 KiB a group of rows
 
 
@@ -95,28 +93,19 @@ def group_gradients(model: PreTrainedModel, rows: Sequence[TokenRow], settings: 
 
 
 def overlaps_of(gradients: Mapping[str, torch.Tensor]) -> Overlaps:
-    """The cosine of the mean gradients of each pair, at a right angle to what they have in common, with its standard error.
-
-    In common is the direction of the mean of all tasks' mean gradients, each of length 1. The error is the jackknife's, over
-    groups of rows.
+    """The cosine of the mean gradients of each pair, with its standard error: the jackknife's, over groups of rows.
 
     Args:
-        gradients: task -> [M, P]; M may differ, and is 2 or more. Fewer than `FEWEST_TASKS` have no overlaps.
+        gradients: task -> [M, P]; M may differ, and is 2 or more.
     """
-    if len(gradients) < FEWEST_TASKS:
+    if not gradients:
         return Overlaps({})
     unit_KP = normalize(torch.stack([its.mean(0) for its in gradients.values()]), dim=1)
-    common_P = normalize(unit_KP.mean(0), dim=0)
-
-    def own(gradient_NP: torch.Tensor) -> torch.Tensor:
-        return normalize(gradient_NP - (gradient_NP @ common_P)[:, None] * common_P, dim=1)
-
-    own_KP = own(unit_KP)
-    overlap_KK = own_KP @ own_KP.T
+    overlap_KK = unit_KP @ unit_KP.T
     variances = []  # of a task's overlaps with all, from its own groups
     for gradient_MP in gradients.values():
         count = len(gradient_MP)
-        left_MK = own((gradient_MP.sum(0) - gradient_MP) / (count - 1)) @ own_KP.T
+        left_MK = normalize((gradient_MP.sum(0) - gradient_MP) / (count - 1), dim=1) @ unit_KP.T
         variances.append((left_MK - left_MK.mean(0)).square().sum(0) * (count - 1) / count)
     variance_KK = torch.stack(variances)
     error_KK = (variance_KK + variance_KK.T).sqrt()

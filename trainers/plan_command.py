@@ -86,6 +86,7 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
         recipe.metric = {task: name for task, name in recipe.metric.items() if task in chosen} or "exact_match"
     if recipe.training.get("route_tasks"):
         recipe.training["route_tasks"] = [task for task in chosen if task in recipe.training["route_tasks"]]
-    if passes := recipe.training.pop("task_passes", None):
-        recipe.training["task_passes"] = {task: passes[task] for task in chosen if task in passes}
+    for key in ("task_passes", "task_learning_rates"):
+        if by_task := recipe.training.pop(key, None):
+            recipe.training[key] = {task: by_task[task] for task in chosen if task in by_task}
     return recipe

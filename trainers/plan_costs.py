@@ -87,7 +87,12 @@ def plan_costs(
     slots = 0 if model.config.memory_config.read == "off" else model.config.memory_config.slots
     lengths, longest_answer = _lengths(rows, tokenizer, training.max_length)
     timing = time_steps(model, rows, tokenizer, recipe.training)
-    more = {t: rank * (len(hierarchy.path(t)) - 1) + slots * (hierarchy.level(t) - 1) for t in hierarchy.names}
+    # A stage of families' roots alone writes no page.
+    has_page = [slots > 0 and not set(level) <= set(plan.families) for level in hierarchy.levels()]
+    more = {
+        t: rank * (len(hierarchy.path(t)) - 1) + slots * sum(has_page[: hierarchy.level(t) - 1])
+        for t in hierarchy.names
+    }
     num_rows, draw = {task: len(its) for task, its in rows.items()}, random.Random(0)
     for root, its in plan.families.items():
         weights = [num_rows[task] for task in its]
@@ -114,10 +119,9 @@ def plan_costs(
         None if whole_rows else batch * longest_answer,
         on_accelerator,
     )
-    num_pages = len(hierarchy.levels()) if slots else 0
     stage_seconds = timing.per_stage * len(hierarchy.levels())
     sizes = node_bytes(model, rank), node_bytes(model, slots)
-    return PlanCosts(steps, seconds, stage_seconds, *sizes, num_pages, longest, memory)
+    return PlanCosts(steps, seconds, stage_seconds, *sizes, sum(has_page), longest, memory)
 
 
 def _lengths(

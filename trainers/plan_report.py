@@ -67,12 +67,9 @@ def reasons(plan: Plan, task: str) -> list[str]:
         shown = [f"{other} {overlap:+.2f} ± {error:.2f}" for other, overlap, error in alike[:SHOWN_OVERLAPS]]
         more = ", ..." if len(alike) > SHOWN_OVERLAPS else ""
         lines.append(f"overlap of gradients (1: the same, 0 or less: unrelated): {', '.join(shown)}{more}")
-    elif plan.overlaps is not None:
-        why = (
-            "too few rows, one answer only, or not finite"
-            if plan.overlaps.of
-            else "it takes three tasks with enough rows"
-        )
+    elif plan.overlaps is not None and len(plan.probes) > 1:
+        its = "too few rows, one answer only, or not finite"
+        why = f"of the others: {its}" if task in plan.overlaps.of else its
         lines.append(f"overlap of gradients: not measured ({why})")
     edges = plan.edges_of(task)
     if family := [up for up in plan.parents[task] if up in plan.families]:
@@ -141,11 +138,11 @@ def as_recipe(plan: Plan, recipe: Recipe, estimates: Sequence[str] = ()) -> str:
     if plan.families:
         lines += [
             "",
-            "# A family's root learns from the rows of all its tasks, then each task from its own; `root_share` of each",
-            "# epoch is the root's. Who leaves a family above has to leave it here, too.",
+            "# A family's root learns from the rows of all its tasks, for `root_share` of each epoch; then they refine",
+            "# that, each by itself, at `refining_rate` of the learning rate. Who leaves a family leaves it here, too.",
         ]
         lines += ["mixtures:", *(f"  {_inline({root: its})}" for root, its in plan.families.items())]
-        lines.append(f"root_share: {recipe.root_share:.4g}")
+        lines += [f"root_share: {recipe.root_share:.4g}", f"refining_rate: {recipe.refining_rate:.4g}"]
     for section in (recipe.model, recipe.quantization, recipe.training):
         if section:
             lines += ["", _dump(section)]

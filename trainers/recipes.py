@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
@@ -46,6 +47,8 @@ class Recipe:
             tested, and the router does not learn to know it, unless `route_tasks` names it.
         root_share: of each epoch over a mixture's rows, how much that task takes; its tasks take the rest, each on its own
             node. Above 0, below 1. `task_passes` says it of each task by itself.
+        refining_rate: the tasks of a mixture only refine what its root has learnt from their rows, and learn at so much of
+            `learning_rate`. Above 0. `task_learning_rates` says it of each task by itself.
         data: a folder with `<task>/<split>.jsonl.gz` of rows {instruction, options, input, output}; takes the place of
             `datasets`.
         train_samples: rows of each task to train on, a random choice that is always the same; None for all.
@@ -64,7 +67,8 @@ class Recipe:
     hierarchy: dict[str, list[str]]
     datasets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     mixtures: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    root_share: float = 2 / 3
+    root_share: float = 0.9
+    refining_rate: float = 0.1
     data: str | None = None
     train_samples: int | None = None
     eval_samples: int | None = None
@@ -85,17 +89,35 @@ class Recipe:
         return [task for task in self.hierarchy if task not in self.mixtures]
 
     def training_arguments(self) -> dict[str, Any]:
-        """The keys of HFTTrainingConfig; what mixtures say of the router and of passes, the training's own keys override."""
+        """The keys of HFTTrainingConfig; what mixtures say of tasks, the training's own keys override."""
         if not self.mixtures:
             return self.training
-        passes = shared_passes(self.mixtures, self.root_share)
-        return {"route_tasks": self.tasks(), "task_passes": passes, **self.training}
+        rate = float(self.training.get("learning_rate", HFTTrainingConfig.learning_rate))
+        its = mixture_arguments(self.mixtures, self.tasks(), rate, self.root_share, self.refining_rate)
+        return {**its, **self.training}
 
 
-def shared_passes(mixtures: Mapping[str, Sequence[str]], root_share: float = Recipe.root_share) -> dict[str, float]:
-    """`task_passes` by which a mixture's task and the tasks whose rows it has share each epoch over these rows."""
-    rest = {task: 1 - root_share for members in mixtures.values() for task in members}
-    return rest | dict.fromkeys(mixtures, root_share)
+def mixture_arguments(
+    mixtures: Mapping[str, Sequence[str]],
+    tasks: Sequence[str],
+    learning_rate: float,
+    root_share: float = Recipe.root_share,
+    refining_rate: float = Recipe.refining_rate,
+) -> dict[str, Any]:
+    """The keys of HFTTrainingConfig by which tasks and a mixture of their rows share epochs, router and pages.
+
+    Args:
+        mixtures, root_share, refining_rate: see `Recipe`.
+        tasks: those with rows of their own.
+        learning_rate: of the mixtures.
+    """
+    members = [task for its in mixtures.values() for task in its]
+    return {
+        "route_tasks": list(tasks),
+        "page_tasks": list(tasks),
+        "task_passes": dict.fromkeys(members, 1 - root_share) | dict.fromkeys(mixtures, root_share),
+        "task_learning_rates": dict.fromkeys(members, refining_rate * learning_rate),
+    }
 
 
 _SPEC_KEYS = ("path", "name", "splits", "instruction", "options", "input", "label")
@@ -176,6 +198,8 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
             raise ValueError(f"`{name}` is {value!r}; it must be a whole number of 1 or more.")
     if not isinstance(recipe.root_share, float) or not 0 < recipe.root_share < 1:
         raise ValueError(f"`root_share` is {recipe.root_share!r}; it must be above 0 and below 1.")
+    if not isinstance(recipe.refining_rate, (int, float)) or not 0 < recipe.refining_rate < math.inf:
+        raise ValueError(f"`refining_rate` is {recipe.refining_rate!r}; it must be a number above 0.")
     if isinstance(recipe.metric, dict):
         for task in recipe.metric:
             if task not in tree:

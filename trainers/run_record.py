@@ -25,6 +25,8 @@ BUDGET = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "learning_rate",
+    "task_learning_rates",
+    "page_tasks",
     "gate_learning_rate",
     "rank_tolerance",
     "lr_scheduler_type",

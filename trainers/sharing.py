@@ -1,5 +1,6 @@
 """What a training leaves for people: its record, pictures for trackers, the model card, and the push to the Hub."""
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,7 +29,9 @@ class HFTSharing:
     def _begin_record(self, resumes: bool) -> None:
         """Before the first stage; a resumed run goes on with what the folder holds."""
         self.record = RunRecord.load(self._root) if resumes else RunRecord()
-        for task in (*(self.args.route_tasks or ()), *(self.args.task_passes or ())):
+        args = self.args
+        named = (args.route_tasks, args.page_tasks, args.task_passes, args.task_learning_rates)
+        for task in itertools.chain.from_iterable(its or () for its in named):
             self.model.hierarchy.check(task)
         budget = self.args.to_dict()  # enums as text
         self.record.budget = {name: budget[name] for name in BUDGET if budget[name] is not None}

@@ -104,7 +104,7 @@ def time_steps(
         quiet = dict(
             output_dir=folder, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
             eval_strategy="no", num_train_epochs=1, max_steps=-1, gradient_accumulation_steps=1, route_samples=0,
-            route_tasks=None, task_passes=None,
+            route_tasks=None, page_tasks=None, task_passes=None, task_learning_rates=None,
         )  # fmt: skip
         config = HFTTrainingConfig(**{**training, **quiet})
         short = list(itertools.islice(itertools.cycle(everything), num_steps * size))

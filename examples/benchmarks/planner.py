@@ -5,9 +5,10 @@
 measures: complexities and gains of all pairs by several measures side by side, and the planner's hierarchy.
 alone, PARENT>CHILD: the truth: the child's accuracy with 200 rows and three epochs, without and with a parent trained so,
 too. `alone` also says how many steps and which rank the task really needs.
-words: the overlaps of gradients again, with two tasks twice: as they are, and with other words as answers.
-families: the same with the roots that the planner finds, which learn from the rows of all tasks on them (more than a parent
-of a pair sees).
+words: the overlaps of gradients again, with two tasks three times: as they are, with other words as answers, and with the
+answers exchanged.
+families: the same with the roots that the planner finds, which learn from the rows of all tasks on them, and share their
+steps.
 found: the ablation's training on the planner's hierarchy, in as many steps as its settings full, flat and reversed.
 estimate: what `hft plan` promises for a training against what happens, each in a process of its own.
 fourteen: the seconds of a plan of all fourteen tasks.
@@ -40,7 +41,7 @@ from harness import (
     todo,
     train_hft,
 )
-from planner_measures import in_other_words, measure_all, overlaps_between
+from planner_measures import exchanged, in_other_words, measure_all, overlaps_between
 from quality import CL14
 from transformers import TrainerCallback
 
@@ -49,7 +50,7 @@ from hft.trainers.overlap import answer_of
 from hft.trainers.pilots import ProbeSettings
 from hft.trainers.plan_costs import plan_costs
 from hft.trainers.planner import Plan, TaskProbe
-from hft.trainers.recipes import Recipe, shared_passes
+from hft.trainers.recipes import Recipe, mixture_arguments
 from hft.trainers.task_data import tokenize_rows
 
 
@@ -68,6 +69,12 @@ WORDS = {
         "very negative": "awful", "very positive": "superb", "negative": "poor", "neutral": "fine", "positive": "nice"
     },
     "rte": {"entailment": "yes", "contradiction": "no"},
+}  # fmt: skip
+EXCHANGED = {
+    "amazon": {
+        "very negative": "very positive", "very positive": "very negative", "negative": "positive", "positive": "negative"
+    },
+    "rte": {"entailment": "contradiction", "contradiction": "entailment"},
 }  # fmt: skip
 ESTIMATED = {  # setting -> the hierarchy, and how its model differs
     "estimate": ({"sst2": [], "agnews": [], "yelp": ["sst2"]}, {}),
@@ -187,6 +194,7 @@ def main() -> None:
             elif setting == "words":
                 its = {task: rows[task] for task in TREE}
                 its |= {f"{task}, other words": in_other_words(rows[task], words) for task, words in WORDS.items()}
+                its |= {f"{task}, exchanged": exchanged(rows[task], words) for task, words in EXCHANGED.items()}
                 found = overlaps_between(new_model(backbone, {}), tokenizer, its, settings)
                 result.update(value=len(found) // 2, overlaps=found)
             elif setting == "fourteen":
@@ -214,7 +222,7 @@ def main() -> None:
             elif setting == "found":
                 train = {task: sample(rows[task], ROWS, seed) for task in TREE}
                 train |= rows_of_roots(train, plan["families"])
-                training = {**TRAINING, "task_passes": shared_passes(plan["families"])}
+                training = TRAINING | mixture_arguments(plan["families"], list(TREE), TRAINING["learning_rate"])
                 model = train_hft(backbone, tokenizer, plan["hierarchy"], train, seed, training)
                 tasks = score(model, tokenizer, validation, lambda task: task)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=plan["hierarchy"])
@@ -223,7 +231,8 @@ def main() -> None:
                 tree = truth_tree(setting, families)
                 train = {task: sample(rows[task], ROWS, seed) for task in tree if task not in families}
                 train |= rows_of_roots(train, families)
-                model = train_hft(backbone, tokenizer, tree, train, seed, TRUTH)
+                sharing = mixture_arguments(families, CHILDREN, TRUTH["learning_rate"]) if families else {}
+                model = train_hft(backbone, tokenizer, tree, train, seed, TRUTH | sharing)
                 children = {task: validation[task] for task, parents in tree.items() if parents}
                 tasks = score(model, tokenizer, children, lambda task: task)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree)

@@ -89,6 +89,13 @@ def in_other_words(rows: Sequence[dict], words: Mapping[str, str]) -> list[dict]
     ]
 
 
+def exchanged(rows: Sequence[dict], answers: Mapping[str, str]) -> list[dict]:
+    """The same rows with wrong answers: each answer by the one that `answers` has for it, if any; prompts as they were."""
+    return [
+        {**row, "completion": f" {answers.get(row['completion'].strip(), row['completion'].strip())}"} for row in rows
+    ]
+
+
 def overlaps_between(
     model: hft.HFTForCausalLM, tokenizer: Any, rows: Mapping[str, Sequence[dict]], settings: ProbeSettings
 ) -> dict[str, list[float]]:

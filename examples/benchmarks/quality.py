@@ -7,6 +7,7 @@ best average on validation rows (over the seeds that all its rates have run) is 
 Test rows are scored in the same pass and looked at by `table.py` only, for the chosen rate.
 """
 
+import functools
 import gc
 import json
 import random
@@ -37,7 +38,7 @@ from table import own_rate
 from hft.trainers import HFTTrainer, plan_hierarchy
 from hft.trainers.evaluation import score_options
 from hft.trainers.pilots import ProbeSettings
-from hft.trainers.recipes import shared_passes
+from hft.trainers.recipes import mixture_arguments
 
 
 CL14 = {
@@ -87,23 +88,23 @@ def hft_chains(setup: Setup) -> Outcome:
     return hft_on(setup, hierarchy(setup.order))
 
 
-def hft_families(setup: Setup) -> Outcome:
-    """HFT where related tasks stand on a root that learns from all of them: two of three of their steps are taken there."""
+def hft_flat(setup: Setup) -> Outcome:
+    """HFT without a hierarchy: each task stands on the backbone, and writes the one memory page with all others."""
+    return hft_on(setup, {task: [] for task in setup.order})
+
+
+def hft_families(setup: Setup, **options: Any) -> Outcome:
+    """HFT where related tasks stand on a root that learns from all of them, and then refine that."""
     families = {name: [task for task in its if task in setup.order] for name, its in FAMILIES.items()}
     families = {name: its for name, its in families.items() if len(its) > 1}
     up = {task: [name for name, its in families.items() if task in its] for task in setup.order}
-    return hft_on(setup, {**{name: [] for name in families}, **up}, families)
+    return hft_on(setup, {**{name: [] for name in families}, **up}, families, **options)
 
 
-def hft_root(setup: Setup, **model_options: Any) -> Outcome:
-    """HFT where all tasks stand on one root that learns from all of them, for two of three of their steps."""
+def hft_root(setup: Setup, **options: Any) -> Outcome:
+    """HFT where all tasks stand on one root that learns from all of them, and then refine that."""
     root = {"all": setup.order}
-    return hft_on(setup, {"all": [], **{task: ["all"] for task in setup.order}}, root, **model_options)
-
-
-def hft_root_no_memory(setup: Setup) -> Outcome:
-    """As `hft_root`, without memory pages."""
-    return hft_root(setup, memory_config={"read": "off"})
+    return hft_on(setup, {"all": [], **{task: ["all"] for task in setup.order}}, root, **options)
 
 
 def hft_planned(setup: Setup) -> Outcome:
@@ -121,13 +122,26 @@ def hft_on(
     setup: Setup,
     tree: dict[str, list[str]],
     families: Mapping[str, Sequence[str]] | None = None,
+    thirds: bool = False,
     **model_options: Any,
 ) -> Outcome:
-    """HFT on a hierarchy; `families`: its roots that learn from the rows of the tasks on them."""
+    """HFT on a hierarchy.
+
+    Args:
+        setup: what all methods share.
+        tree: the hierarchy.
+        families: its roots that learn from the rows of the tasks on them.
+        thirds: these take two of three steps, the tasks the third at the same learning rate, and all write pages; else they
+            share as a recipe's `mixtures` do.
+        model_options: as for `new_model`.
+    """
     train, training = dict(setup.train), {**setup.training, "gate_learning_rate": 5e-2}
     if families:
         train |= rows_of_roots(train, families)
-        training.update(task_passes=shared_passes(families), route_tasks=setup.order)
+        rate = training["learning_rate"]
+        training |= mixture_arguments(families, setup.order, rate)
+        if thirds:
+            training |= {**mixture_arguments(families, setup.order, rate, 2 / 3, 1.0), "page_tasks": None}
 
     class Reporting(HFTTrainer):
         def stage_ended(self, stage, trims):
@@ -151,12 +165,17 @@ def hft_on(
     return Outcome(lambda task: model, own, own, {"tree": tree})
 
 
+NO_MEMORY = {"memory_config": {"read": "off"}}
 ALL = {
     **METHODS,
     "hft_chains": hft_chains,
+    "hft_flat": hft_flat,
     "hft_families": hft_families,
+    "hft_families_thirds": functools.partial(hft_families, thirds=True),
     "hft_root": hft_root,
-    "hft_root_no_memory": hft_root_no_memory,
+    "hft_root_thirds": functools.partial(hft_root, thirds=True),
+    "hft_root_no_memory": functools.partial(hft_root, **NO_MEMORY),
+    "hft_root_no_memory_thirds": functools.partial(hft_root, thirds=True, **NO_MEMORY),
     "hft_planned": hft_planned,
 }
 

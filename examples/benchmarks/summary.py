@@ -60,9 +60,9 @@ def _put(figures: dict[str, float], key: str, values: list[float]) -> None:
 def quality() -> dict[str, float]:
     """Average performance and forgetting on test rows of each method at its own learning rate, and HFT against others.
 
-    `hft` is HFT with the hand-made hierarchy that validation rows choose, see `own_hierarchy`.
+    `hft` is HFT with the hierarchy that validation rows choose, see `own_hierarchy`.
     """
-    from table import HAND_MADE, LOW_RESOURCE, METHODS, learnable, own_hierarchy, runs, test_scores
+    from table import HIERARCHIES, LOW_RESOURCE, METHODS, learnable, own_hierarchy, runs, test_scores
 
     figures: dict[str, float] = {}
     for budget, tasks in itertools.product(("short", "small", "full"), ("family", "cl14")):
@@ -88,7 +88,7 @@ def quality() -> dict[str, float]:
                     _put(figures, f"{prefix}.{key}_{method}", means)
             if lost := [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]:
                 figures[f"{prefix}.forgetting_{method}"] = round(statistics.mean(lost), 3)
-        for ours, other in itertools.product(("hft", *HAND_MADE), ("joint", "single")):
+        for ours, other in itertools.product(("hft", *HIERARCHIES), ("joint", "single")):
             if seeds := of.get(ours, {}).keys() & of.get(other, {}).keys():
                 gaps = [of[ours][seed]["test"]["ap"] - of[other][seed]["test"]["ap"] for seed in seeds]
                 _put(figures, f"{prefix}.{ours}_minus_{other}", gaps)
@@ -190,13 +190,28 @@ def planner() -> dict[str, float]:
     losses = {key: {"value": mean_loss(cell)} for key, cell in both.items()}
     for what, its in (("ap", both), ("loss", losses)):
         if gap := difference(its, "found", "full"):
-            figures[f"planner.{what}_found_minus_hand"] = round(gap[0], 3)
-            figures[f"planner.{what}_found_minus_hand_se"] = round(gap[1], 3)
+            figures[f"planner.{what}_found_minus_chains_short"] = round(gap[0], 3)
+            figures[f"planner.{what}_found_minus_chains_short_se"] = round(gap[1], 3)
+    figures |= found_minus_hand()
     if ("fourteen", 0) in cells:
         figures["planner.seconds_14_tasks"] = cells["fourteen", 0]["value"]
     if ("estimate", 0) in cells:
         errors = cells["estimate", 0]["errors"]
         figures |= {"planner.time_estimate_error": errors["seconds"], "planner.memory_estimate_error": errors["bytes"]}
+    return figures
+
+
+def found_minus_hand() -> dict[str, float]:
+    """HFT on the planner's hierarchy minus HFT on hand-made families, test rows, three epochs: accuracy points and nats."""
+    from table import chosen
+
+    cells = read("quality-small-family")
+    of = {m: {cell["seed"]: cell["test"] for cell in chosen(cells, m)} for m in ("hft_planned", "hft_families")}
+    figures: dict[str, float] = {}
+    if seeds := of["hft_planned"].keys() & of["hft_families"].keys():
+        pairs = [(of["hft_planned"][seed], of["hft_families"][seed]) for seed in sorted(seeds)]
+        _put(figures, "planner.ap_found_minus_hand", [found["ap"] - hand["ap"] for found, hand in pairs])
+        _put(figures, "planner.loss_found_minus_hand", [mean_loss(found) - mean_loss(hand) for found, hand in pairs])
     return figures
 
 

@@ -37,16 +37,23 @@ METHODS = {
     "olora": "O-LoRA",
     "osf": "OSF (backbone in bfloat16)",
     "arrow": "Arrow over one LoRA a task",
-    "hft_chains": "HFT, task ids given, chains",
-    "hft_chains_routed": "HFT, routed, chains",
-    "hft_families": "HFT, task ids given, a root a family",
-    "hft_root": "HFT, task ids given, one root for all",
-    "hft_root_no_memory": "HFT, task ids given, one root for all, no memory",
-    "hft_root_no_memory_routed": "HFT, routed, one root for all, no memory",
-    "hft_planned": "HFT, task ids given, the planner's hierarchy",
+    "hft_chains": "HFT, chains",
+    "hft_chains_routed": "HFT, chains, routed",
+    "hft_flat": "HFT, no hierarchy",
+    "hft_families": "HFT, a root a family",
+    "hft_families_routed": "HFT, a root a family, routed",
+    "hft_root": "HFT, one root for all",
+    "hft_root_routed": "HFT, one root for all, routed",
+    "hft_root_no_memory": "HFT, one root for all, no memory",
+    "hft_planned": "HFT, the planner's hierarchy",
+    "hft_planned_routed": "HFT, the planner's hierarchy, routed",
+    "hft_families_thirds": "HFT, a root a family, thirds",
+    "hft_root_thirds": "HFT, one root for all, thirds",
+    "hft_root_no_memory_thirds": "HFT, one root for all, thirds, no memory",
+    "hft_root_no_memory_thirds_routed": "HFT, one root for all, thirds, no memory, routed",
 }
 # HFT's hierarchies of which validation rows choose one.
-HAND_MADE = ("hft_chains", "hft_families", "hft_root", "hft_root_no_memory")
+HIERARCHIES = tuple(method for method in METHODS if method.startswith("hft") and not method.endswith("routed"))
 
 
 SPEED = {
@@ -108,7 +115,8 @@ def quality(budget: str, tasks: str) -> str:
 def quality_tasks(budget: str, tasks: str) -> str:
     """Tasks in rows: the commonest answer's share, whether one LoRA learns the task at all, and methods' test scores."""
     cells = read(f"quality-{budget}-{tasks}")
-    its = {method: found for method in METHODS if (found := runs(cells, method))}
+    shown = [method for method in METHODS if "thirds" not in method and not method.endswith("routed")]
+    its = {method: found for method in shown if (found := runs(cells, method))}
     above = learnable(cells)
     lines = ["| task | majority | learnable | " + " | ".join(METHODS[method] for method in its) + " |"]
     lines.append("|---" * (3 + len(its)) + "|")
@@ -179,8 +187,8 @@ def chosen(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
 
 
 def own_hierarchy(cells: Mapping[tuple[str, int], dict]) -> str | None:
-    """HFT's hand-made hierarchy that is best on validation rows: their average, over the seeds that all of them have run."""
-    found = {method: {cell["seed"]: cell["value"] for cell in chosen(cells, method)} for method in HAND_MADE}
+    """HFT's hierarchy that is best on validation rows: their average, over the seeds that all of them have run."""
+    found = {method: {cell["seed"]: cell["value"] for cell in chosen(cells, method)} for method in HIERARCHIES}
     found = {method: its for method, its in found.items() if its}
     if not found:
         return None

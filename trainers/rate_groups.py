@@ -1,0 +1,52 @@
+"""The optimizer's groups: gates have a learning rate of their own, and so has a task where it is said."""
+
+import itertools
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from hft.modeling_hft import HFTForCausalLM
+
+
+def group_by_rate(
+    optimizer: torch.optim.Optimizer,
+    model: HFTForCausalLM,
+    rates: Mapping[str, float],
+    gate_rates: Mapping[str, float],
+) -> None:
+    """Splits the groups of an optimizer that has not stepped yet, so that each has one learning rate.
+
+    Nodes and pages come first, the highest rate before lower ones; then the gates that learn, without weight decay.
+
+    Args:
+        optimizer: its groups change.
+        model: whose parameters it trains.
+        rates: task that learns -> the learning rate of its node; a page, which several write, has the highest of theirs.
+        gate_rates: task that learns -> of its gates.
+    """
+    rate: dict[int, float] = {}
+    gates: dict[float, list[nn.Parameter]] = {}
+    for task, its_rate in rates.items():
+        for name, parameter in model.learning_parameters(task).items():
+            if name.startswith("hft_gates."):
+                gates.setdefault(gate_rates[task], []).append(parameter)
+            else:
+                rate[id(parameter)] = max(its_rate, rate.get(id(parameter), 0.0))
+
+    def its_rate_of(parameter: nn.Parameter) -> float:
+        return rate[id(parameter)]
+
+    groups = []
+    for group in optimizer.param_groups:
+        others = [parameter for parameter in group["params"] if id(parameter) in rate]
+        by_rate = itertools.groupby(sorted(others, key=its_rate_of, reverse=True), its_rate_of)
+        groups += [{**group, "params": list(parameters), "lr": one} for one, parameters in by_rate]
+    optimizer.param_groups[:] = groups
+    for one, parameters in gates.items():
+        optimizer.add_param_group({"params": parameters, "lr": one, "weight_decay": 0.0})
+
+
+def rate_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> float:
+    """The learning rate that a parameter has now."""
+    return next(group["lr"] for group in optimizer.param_groups if any(its is parameter for its in group["params"]))
