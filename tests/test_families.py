@@ -206,8 +206,14 @@ def test_a_family_is_printed_drawn_written_trained_and_planned_again(command, da
         "--yaml",
         str(tmp_path / "2.yaml"),
     ]
+    by_hand = (
+        f"page_tasks: [{root}]\nroute_tasks: [{root}]\ntask_passes: {{{root}: 2}}\ntask_learning_rates: {{{root}: 1}}"
+    )
+    with open(tmp_path / "plan.yaml", "a") as file:  # what was said of a root that the plan lets go of
+        file.write(f"\n{by_hand}\n")
     assert main(again) == 0
-    assert read_recipe(tmp_path / "2.yaml").mixtures == recipe.mixtures
+    found = read_recipe(tmp_path / "2.yaml")
+    assert found.mixtures == recipe.mixtures and found.training_arguments() == recipe.training_arguments()
     assert main([*again, "--no_families"]) == 0
     assert read_recipe(tmp_path / "2.yaml").mixtures == {} and root not in read_recipe(tmp_path / "2.yaml").hierarchy
 

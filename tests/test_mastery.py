@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 from hft.trainers import HFTTrainer
 from hft.trainers.curriculum import BlockSampler, Mastery
@@ -84,6 +85,26 @@ def test_a_mastered_task_leaves_and_its_siblings_learn_as_if_it_had_stayed(
         assert all(bits(ours[name]) == bits(theirs[name]) for name in ours) == same
 
 
+def test_a_step_that_is_skipped_shrinks_no_gate(backbones, tokenizer, tmp_path, monkeypatch, e_is_mastered):
+    options = {"hierarchy": {"a": [], "b": ["a"], "e": ["a"]}, "memory": {"read": "off"}, "gate_shrink": 5.0}
+    at_mastery = []
+
+    class Noting(Watching):
+        def training_step(self, *args, **kwargs):
+            if self.stage.level == 2 and self.state.global_step >= 4:
+                at_mastery.append(self.model.gates("e").values)
+            return super().training_step(*args, **kwargs)
+
+    trainer = mastering(backbones, tokenizer, tmp_path / "1", cls=Noting, **options)
+    trainer.train()
+    assert trainer.mastery.mastered == {"e": 4} and trainer.model.gates("b").values.min() < 0.99
+    assert len(at_mastery) > 4 and all(torch.equal(values, at_mastery[0]) for values in at_mastery)
+    monkeypatch.undo()
+    whole = mastering(backbones, tokenizer, tmp_path / "2", **options)
+    whole.train()
+    assert torch.equal(trainer.model.gates("b").values, whole.model.gates("b").values)
+
+
 def test_the_stage_ends_when_all_are_mastered(backbones, tokenizer, tmp_path):
     hierarchy = {"a": [], "e": [], "b": ["a"]}
     trainer = mastering(backbones, tokenizer, tmp_path, hierarchy, mastery_patience=None, mastery_accuracy=1e-9)
@@ -158,6 +179,11 @@ def test_without_shrinking_gates_go_where_the_gradient_says(backbones, tokenizer
         ({"task_passes": {"a": 0}}, "`task_passes['a']` is 0; it must be a number above 0."),
         ({"task_passes": {"a": "1e-1"}}, "`task_passes['a']` is '1e-1'; it must be a number above 0."),
         ({"task_passes": ["a"]}, "`task_passes` is ['a']; give {task: passes}."),
+        ({"page_tasks": "a"}, "`page_tasks` is 'a'; give a list of tasks."),
+        (
+            {"task_learning_rates": {"a": 1e-4}, "learning_rate": 0.0},
+            "`learning_rate` is 0.0; with `task_learning_rates` it must be above 0.",
+        ),
         ({"task_learning_rates": {"a": 0}}, "`task_learning_rates['a']` is 0; it must be a number above 0."),
     ],
 )

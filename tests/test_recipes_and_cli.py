@@ -73,11 +73,20 @@ train_samples: 4
     assert slower["task_learning_rates"] == pytest.approx({"mnli": 2e-3, "cb": 2e-3})
     changed = read_recipe(tmp_path / "family.yaml", {"root_share": 0.25, "route_tasks": ["cb"]}).training_arguments()
     assert changed["task_passes"] == {"inference": 0.25, "mnli": 0.75, "cb": 0.75} and changed["route_tasks"] == ["cb"]
-    assert read_recipe(tmp_path / "family.yaml", {"task_passes": {}}).training_arguments()["task_passes"] == {}
+    own = {"task_passes": {"cb": "5e-1"}, "task_learning_rates": {"cb": "5e-5"}, "refining_rate": "1e-1"}
+    some = read_recipe(
+        tmp_path / "family.yaml", own
+    ).training_arguments()  # a task that is not named keeps what it had
+    assert some["task_passes"] == pytest.approx({"inference": 0.9, "mnli": 0.1, "cb": 0.5})
+    assert some["task_learning_rates"] == pytest.approx({"mnli": 1e-4, "cb": 5e-5})
+    with pytest.raises(
+        ValueError, match=r"`mixtures\['inference'\]` has the rows of 'sst2', which does not stand on it"
+    ):
+        read_recipe(tmp_path / "family.yaml", {"mixtures": {"inference": ["mnli", "sst2"]}})
     for wrong in (1.0, 0.0, "a"):
         with pytest.raises(ValueError, match="`root_share` is"):
             read_recipe(tmp_path / "family.yaml", {"root_share": wrong})
-    with pytest.raises(ValueError, match=r"`refining_rate` is 0; it must be a number above 0\."):
+    with pytest.raises(ValueError, match=r"`refining_rate` is 0; it must be above 0\.0"):
         read_recipe(tmp_path / "family.yaml", {"refining_rate": 0})
     tokenizer = AutoTokenizer.from_pretrained(backbones["llama"])
     parts = [load_task(recipe, task, "train", tokenizer) for task in ("inference", "mnli", "cb")]

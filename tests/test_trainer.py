@@ -369,9 +369,8 @@ def test_passes_of_a_task(backbones, tokenizer, tmp_path):
     blocks = {task: math.ceil(len(rows) / block) for task, rows in data().items()}
     assert trainer.train().global_step == 2 * (2 * blocks["a"] + blocks["e"])
     assert trainer.record.budget["task_passes"] == {"a": 2.0} and "rank_tolerance" not in trainer.record.budget
-    trainer = make(backbones, tokenizer, tmp_path / "2", {"a": [], "e": []}, task_passes={"ee": 2.0})
-    with pytest.raises(ValueError, match=r"Unknown task 'ee'.*'e'"):
-        trainer.train()
+    with pytest.raises(ValueError, match=r"`task_passes` names the unknown task 'ee'\..*'e'"):
+        make(backbones, tokenizer, tmp_path / "2", {"a": [], "e": []}, task_passes={"ee": 2.0})
 
 
 def test_tasks_that_write_no_page(backbones, tokenizer, tmp_path):
@@ -406,11 +405,10 @@ def test_tasks_have_learning_rates_of_their_own(backbones, tokenizer, tmp_path):
     nodes = {task: [p for name, p in model.task_parameters(task).items() if "gates" not in name] for task in "ae"}
     assert {found[id(p)] for p in nodes["a"]} == {trainer.args.learning_rate}
     assert {found[id(p)] for p in nodes["e"]} == {2e-4}
-    assert {found[id(p)] for p in model.page_parameters(1).values()} == {trainer.args.learning_rate}  # the higher one
+    assert {found[id(p)] for p in model.page_parameters(1).values()} == {2e-4}  # the lower one
     assert decayed == set(found)
-    trainer = make(backbones, tokenizer, tmp_path / "2", {"a": []}, task_learning_rates={"aa": 2e-4})
-    with pytest.raises(ValueError, match=r"Unknown task 'aa'.*'a'"):
-        trainer.train()
+    with pytest.raises(ValueError, match=r"`task_learning_rates` names the unknown task 'aa'\..*'a'"):
+        make(backbones, tokenizer, tmp_path / "2", {"a": []}, task_learning_rates={"aa": 2e-4})
 
 
 def test_gates_have_a_learning_rate_of_their_own(backbones, tokenizer, tmp_path):
@@ -422,6 +420,9 @@ def test_gates_have_a_learning_rate_of_their_own(backbones, tokenizer, tmp_path)
     assert len(gates) == 1 and [id(p) for p in gates[0]["params"]] == [id(trainer.model.hft_gates.of("d"))]
     assert gates[0]["weight_decay"] == 0
     assert sum(len(group["params"]) for group in groups) == len(trainer.model.task_parameters("d"))
+    trainer.optimizer, trainer.args.task_learning_rates = None, {"d": trainer.args.learning_rate / 10}
+    groups = trainer.create_optimizer().param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([trainer.args.learning_rate / 10, 0.05])
 
 
 def test_a_parameter_that_gets_no_gradient_is_named(backbones, tokenizer, tmp_path):

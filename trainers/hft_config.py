@@ -1,11 +1,13 @@
 """The arguments of `HFTTrainer`."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import accelerator
 from trl import SFTConfig
+
+from hft.hierarchy_hft import nearest
 
 from .curriculum import BlockSampler
 
@@ -34,7 +36,7 @@ class HFTTrainingConfig(SFTConfig):
         task_passes: task -> passes over its rows in an epoch, above 0; 1 for those that it does not name. Of half a pass the
             next epoch takes the other half.
         task_learning_rates: task -> the learning rate of its node, where it is not `learning_rate`; above 0. That of its
-            gates changes by the same factor. A page has the highest rate of those that write it.
+            gates changes by the same factor. A page has the lowest rate of those that write it.
         page_tasks: the tasks that write their stage's memory page; None: all. Leave out a task whose rows are those of
             others, as the root of a family: all of it is shared already.
         rank_tolerance: before a stage is sealed, each task's node is cut to the smallest rank that raises its mean loss on
@@ -90,6 +92,13 @@ class HFTTrainingConfig(SFTConfig):
             raise ValueError(f"`gate_shrink` is {self.gate_shrink}; it must be 0 or more.")
         if self.rank_tolerance is not None and not self.rank_tolerance >= 0:
             raise ValueError(f"`rank_tolerance` is {self.rank_tolerance}; it must be 0 nats a token or more.")
+        for name in ("route_tasks", "page_tasks"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; give a list of tasks.")
+        if self.task_learning_rates and not self.learning_rate > 0:
+            raise ValueError(
+                f"`learning_rate` is {self.learning_rate}; with `task_learning_rates` it must be above 0."
+            )
         for name, what in (("task_passes", "passes"), ("task_learning_rates", "learning rate")):
             by_task = getattr(self, name) or {}
             if not isinstance(by_task, dict):
@@ -124,6 +133,21 @@ class HFTTrainingConfig(SFTConfig):
         """Those of the tasks that the router learns to know."""
         wanted = tasks if self.route_tasks is None else self.route_tasks
         return [task for task in tasks if task in wanted] if self.route_samples else []
+
+    def writers(self, tasks: Sequence[str]) -> list[str]:
+        """Those of a stage's tasks that write its memory page."""
+        return [task for task in tasks if self.page_tasks is None or task in self.page_tasks]
+
+    def check_names(self, known: Collection[str]) -> None:
+        """Whether the settings that name tasks name known ones.
+
+        Raises:
+            ValueError: one does not.
+        """
+        for field_name in ("route_tasks", "page_tasks", "task_passes", "task_learning_rates"):
+            for task in getattr(self, field_name) or ():
+                if task not in known:
+                    raise ValueError(f"`{field_name}` names the unknown task {task!r}. {nearest(task, known)}")
 
     def has_mastery(self) -> bool:
         """Whether tasks may leave their stage early."""

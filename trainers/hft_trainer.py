@@ -104,6 +104,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
             with replacing(args.output_dir):  # raises now, not after hours, if the folder cannot be written
                 pass
 
+        args.check_names(model.hierarchy.names)
         self.stage: Stage | None = None
         self.mastery = Mastery([])  # of the stage
         self.log_history: list[dict[str, float]] = []  # of all stages; `state.log_history` holds the last one's
@@ -247,7 +248,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
     def _train_stage(self, stage: Stage, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
         self.stage = stage
         self.mastery = Mastery(stage.tasks, self.args.mastery_accuracy, self.args.mastery_patience)
-        self._checked = set()
+        self._checked, self._stepping = set(), None
         self._metrics["train"].clear()  # what the stage before had not logged yet
         self.model.start_stage(stage.tasks, self.args.page_tasks)
         self._begin_stage_record(stage)
@@ -300,6 +301,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         mastered = self.mastery.mastered
         if mastered and self._task_names[int(inputs["task"][0])] in mastered:  # reading the id makes a GPU wait
             # The step passes without computing, so that order, schedule and resuming stay what they are.
+            self._stepping = None
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._average_gradients()
@@ -327,11 +329,12 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
     ) -> Any:
         """As SFTTrainer's, on the batch's path; also logs `<task>_loss`, the mean over the task's tokens."""
         inputs, labels = dict(inputs), inputs["labels"]
-        task = self._last_task = self._task_names[int(inputs.pop("task")[0])]
+        task = self._task_names[int(inputs.pop("task")[0])]
         # TRL's fused loss calls `base_model` directly, past any `forward` of ours, so the path is set around it.
         with self._on_path(task), answers_only(self, inputs, return_outputs):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self.model.training:  # in evaluation the Trainer itself logs a loss a task
+            self._stepping = task
             loss = (result[0] if return_outputs else result).detach()
             num_labels = (labels[..., 1:] != -100).sum()
             if num_items_in_batch is not None:  # of the whole step; and DDP's mean is made up for
@@ -356,18 +359,13 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh:
-            own, usual, gates = (
-                self.args.task_learning_rates or {},
-                self.args.learning_rate,
-                self.args.gate_learning_rate,
-            )
-            rates = {task: own.get(task, usual) for task in self.stage.tasks}
-            group_by_rate(optimizer, self.model, rates, {task: gates * rate / usual for task, rate in rates.items()})
+            group_by_rate(optimizer, self.model, self.stage.tasks, self.args)
         return optimizer
 
     def _shrink_gates(self) -> None:
-        """After an optimizer step: the proximal step on the gates of the task that took it."""
-        if columns := self.model.learning_gates(task := self._last_task):
+        """After an optimizer step: the proximal step on the gates of the task that took it, if one did."""
+        task = self._stepping
+        if task is not None and (columns := self.model.learning_gates(task)):
             strength = rate_of(self.optimizer, self.model.hft_gates.of(task)) * self.args.gate_shrink
             self.model.hft_gates.shrink(task, columns, strength)
 

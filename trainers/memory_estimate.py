@@ -151,7 +151,7 @@ def estimate_recipe(
     batch_size, length = training.per_device_train_batch_size, length or training.max_length or 1024
     estimates, num_sealed, num_pages = [], 0, 0
     for tasks in tree.levels():
-        has_page = training.page_tasks is None or not set(tasks).isdisjoint(training.page_tasks)
+        has_page = bool(training.writers(tasks))
         num_pages += has_page
         estimates.append(
             estimate_memory(

@@ -81,12 +81,17 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
         raise ValueError(f"The model has all tasks of '{args.data}' already; there is nothing to plan.")
     recipe.hierarchy = {task: [] for task in chosen}
     recipe.datasets = {task: spec for task, spec in recipe.datasets.items() if task in chosen}
+    if recipe.mixtures:  # what they were told of families that are found anew
+        for key in ("route_tasks", "page_tasks", "task_passes", "task_learning_rates"):
+            recipe.training.pop(key, None)
     recipe.mixtures = {}
     if isinstance(recipe.metric, dict):
         recipe.metric = {task: name for task, name in recipe.metric.items() if task in chosen} or "exact_match"
-    if recipe.training.get("route_tasks"):
-        recipe.training["route_tasks"] = [task for task in chosen if task in recipe.training["route_tasks"]]
+    for key in ("route_tasks", "page_tasks"):
+        if recipe.training.get(key):
+            recipe.training[key] = [task for task in chosen if task in recipe.training[key]]
     for key in ("task_passes", "task_learning_rates"):
-        if by_task := recipe.training.pop(key, None):
-            recipe.training[key] = {task: by_task[task] for task in chosen if task in by_task}
+        by_task = recipe.training.pop(key, None) or {}
+        if its := {task: by_task[task] for task in chosen if task in by_task}:
+            recipe.training[key] = its
     return recipe

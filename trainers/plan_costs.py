@@ -87,12 +87,12 @@ def plan_costs(
     slots = 0 if model.config.memory_config.read == "off" else model.config.memory_config.slots
     lengths, longest_answer = _lengths(rows, tokenizer, training.max_length)
     timing = time_steps(model, rows, tokenizer, recipe.training)
-    # A stage of families' roots alone writes no page.
-    has_page = [slots > 0 and not set(level) <= set(plan.families) for level in hierarchy.levels()]
-    more = {
-        t: rank * (len(hierarchy.path(t)) - 1) + slots * sum(has_page[: hierarchy.level(t) - 1])
-        for t in hierarchy.names
-    }
+    writers = [training.writers(level) if slots else [] for level in hierarchy.levels()]
+    more = {}  # columns of a path beside those of one node and one page, which steps are timed with
+    for level, tasks in enumerate(hierarchy.levels()):
+        for task in tasks:
+            num_pages = sum(map(bool, writers[:level])) + (task in writers[level])
+            more[task] = rank * (len(hierarchy.path(task)) - 1) + (slots * (num_pages - 1) if slots else 0)
     num_rows, draw = {task: len(its) for task, its in rows.items()}, random.Random(0)
     for root, its in plan.families.items():
         weights = [num_rows[task] for task in its]
@@ -121,7 +121,7 @@ def plan_costs(
     )
     stage_seconds = timing.per_stage * len(hierarchy.levels())
     sizes = node_bytes(model, rank), node_bytes(model, slots)
-    return PlanCosts(steps, seconds, stage_seconds, *sizes, sum(has_page), longest, memory)
+    return PlanCosts(steps, seconds, stage_seconds, *sizes, sum(map(bool, writers)), longest, memory)
 
 
 def _lengths(

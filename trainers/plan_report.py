@@ -31,7 +31,7 @@ DEFAULTS: dict[str, Any] = {
         "learning_rate": 1e-3,
         "gate_learning_rate": 1e-2,
         "lr_scheduler_type": "linear",
-        "warmup_steps": 5,
+        "warmup_steps": 0.1,  # of a stage's
         "max_length": 256,
         "gradient_checkpointing": False,
         "logging_steps": 10,

@@ -1,19 +1,18 @@
 """The optimizer's groups: gates have a learning rate of their own, and so has a task where it is said."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from hft.modeling_hft import HFTForCausalLM
 
+from .hft_config import HFTTrainingConfig
+
 
 def group_by_rate(
-    optimizer: torch.optim.Optimizer,
-    model: HFTForCausalLM,
-    rates: Mapping[str, float],
-    gate_rates: Mapping[str, float],
+    optimizer: torch.optim.Optimizer, model: HFTForCausalLM, tasks: Sequence[str], args: HFTTrainingConfig
 ) -> None:
     """Splits the groups of an optimizer that has not stepped yet, so that each has one learning rate.
 
@@ -22,17 +21,19 @@ def group_by_rate(
     Args:
         optimizer: its groups change.
         model: whose parameters it trains.
-        rates: task that learns -> the learning rate of its node; a page, which several write, has the highest of theirs.
-        gate_rates: task that learns -> of its gates.
+        tasks: those that learn.
+        args: their learning rates, see `HFTTrainingConfig`.
     """
     rate: dict[int, float] = {}
     gates: dict[float, list[nn.Parameter]] = {}
-    for task, its_rate in rates.items():
+    own = args.task_learning_rates or {}
+    for task in tasks:
+        its_rate, factor = own.get(task, args.learning_rate), own[task] / args.learning_rate if task in own else 1.0
         for name, parameter in model.learning_parameters(task).items():
             if name.startswith("hft_gates."):
-                gates.setdefault(gate_rates[task], []).append(parameter)
-            else:
-                rate[id(parameter)] = max(its_rate, rate.get(id(parameter), 0.0))
+                gates.setdefault(factor * args.gate_learning_rate, []).append(parameter)
+            else:  # a page is written by several
+                rate[id(parameter)] = min(its_rate, rate.get(id(parameter), its_rate))
 
     def its_rate_of(parameter: nn.Parameter) -> float:
         return rate[id(parameter)]

@@ -89,12 +89,13 @@ class Recipe:
         return [task for task in self.hierarchy if task not in self.mixtures]
 
     def training_arguments(self) -> dict[str, Any]:
-        """The keys of HFTTrainingConfig; what mixtures say of tasks, the training's own keys override."""
+        """The keys of HFTTrainingConfig; what mixtures say, of a task or by a list, the training's own keys override."""
         if not self.mixtures:
             return self.training
         rate = float(self.training.get("learning_rate", HFTTrainingConfig.learning_rate))
         its = mixture_arguments(self.mixtures, self.tasks(), rate, self.root_share, self.refining_rate)
-        return {**its, **self.training}
+        by_task = {key: its[key] | (self.training.get(key) or {}) for key in ("task_passes", "task_learning_rates")}
+        return {**its, **self.training, **by_task}
 
 
 def mixture_arguments(
@@ -115,7 +116,7 @@ def mixture_arguments(
     return {
         "route_tasks": list(tasks),
         "page_tasks": list(tasks),
-        "task_passes": dict.fromkeys(members, 1 - root_share) | dict.fromkeys(mixtures, root_share),
+        "task_passes": dict.fromkeys(members, round(1 - root_share, 6)) | dict.fromkeys(mixtures, root_share),
         "task_learning_rates": dict.fromkeys(members, refining_rate * learning_rate),
     }
 
@@ -132,7 +133,7 @@ def _keys() -> dict[str, dict[str, Any]]:
     quantization = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
     training = {field.name: field.default for field in dataclasses.fields(HFTTrainingConfig) if field.init}
     return {
-        "recipe": dict.fromkeys(RECIPE_KEYS),
+        "recipe": {field.name: field.default for field in dataclasses.fields(Recipe) if field.name in RECIPE_KEYS},
         "model": dict.fromkeys(MODEL_KEYS),
         "quantization": quantization,
         "training": training,
@@ -198,8 +199,8 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
             raise ValueError(f"`{name}` is {value!r}; it must be a whole number of 1 or more.")
     if not isinstance(recipe.root_share, float) or not 0 < recipe.root_share < 1:
         raise ValueError(f"`root_share` is {recipe.root_share!r}; it must be above 0 and below 1.")
-    if not isinstance(recipe.refining_rate, (int, float)) or not 0 < recipe.refining_rate < math.inf:
-        raise ValueError(f"`refining_rate` is {recipe.refining_rate!r}; it must be a number above 0.")
+    if not isinstance(recipe.refining_rate, float) or not 0 < recipe.refining_rate < math.inf:
+        raise ValueError(f"`refining_rate` is {recipe.refining_rate!r}; it must be above 0.0, as 0.1.")
     if isinstance(recipe.metric, dict):
         for task in recipe.metric:
             if task not in tree:
@@ -227,6 +228,12 @@ def _check_mixtures(recipe: Recipe, tree: Hierarchy) -> None:
             raise ValueError(
                 f"`mixtures` gives {task!r} the rows of {members}; it can have none of its own or a mixture's."
             )
+        for name in members:
+            if task not in tree.path(name):
+                raise ValueError(
+                    f"`mixtures[{task!r}]` has the rows of {name!r}, which does not stand on it; make it a parent "
+                    f"of {name!r}, or take these rows out."
+                )
 
 
 def _find(path: str | os.PathLike) -> Path:
@@ -245,6 +252,8 @@ def _as_meant(key: str, value: Any, default: Any) -> Any:
         return "no"
     if key == "memory_config" and isinstance(value, dict) and value.get("read") is False:
         return {**value, "read": "off"}
+    if key in ("task_passes", "task_learning_rates") and isinstance(value, dict):
+        return {task: _as_meant(f"{key}[{task!r}]", number, 1.0) for task, number in value.items()}
     if isinstance(value, str) and (isinstance(default, float) or key in _float_keys()):
         try:
             return float(value)

@@ -1,6 +1,5 @@
 """What a training leaves for people: its record, pictures for trackers, the model card, and the push to the Hub."""
 
-import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -29,12 +28,15 @@ class HFTSharing:
     def _begin_record(self, resumes: bool) -> None:
         """Before the first stage; a resumed run goes on with what the folder holds."""
         self.record = RunRecord.load(self._root) if resumes else RunRecord()
-        args = self.args
-        named = (args.route_tasks, args.page_tasks, args.task_passes, args.task_learning_rates)
-        for task in itertools.chain.from_iterable(its or () for its in named):
-            self.model.hierarchy.check(task)
-        budget = self.args.to_dict()  # enums as text
-        self.record.budget = {name: budget[name] for name in BUDGET if budget[name] is not None}
+        args = self.args.to_dict()  # enums as text
+        budget = {name: args[name] for name in BUDGET if args[name] is not None}
+        for name in ("page_tasks", "task_learning_rates"):
+            now, before = budget.get(name), self.record.budget.get(name)
+            if self.record.budget and now != before:
+                raise ValueError(
+                    f"`{name}` is {now}, and the run to be resumed was begun with {before}; give that again, or start anew."
+                )
+        self.record.budget = budget
         for task, rows in self._train_sets.items():
             self.record.data[task] = {"rows": len(rows), **_origin(rows)}
         batch_size, has_bars = self.args.per_device_eval_batch_size, self.is_world_process_zero()
