@@ -47,6 +47,7 @@ def test_train(backbones, tmp_path, monkeypatch, from_file):
         "files": json.dumps({task: str(tmp_path / f"{task}.jsonl") for task in "ab"}),
         "output_dir": str(tmp_path / "out"),
         "max_steps": 2,
+        "task_learning_rates": '{"b": 1e-4}',
     }
     if from_file:
         (tmp_path / "mine.yaml").write_text(json.dumps(values))  # JSON is YAML
@@ -56,6 +57,7 @@ def test_train(backbones, tmp_path, monkeypatch, from_file):
     run("train.py", monkeypatch, *arguments)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(task["sealed"] for task in model.config.tasks)
+    assert json.loads((tmp_path / "out/run.json").read_text())["budget"]["task_learning_rates"] == {"b": 1e-4}
 
 
 def test_train_loop(backbones, tmp_path, monkeypatch, capsys):

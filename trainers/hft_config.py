@@ -1,5 +1,6 @@
 """The arguments of `HFTTrainer`."""
 
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,11 +58,11 @@ class HFTTrainingConfig(SFTConfig):
     mastery_patience: int | None = field(default=None, metadata={"help": "Evaluations without progress till it does."})
     route_samples: int = field(default=256, metadata={"help": "Prompts a task that the router learns from; 0: none."})
     route_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks that the router learns; None: all."})
-    task_passes: dict[str, float] | None = field(
+    task_passes: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Passes over a task's rows in an epoch, where it is not one."}
     )
     page_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks that write memory pages; None: all."})
-    task_learning_rates: dict[str, float] | None = field(
+    task_learning_rates: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Learning rate of a task's node, where it is not `learning_rate`."}
     )
 
@@ -101,6 +102,9 @@ class HFTTrainingConfig(SFTConfig):
             )
         for name, what in (("task_passes", "passes"), ("task_learning_rates", "learning rate")):
             by_task = getattr(self, name) or {}
+            if isinstance(by_task, str) and by_task.startswith("{"):  # from a command line
+                by_task = json.loads(by_task)
+                setattr(self, name, by_task)
             if not isinstance(by_task, dict):
                 raise ValueError(f"`{name}` is {by_task!r}; give {{task: {what}}}.")
             for task, value in by_task.items():
@@ -133,6 +137,13 @@ class HFTTrainingConfig(SFTConfig):
         """Those of the tasks that the router learns to know."""
         wanted = tasks if self.route_tasks is None else self.route_tasks
         return [task for task in tasks if task in wanted] if self.route_samples else []
+
+    def rates(self, task: str) -> tuple[float, float]:
+        """A task's learning rates: of its node, and of its gates."""
+        own = self.task_learning_rates
+        if not isinstance(own, dict) or task not in own:
+            return self.learning_rate, self.gate_learning_rate
+        return own[task], self.gate_learning_rate * own[task] / self.learning_rate
 
     def writers(self, tasks: Sequence[str]) -> list[str]:
         """Those of a stage's tasks that write its memory page."""

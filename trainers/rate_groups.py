@@ -26,12 +26,11 @@ def group_by_rate(
     """
     rate: dict[int, float] = {}
     gates: dict[float, list[nn.Parameter]] = {}
-    own = args.task_learning_rates or {}
     for task in tasks:
-        its_rate, factor = own.get(task, args.learning_rate), own[task] / args.learning_rate if task in own else 1.0
+        its_rate, gate_rate = args.rates(task)
         for name, parameter in model.learning_parameters(task).items():
             if name.startswith("hft_gates."):
-                gates.setdefault(factor * args.gate_learning_rate, []).append(parameter)
+                gates.setdefault(gate_rate, []).append(parameter)
             else:  # a page is written by several
                 rate[id(parameter)] = min(its_rate, rate.get(id(parameter), its_rate))
 
