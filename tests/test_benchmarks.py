@@ -397,6 +397,21 @@ def test_the_planners_truth_is_measured(backbones, tmp_path):
 
 
 @pytest.mark.slow
+def test_tasks_refine_what_a_root_has_learnt(backbones, tmp_path):
+    from quality import FAMILY
+
+    write_tasks(tmp_path / "data", FAMILY)
+    out = tmp_path / "refining.jsonl"
+    command = [sys.executable, BENCHMARKS / "refining.py", "--data", tmp_path / "data", "--seeds", "1", "--settings",
+               "root 2;root 2, tasks 1 at 2e-4", "--roots", tmp_path / "roots", "--backbone", backbones["llama"],
+               "--out", out]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    root, tasks = read_cells(out)
+    assert set(root["tasks"]) == set(tasks["tasks"]) == set(FAMILY) and root["tasks"] != tasks["tasks"]
+
+
+@pytest.mark.slow
 def test_what_each_task_takes_on_disk(backbones, tmp_path):
     from quality import CL14
 

@@ -182,8 +182,47 @@ def test_the_planners_measures(figures):
     assert "is {:.2f} over six tasks (loss a token {:.2f}, its spread {:.2f}, answer length {:.2f};".format(
         *needs
     ) in PROSE  # fmt: skip
+    ap, ap_se, loss, loss_se = (
+        figures[f"planner.{what}_found_minus_chains_short{se}"] for what in ("ap", "loss") for se in ("", "_se")
+    )
+    assert ap > 0 > loss
+    assert f"its accuracy is {ap:.1f} ± {ap_se:.1f} points above the hand-made chains', and its loss" in PROSE
+    assert f"{-loss:.3f} ± {loss_se:.3f} nats below theirs, the lowest of all hierarchies" in PROSE
+    assert (
+        f"are {figures['planner.parent_regret_points']:.1f} points from the best of those that were measured" in PROSE
+    )
+    by = {cell["setting"]: cell for cell in cells}
+    gains = [
+        score["accuracy"] - by[f"alone: {task}"]["value"]
+        for task, score in by["families"]["tasks"].items()
+        if f"alone: {task}" in by
+    ]
+    words = f"six children gained, in as many steps as without a parent, {min(gains):.1f} to {max(gains):.1f} points"
+    assert len(gains) == 6 and f"{words}, {statistics.mean(gains):.1f} on average" in PROSE
     ranks = {cell["setting"]: cell["need"]["rank"] for cell in cells if "need" in cell}
     assert sorted(ranks.values()) == [1, 1, 1, 1, 1, 2] and ranks["alone: sst2"] == 2
+
+
+def test_the_sentence_on_gates(figures):
+    gap = "{:.1f} ± {:.1f} points lower".format(
+        *(figures[f"ablation.full_minus_inherited_gates{se}"] for se in ("", "_se"))
+    )
+    assert f"the accuracy is {gap} than with the old rule, the loss the same" in PROSE
+
+
+def test_how_tasks_refine():
+    cells = {cell["setting"]: cell for cell in read_cells("refining.jsonl") if cell["seed"] == 2}
+    shown = {}
+    for setting, cell in cells.items():
+        loss = statistics.mean(task["loss"] for task in cell["tasks"].values())
+        shown[setting] = f"{cell['value']:.1f} ({loss:.3f})"
+    assert f"had {shown['root 2'].replace(' (', ' % on validation rows at a loss of ')[:-1]};" in PROSE
+    own = [shown[f"root 2, tasks 1 at {rate}"] for rate in ("2e-3", "5e-4", "2e-4")]
+    assert "tasks had {} at the root's rate of 2e-3, {} at 5e-4, {} at 2e-4.".format(*own) in PROSE
+    own = [shown["root 2.7"], *(shown[f"root 2.7, tasks 0.3 at {rate}"] for rate in ("5e-4", "2e-4"))]
+    assert (
+        "A root of 2.7 epochs had {}, and its tasks, in what was left, {} at 5e-4 and {} at 2e-4".format(*own) in PROSE
+    )
 
 
 def test_the_routers_numbers():

@@ -23,6 +23,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING, TREE
 from harness import (
     NF4,
@@ -203,6 +204,7 @@ def main() -> None:
                 found = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, progress=False)
                 seconds = round(time.perf_counter() - begin, 1)
                 result.update(value=seconds, hierarchy=found.parents, families=found.families)
+                result.update(threads=torch.get_num_threads())
             elif setting in ESTIMATED:
                 command = [
                     sys.executable,

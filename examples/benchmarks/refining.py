@@ -1,0 +1,92 @@
+"""How should tasks learn on a root that has learnt from all their rows? Six cl14 tasks, validation rows only.
+
+    python examples/benchmarks/refining.py --data DIR            # goes on where an earlier run stopped
+
+A root learns for two epochs or 2.7 of three, without memory; then the tasks learn on it, each its own node, for some of an
+epoch and at a learning rate of their own. Scores are accuracies on 100 validation rows, options by likelihood.
+"""
+
+import random
+from pathlib import Path
+
+from harness import (
+    NF4,
+    attention,
+    cell,
+    mean_accuracy,
+    parser,
+    prepare,
+    quiet_config,
+    read_rows,
+    rows_of_roots,
+    sample,
+    score,
+    todo,
+    train_hft,
+)
+from quality import BUDGETS, FAMILY, NO_MEMORY, RANK
+from transformers import BitsAndBytesConfig, set_seed
+
+import hft
+from hft.trainers import HFTTrainer
+
+
+TRAINING = {
+    "per_device_train_batch_size": 8,
+    "learning_rate": 2e-3,
+    "gate_learning_rate": 5e-2,
+    "lr_scheduler_type": "linear",
+    "warmup_steps": 3,
+    "max_length": 192,
+    "route_samples": 0,
+}
+# Setting -> epochs of the root, and how its tasks' training differs; None: the root alone.
+SETTINGS = {
+    "root 2": (2.0, None),
+    "root 2, tasks 1 at 2e-3": (2.0, {"num_train_epochs": 1.0}),
+    "root 2, tasks 1 at 5e-4": (2.0, {"num_train_epochs": 1.0, "learning_rate": 5e-4}),
+    "root 2, tasks 1 at 2e-4": (2.0, {"num_train_epochs": 1.0, "learning_rate": 2e-4}),
+    "root 2.7": (2.7, None),
+    "root 2.7, tasks 0.3 at 5e-4": (2.7, {"num_train_epochs": 0.3, "learning_rate": 5e-4}),
+    "root 2.7, tasks 0.3 at 2e-4": (2.7, {"num_train_epochs": 0.3, "learning_rate": 2e-4, "gate_learning_rate": 5e-3}),
+}
+
+
+def main() -> None:
+    arguments = parser(__doc__.splitlines()[0], "refining.jsonl")
+    arguments.add_argument("--settings", default=";".join(SETTINGS), help="which of them, by semicolons")
+    arguments.add_argument("--roots", type=Path, default=Path("hft-roots"), help="folder for the trained roots")
+    args = arguments.parse_args()
+    backbone, tokenizer = prepare(args.backbone)
+    rows: dict[tuple[str, str], list[dict]] = {}
+    for task in FAMILY:
+        for split in ("train", "validation"):
+            rows[task, split] = read_rows(args.data, task, split, tokenizer, BUDGETS["small"]["max_input_tokens"])
+            random.Random(0).shuffle(rows[task, split])
+    validation = {task: rows[task, "validation"][: BUDGETS["small"]["rows"]["validation"]] for task in FAMILY}
+    for setting, seed in todo(args.out, "refining", args.settings.split(";"), args.seeds):
+        epochs, own = SETTINGS[setting]
+        train = {task: sample(rows[task, "train"], BUDGETS["small"]["samples"], seed) for task in FAMILY}
+        folder = args.roots / f"{epochs:g}-{seed}"
+        with cell(args.out, "refining", setting, seed) as result:
+            if not (folder / "config.json").exists():
+                training = {**TRAINING, "num_train_epochs": epochs}
+                all_rows = rows_of_roots(train, {"all": FAMILY})
+                made = train_hft(backbone, tokenizer, {"all": []}, all_rows, seed, training, rank=RANK, **NO_MEMORY)
+                made.save_pretrained(folder)
+            set_seed(seed)
+            model = hft.HFTForCausalLM.from_pretrained(
+                folder, quantization_config=BitsAndBytesConfig(**NF4), attn_implementation=attention()
+            )
+            if own is not None:
+                for task in FAMILY:
+                    model.add_task(task, ["all"])
+                config = quiet_config(str(folder / "tasks"), seed, {**TRAINING, **own})
+                HFTTrainer(model, config, train, processing_class=tokenizer).train()
+            model.eval()
+            tasks = score(model, tokenizer, validation, lambda task, own=own: "all" if own is None else task)
+            result.update(value=mean_accuracy(tasks), tasks=tasks, attention=attention())
+
+
+if __name__ == "__main__":
+    main()
