@@ -386,10 +386,11 @@ def test_the_planners_truth_is_measured(backbones, tmp_path):
     write_tasks(tmp_path / "data", tasks)
     out = tmp_path / "planner.jsonl"
     command = [sys.executable, BENCHMARKS / "planner.py", "--data", tmp_path / "data", "--seeds", "1", "--settings",
-               "measures,alone: cb,mnli>cb,words", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
+               "measures,alone: cb,mnli>cb,words,chat", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    measures, alone, pair, words = read_cells(out)
+    measures, alone, pair, words, chat = read_cells(out)
+    assert set(chat["overlaps"]) <= {f"{one}>{other}" for one in tasks for other in tasks}
     assert set(words["overlaps"]) <= {f"{one}>{other}" for one in (*tasks, *more) for other in (*tasks, *more)}
     assert set(measures["complexity"]) == set(tasks)
     assert "0" in alone["need"]["losses"] and str(alone["need"]["steps"]) in alone["need"]["losses"]

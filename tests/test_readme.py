@@ -173,6 +173,10 @@ def test_the_planners_measures(figures):
     assert words.format(*by_accuracy[:3]) in PROSE
     assert f"uncalibrated, {by_accuracy[3]:.2f} for the loss of the answer's tokens; with" in PROSE
     assert "with the fall of the loss {:.2f}, {:.2f}, {:.2f} and {:.2f}: ".format(*by_loss) in PROSE
+    (cell,) = [cell for cell in cells if cell["setting"] == "chat"]
+    assert cell["families"] == [["agnews", "amazon", "yelp"], ["cb", "mnli", "rte"]]
+    most = max(overlap for pair, (overlap, _) in cell["overlaps"].items() if pair.startswith("sst2>"))
+    assert f"sst2 (Good or Bad) overlaps with none, at most {most:.2f};" in PROSE
     (cell,) = [cell for cell in cells if cell["setting"] == "words"]
     pairs = [f"{task}>{task}, {how}" for how in ("exchanged", "other words") for task in ("amazon", "rte")]
     words = "amazon overlaps {:.2f} with itself, rte {:.2f}; with other words as answers {:.2f} and {:.2f}."

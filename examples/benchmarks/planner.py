@@ -7,6 +7,7 @@ alone, PARENT>CHILD: the truth: the child's accuracy with 200 rows and three epo
 too. `alone` also says how many steps and which rank the task really needs.
 words: the overlaps of gradients again, with two tasks three times: as they are, with other words as answers, and with the
 answers exchanged.
+chat: the overlaps of gradients where rows are messages, in the chat template's form.
 families: the same with the roots that the planner finds, which learn from the rows of all tasks on them, and share their
 steps.
 found: the ablation's training on the planner's hierarchy, in as many steps as its settings full, flat and reversed.
@@ -42,11 +43,12 @@ from harness import (
     todo,
     train_hft,
 )
-from planner_measures import exchanged, in_other_words, measure_all, overlaps_between
+from planner_measures import as_chat, exchanged, in_other_words, measure_all, overlaps_between
 from quality import CL14
 from transformers import TrainerCallback
 
 from hft.trainers import plan_hierarchy
+from hft.trainers.families import Overlaps, find_families
 from hft.trainers.overlap import answer_of
 from hft.trainers.pilots import ProbeSettings
 from hft.trainers.plan_costs import plan_costs
@@ -170,7 +172,7 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "planner.jsonl")
     pairs = [f"{parent}>{child}" for parent, child in PAIRS]
     alone = [f"alone: {task}" for task in CHILDREN]
-    settings = ["measures", "words", *alone, *pairs, "families", "found", *ESTIMATED, "fourteen"]
+    settings = ["measures", "words", "chat", *alone, *pairs, "families", "found", *ESTIMATED, "fourteen"]
     arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
     arguments.add_argument("--child", choices=["promise", "train"], help="a process of an `estimate`")
     args = arguments.parse_args()
@@ -198,6 +200,15 @@ def main() -> None:
                 its |= {f"{task}, exchanged": exchanged(rows[task], words) for task, words in EXCHANGED.items()}
                 found = overlaps_between(new_model(backbone, {}), tokenizer, its, settings)
                 result.update(value=len(found) // 2, overlaps=found)
+            elif setting == "chat":
+                its = {task: as_chat(rows[task]) for task in TREE}
+                found = overlaps_between(new_model(backbone, {}), tokenizer, its, settings)
+                of: dict[str, dict[str, tuple[float, float]]] = {task: {} for task in TREE}
+                for pair, (overlap, error) in found.items():
+                    one, _, other = pair.partition(">")
+                    of[one][other] = overlap, error
+                families = find_families(Overlaps(of))
+                result.update(value=len(families), overlaps=found, families=families)
             elif setting == "fourteen":
                 model, data = new_model(backbone, {}), {task: rows[task] for task in CL14}
                 begin = time.perf_counter()

@@ -96,6 +96,18 @@ def exchanged(rows: Sequence[dict], answers: Mapping[str, str]) -> list[dict]:
     ]
 
 
+def as_chat(rows: Sequence[dict]) -> list[dict]:
+    """The same rows as messages, which take a chat template's form: the backbone's own way to answer is a sentence."""
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"].removesuffix("\nAnswer:")}],
+            "completion": [{"role": "assistant", "content": row["completion"].strip()}],
+            "options": [option.strip() for option in row["options"]],
+        }
+        for row in rows
+    ]
+
+
 def overlaps_between(
     model: hft.HFTForCausalLM, tokenizer: Any, rows: Mapping[str, Sequence[dict]], settings: ProbeSettings
 ) -> dict[str, list[float]]:
