@@ -93,6 +93,14 @@ def test_the_qualitys_sentences(figures):
     )
     name = "hft_root_thirds_minus_joint"
     assert f"did not choose, {gap(name)} {side(name)} joint LoRA. Forgetting" in PROSE
+    assert (
+        f"without thirds, is {gap('hft_planned_minus_joint')} points below joint LoRA and "
+        f"{gap('hft_planned_minus_single')} above one LoRA a task; routed it scores "
+        f"{of['ap_hft_planned'] - of['ap_hft_planned_routed']:.1f} less" in PROSE
+    )
+    best = max(value for key, value in of.items() if re.fullmatch(r"ap_hft_\w+(?<!_se)(?<!_routed)", key))
+    assert best == of["ap_hft_planned"] and side("hft_planned_minus_joint") == "below"
+    assert f"choose ({first['hft_planned@0.002']:.1f} with seed 0)" in PROSE
     lost = of["forgetting_sequential"], of["forgetting_olora"]
     assert "one LoRA forgets {:.1f} points, and O-LoRA, its penalty weighted 0.5, {:.1f}".format(*lost) in PROSE
     few = of["quality.small.hft_minus_single_low_resource"]
@@ -192,6 +200,11 @@ def test_the_planners_measures(figures):
     assert ap > 0 > loss
     assert f"its accuracy is {ap:.1f} ± {ap_se:.1f} points above the hand-made chains', and its loss" in PROSE
     assert f"{-loss:.3f} ± {loss_se:.3f} nats below theirs, the lowest of all hierarchies" in PROSE
+    ap, ap_se, loss, loss_se = (
+        figures[f"planner.{what}_found_minus_hand{se}"] for what in ("ap", "loss") for se in ("", "_se")
+    )
+    assert f"three seeds) it is {ap:.1f} ± {ap_se:.1f} points above a hand-made root a family, and its loss" in PROSE
+    assert f"{loss:.3f} ± {loss_se:.3f} nats above." in PROSE
     assert (
         f"are {figures['planner.parent_regret_points']:.1f} points from the best of those that were measured" in PROSE
     )
@@ -223,6 +236,13 @@ def test_how_tasks_refine():
     assert f"had {shown['root 2'].replace(' (', ' % on validation rows at a loss of ')[:-1]};" in PROSE
     own = [shown[f"root 2, tasks 1 at {rate}"] for rate in ("2e-3", "5e-4", "2e-4")]
     assert "tasks had {} at the root's rate of 2e-3, {} at 5e-4, {} at 2e-4.".format(*own) in PROSE
+    small = {(c["method"], c["seed"]): c["value"] for c in read_cells("quality.jsonl")
+             if c["name"] == "quality-small-family" and c["learning_rate"] == 2e-3}  # fmt: skip
+    now, thirds = ([small[method, seed] for seed in range(3)] for method in ("hft_planned", "hft_root_thirds"))
+    words = "one root for all has {:.1f}, {:.1f} and {:.1f} now, and had {:.1f}, {:.1f} and {:.1f} in thirds;"
+    assert words.format(*now, *thirds) in PROSE
+    families = small["hft_families", 0], small["hft_families_thirds", 0]
+    assert "a root a family {:.1f} and {:.1f} (one seed)".format(*families) in PROSE
     own = [shown["root 2.7"], *(shown[f"root 2.7, tasks 0.3 at {rate}"] for rate in ("5e-4", "2e-4"))]
     assert (
         "A root of 2.7 epochs had {}, and its tasks, in what was left, {} at 5e-4 and {} at 2e-4".format(*own) in PROSE

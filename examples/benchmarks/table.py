@@ -187,9 +187,9 @@ def chosen(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
     return sorted((cell for cell in its if cell["learning_rate"] == rate), key=lambda cell: cell["seed"])
 
 
-def own_hierarchy(cells: Mapping[tuple[str, int], dict]) -> str | None:
-    """HFT's hierarchy that is best on validation rows: their average, over the seeds that all of them have run."""
-    found = {method: {cell["seed"]: cell["value"] for cell in chosen(cells, method)} for method in HIERARCHIES}
+def own_hierarchy(cells: Mapping[tuple[str, int], dict], among: Sequence[str] = HIERARCHIES) -> str | None:
+    """The best of HFT's hierarchies on validation rows: their average, over the seeds that all of them have run."""
+    found = {method: {cell["seed"]: cell["value"] for cell in chosen(cells, method)} for method in among}
     found = {method: its for method, its in found.items() if its}
     if not found:
         return None
