@@ -181,6 +181,10 @@ def test_the_planners_measures(figures):
     assert words.format(*by_accuracy[:3]) in PROSE
     assert f"uncalibrated, {by_accuracy[3]:.2f} for the loss of the answer's tokens; with" in PROSE
     assert "with the fall of the loss {:.2f}, {:.2f}, {:.2f} and {:.2f}: ".format(*by_loss) in PROSE
+    (cell,) = [cell for cell in cells if cell["setting"] == "fourteen"]
+    assert f"A plan of fourteen cl14 tasks took {cell['value'] / 60:.0f} minutes on one CPU core" in PROSE
+    (family,) = cell["families"].values()
+    assert cell["threads"] == 1 and len(family) == 13 and cell["hierarchy"]["copa"] == []
     (cell,) = [cell for cell in cells if cell["setting"] == "chat"]
     assert cell["families"] == [["agnews", "amazon", "yelp"], ["cb", "mnli", "rte"]]
     most = max(overlap for pair, (overlap, _) in cell["overlaps"].items() if pair.startswith("sst2>"))
