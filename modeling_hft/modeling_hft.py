@@ -165,10 +165,8 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         source_of_column_R = [source for source, rank in enumerate(ranks) for _ in range(rank)]
         columns = torch.tensor(source_of_column_R, device=gates_LN.device)
         learns_N = None
-        is_open = not self.config.task(task)[
-            "sealed"
-        ]  # a sealed task's gates want gradients in a refresh only, all of them
-        if gates_LN.requires_grad and is_open:
+        # A sealed task's gates want gradients in a refresh only, all of them.
+        if gates_LN.requires_grad and not self.config.task(task)["sealed"]:
             learning = self.learning_gates(task)
             learns_N = torch.tensor([i in learning for i in range(len(sources))], device=gates_LN.device)
         return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns, kept, learns_N=learns_N)

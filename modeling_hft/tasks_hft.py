@@ -102,9 +102,8 @@ class HFTTasks:
             if linear in factors:
                 rank = len(factors[linear][0])
                 down_RI[:rank], up_OR[:, :rank] = factors[linear]
-        self.hft_gates.of(name)[:, self.sources(name).nodes.index(name)] = (
-            1.0  # as it was learnt, whatever gates start at
-        )
+        # As it was learnt, whatever gates start at.
+        self.hft_gates.of(name)[:, self.sources(name).nodes.index(name)] = 1.0
         self.seal([name])
         if prompts:
             self.add_routes(name, prompts)

@@ -74,9 +74,8 @@ train_samples: 4
     changed = read_recipe(tmp_path / "family.yaml", {"root_share": 0.25, "route_tasks": ["cb"]}).training_arguments()
     assert changed["task_passes"] == {"inference": 0.25, "mnli": 0.75, "cb": 0.75} and changed["route_tasks"] == ["cb"]
     own = {"task_passes": {"cb": "5e-1"}, "task_learning_rates": {"cb": "5e-5"}, "refining_rate": "1e-1"}
-    some = read_recipe(
-        tmp_path / "family.yaml", own
-    ).training_arguments()  # a task that is not named keeps what it had
+    # A task that is not named keeps what it had.
+    some = read_recipe(tmp_path / "family.yaml", own).training_arguments()
     assert some["task_passes"] == pytest.approx({"inference": 0.9, "mnli": 0.1, "cb": 0.5})
     assert some["task_learning_rates"] == pytest.approx({"mnli": 1e-4, "cb": 5e-5})
     with pytest.raises(

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 
-SMALLEST_OVERLAP = (
-    0.5  # of 1; tasks whose answers are chosen from options that the prompt names have more, others less
-)
+# Of 1; tasks whose answers are chosen from options that the prompt names have more, others less.
+SMALLEST_OVERLAP = 0.5
 Group: TypeAlias = tuple[str, ...]
 
 

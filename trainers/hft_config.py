@@ -13,6 +13,11 @@ from hft.hierarchy_hft import nearest
 from .curriculum import BlockSampler
 
 
+# Settings that name tasks: some of them, or a number for each.
+TASK_LISTS = ("route_tasks", "page_tasks")
+TASK_NUMBERS = ("task_passes", "task_learning_rates")
+
+
 @dataclass
 class HFTTrainingConfig(SFTConfig):
     """TRL's `SFTConfig` with what a hierarchy adds. Where nothing else is said, a number counts for one stage.
@@ -93,14 +98,14 @@ class HFTTrainingConfig(SFTConfig):
             raise ValueError(f"`gate_shrink` is {self.gate_shrink}; it must be 0 or more.")
         if self.rank_tolerance is not None and not self.rank_tolerance >= 0:
             raise ValueError(f"`rank_tolerance` is {self.rank_tolerance}; it must be 0 nats a token or more.")
-        for name in ("route_tasks", "page_tasks"):
+        for name in TASK_LISTS:
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; give a list of tasks.")
         if self.task_learning_rates and not self.learning_rate > 0:
             raise ValueError(
                 f"`learning_rate` is {self.learning_rate}; with `task_learning_rates` it must be above 0."
             )
-        for name, what in (("task_passes", "passes"), ("task_learning_rates", "learning rate")):
+        for name, what in zip(TASK_NUMBERS, ("passes", "learning rate"), strict=True):
             by_task = getattr(self, name) or {}
             if isinstance(by_task, str) and by_task.startswith("{"):  # from a command line
                 by_task = json.loads(by_task)
@@ -155,7 +160,7 @@ class HFTTrainingConfig(SFTConfig):
         Raises:
             ValueError: one does not.
         """
-        for field_name in ("route_tasks", "page_tasks", "task_passes", "task_learning_rates"):
+        for field_name in (*TASK_LISTS, *TASK_NUMBERS):
             for task in getattr(self, field_name) or ():
                 if task not in known:
                     raise ValueError(f"`{field_name}` names the unknown task {task!r}. {nearest(task, known)}")

@@ -250,7 +250,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         self.mastery = Mastery(stage.tasks, self.args.mastery_accuracy, self.args.mastery_patience)
         self._checked, self._stepping = set(), None
         self._metrics["train"].clear()  # what the stage before had not logged yet
-        self.model.start_stage(stage.tasks, self.args.page_tasks)
+        self.model.start_stage(stage.tasks, self.args.writers(stage.tasks))
         self._begin_stage_record(stage)
         self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])
         all_eval_sets = self.eval_dataset

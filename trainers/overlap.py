@@ -1,9 +1,10 @@
 """How alike tasks are: the overlap of their gradients where a node starts.
 
 A large part of a gradient is the form of a task: that answers are one of a few words that the prompt names. Few rows teach
-that badly, and all tasks of one form teach it to one another, so it counts. The rest sees the words of answers as well as
-what they mean. (Gradients that agree or oppose one another as a sign of tasks that help or hinder: Yu et al. 2020, "Gradient
-Surgery for Multi-Task Learning"; Fifty et al. 2021, "Efficiently Identifying Task Groupings for Multi-Task Learning".)
+that badly, and all tasks of one form teach it to one another, so it counts. So do the words of answers; which of them is
+right hardly does. (Gradients that agree or oppose one another as a sign of tasks that help or hinder: Yu et al. 2020,
+"Gradient Surgery for Multi-Task Learning"; Fifty et al. 2021, "Efficiently Identifying Task Groupings for Multi-Task
+Learning".)
 
 K tasks, M groups of rows, P parameters that are looked at.
 """

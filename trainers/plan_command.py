@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 import hft
 
+from .hft_config import TASK_LISTS, TASK_NUMBERS
 from .pictures import check_picture, draw_plan
 from .pilots import ProbeSettings
 from .plan_costs import plan_costs
@@ -82,15 +83,15 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
     recipe.hierarchy = {task: [] for task in chosen}
     recipe.datasets = {task: spec for task, spec in recipe.datasets.items() if task in chosen}
     if recipe.mixtures:  # what they were told of families that are found anew
-        for key in ("route_tasks", "page_tasks", "task_passes", "task_learning_rates"):
+        for key in (*TASK_LISTS, *TASK_NUMBERS):
             recipe.training.pop(key, None)
     recipe.mixtures = {}
     if isinstance(recipe.metric, dict):
         recipe.metric = {task: name for task, name in recipe.metric.items() if task in chosen} or "exact_match"
-    for key in ("route_tasks", "page_tasks"):
+    for key in TASK_LISTS:
         if recipe.training.get(key):
             recipe.training[key] = [task for task in chosen if task in recipe.training[key]]
-    for key in ("task_passes", "task_learning_rates"):
+    for key in TASK_NUMBERS:
         by_task = recipe.training.pop(key, None) or {}
         if its := {task: by_task[task] for task in chosen if task in by_task}:
             recipe.training[key] = its

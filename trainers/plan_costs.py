@@ -92,7 +92,7 @@ def plan_costs(
     for level, tasks in enumerate(hierarchy.levels()):
         for task in tasks:
             num_pages = sum(map(bool, writers[:level])) + (task in writers[level])
-            more[task] = rank * (len(hierarchy.path(task)) - 1) + (slots * (num_pages - 1) if slots else 0)
+            more[task] = rank * (len(hierarchy.path(task)) - 1) + slots * (num_pages - 1)
     num_rows, draw = {task: len(its) for task, its in rows.items()}, random.Random(0)
     for root, its in plan.families.items():
         weights = [num_rows[task] for task in its]

@@ -48,5 +48,6 @@ def group_by_rate(
 
 
 def rate_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> float:
-    """The learning rate that a parameter has now."""
-    return next(group["lr"] for group in optimizer.param_groups if any(its is parameter for its in group["params"]))
+    """The learning rate that a parameter has now; soonest found for gates, whose groups are last and small."""
+    groups = reversed(optimizer.param_groups)
+    return next(group["lr"] for group in groups if any(its is parameter for its in group["params"]))

@@ -18,7 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 from hft.hierarchy_hft import Hierarchy, nearest
 
 from .evaluation import EvalSet
-from .hft_config import HFTTrainingConfig
+from .hft_config import TASK_NUMBERS, HFTTrainingConfig
 from .metrics import find_metric
 
 
@@ -94,7 +94,7 @@ class Recipe:
             return self.training
         rate = float(self.training.get("learning_rate", HFTTrainingConfig.learning_rate))
         its = mixture_arguments(self.mixtures, self.tasks(), rate, self.root_share, self.refining_rate)
-        by_task = {key: its[key] | (self.training.get(key) or {}) for key in ("task_passes", "task_learning_rates")}
+        by_task = {key: its[key] | (self.training.get(key) or {}) for key in TASK_NUMBERS}
         return {**its, **self.training, **by_task}
 
 
@@ -252,7 +252,7 @@ def _as_meant(key: str, value: Any, default: Any) -> Any:
         return "no"
     if key == "memory_config" and isinstance(value, dict) and value.get("read") is False:
         return {**value, "read": "off"}
-    if key in ("task_passes", "task_learning_rates") and isinstance(value, dict):
+    if key in TASK_NUMBERS and isinstance(value, dict):
         return {task: _as_meant(f"{key}[{task!r}]", number, 1.0) for task, number in value.items()}
     if isinstance(value, str) and (isinstance(default, float) or key in _float_keys()):
         try:

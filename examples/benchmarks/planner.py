@@ -43,12 +43,12 @@ from harness import (
     todo,
     train_hft,
 )
-from planner_measures import as_chat, exchanged, in_other_words, measure_all, overlaps_between
+from planner_measures import as_chat, by_pair, exchanged, in_other_words, measure_all, overlaps_between
 from quality import CL14
 from transformers import TrainerCallback
 
 from hft.trainers import plan_hierarchy
-from hft.trainers.families import Overlaps, find_families
+from hft.trainers.families import find_families
 from hft.trainers.overlap import answer_of
 from hft.trainers.pilots import ProbeSettings
 from hft.trainers.plan_costs import plan_costs
@@ -198,17 +198,13 @@ def main() -> None:
                 its = {task: rows[task] for task in TREE}
                 its |= {f"{task}, other words": in_other_words(rows[task], words) for task, words in WORDS.items()}
                 its |= {f"{task}, exchanged": exchanged(rows[task], words) for task, words in EXCHANGED.items()}
-                found = overlaps_between(new_model(backbone, {}), tokenizer, its, settings)
+                found = by_pair(overlaps_between(new_model(backbone, {}), tokenizer, its, settings))
                 result.update(value=len(found) // 2, overlaps=found)
             elif setting == "chat":
                 its = {task: as_chat(rows[task]) for task in TREE}
                 found = overlaps_between(new_model(backbone, {}), tokenizer, its, settings)
-                of: dict[str, dict[str, tuple[float, float]]] = {task: {} for task in TREE}
-                for pair, (overlap, error) in found.items():
-                    one, _, other = pair.partition(">")
-                    of[one][other] = overlap, error
-                families = find_families(Overlaps(of))
-                result.update(value=len(families), overlaps=found, families=families)
+                families = find_families(found)
+                result.update(value=len(families), overlaps=by_pair(found), families=families)
             elif setting == "fourteen":
                 model, data = new_model(backbone, {}), {task: rows[task] for task in CL14}
                 begin = time.perf_counter()

@@ -12,7 +12,7 @@ from hft.hierarchy_hft import BACKBONE
 from hft.refresh_hft import frozen
 from hft.trainers.calibration import calibrated_losses
 from hft.trainers.evaluation import option_likelihoods, reference
-from hft.trainers.families import find_families
+from hft.trainers.families import Overlaps, find_families
 from hft.trainers.overlap import measure_overlaps
 from hft.trainers.pilots import ProbeSettings, Sample, pilot, take_sample
 from hft.trainers.planner import TaskProbe, make_plan
@@ -110,14 +110,18 @@ def as_chat(rows: Sequence[dict]) -> list[dict]:
 
 def overlaps_between(
     model: hft.HFTForCausalLM, tokenizer: Any, rows: Mapping[str, Sequence[dict]], settings: ProbeSettings
-) -> dict[str, list[float]]:
-    """`one>other` -> the overlap of their gradients, and its error."""
+) -> Overlaps:
+    """The overlaps of tasks' gradients."""
     samples = {task: take_sample(task, its, tokenizer, settings) for task, its in rows.items()}
     with frozen(model), tqdm(disable=True) as bar:
-        found = measure_overlaps(model, samples, settings, bar).of
+        return measure_overlaps(model, samples, settings, bar)
+
+
+def by_pair(overlaps: Overlaps) -> dict[str, list[float]]:
+    """`one>other` -> the overlap of their gradients, and its error."""
     return {
         f"{one}>{other}": [round(value, 4) for value in values]
-        for one, its in found.items()
+        for one, its in overlaps.of.items()
         for other, values in its.items()
     }
 

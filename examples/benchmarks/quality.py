@@ -138,10 +138,10 @@ def hft_on(
     train, training = dict(setup.train), {**setup.training, "gate_learning_rate": 5e-2}
     if families:
         train |= rows_of_roots(train, families)
-        rate = training["learning_rate"]
-        training |= mixture_arguments(families, setup.order, rate)
+        shares = {"root_share": 2 / 3, "refining_rate": 1.0} if thirds else {}
+        training |= mixture_arguments(families, setup.order, training["learning_rate"], **shares)
         if thirds:
-            training |= {**mixture_arguments(families, setup.order, rate, 2 / 3, 1.0), "page_tasks": None}
+            training["page_tasks"] = None
 
     class Reporting(HFTTrainer):
         def stage_ended(self, stage, trims):
@@ -151,15 +151,7 @@ def hft_on(
                     setup.after_task(task, lambda task: self.model)
 
     model = train_hft(
-        setup.backbone,
-        setup.tokenizer,
-        tree,
-        train,
-        setup.seed,
-        training,
-        Reporting,
-        rank=setup.rank,
-        **model_options,
+        setup.backbone, setup.tokenizer, tree, train, setup.seed, training, Reporting, rank=setup.rank, **model_options
     )
     own = sum(p.numel() for name, p in model.named_parameters() if name.startswith("hft_"))
     return Outcome(lambda task: model, own, own, {"tree": tree})
@@ -224,6 +216,13 @@ def majority(rows: list[dict]) -> float:
     return round(100 * max(answers.count(answer) for answer in set(answers)) / len(answers), 2)
 
 
+def read_shuffled(data: str, task: str, split: str, tokenizer: Any, budget: Mapping[str, Any]) -> list[dict]:
+    """A split's rows in a random order that is always the same; of validation and test rows as many as the budget has."""
+    rows = read_rows(data, task, split, tokenizer, budget["max_input_tokens"])
+    random.Random(0).shuffle(rows)
+    return rows[: budget["rows"].get(split)]
+
+
 class Benchmark:
     """The data of a budget, and the cells of its result file."""
 
@@ -236,9 +235,7 @@ class Benchmark:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
         def read(task: str, split: str) -> list[dict]:
-            rows = read_rows(args.data, task, split, self.tokenizer, self.budget["max_input_tokens"])
-            random.Random(0).shuffle(rows)
-            return rows[: self.budget["rows"].get(split)]
+            return read_shuffled(args.data, task, split, self.tokenizer, self.budget)
 
         self.rows = {split: {t: read(t, split) for t in self.tasks} for split in ("train", "validation", "test")}
         self.unseen = {task: read(task, "validation") for task in UNSEEN if task not in self.tasks}

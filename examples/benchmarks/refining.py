@@ -6,9 +6,9 @@ A root learns for two epochs or 2.7 of three, without memory; then the tasks lea
 epoch and at a learning rate of their own. Scores are accuracies on 100 validation rows, options by likelihood.
 """
 
-import random
 from pathlib import Path
 
+import ablation
 from harness import (
     NF4,
     attention,
@@ -17,29 +17,21 @@ from harness import (
     parser,
     prepare,
     quiet_config,
-    read_rows,
     rows_of_roots,
     sample,
     score,
     todo,
     train_hft,
 )
-from quality import BUDGETS, FAMILY, NO_MEMORY, RANK
+from quality import BUDGETS, FAMILY, NO_MEMORY, RANK, read_shuffled
 from transformers import BitsAndBytesConfig, set_seed
 
 import hft
 from hft.trainers import HFTTrainer
 
 
-TRAINING = {
-    "per_device_train_batch_size": 8,
-    "learning_rate": 2e-3,
-    "gate_learning_rate": 5e-2,
-    "lr_scheduler_type": "linear",
-    "warmup_steps": 3,
-    "max_length": 192,
-    "route_samples": 0,
-}
+TRAINING = {**ablation.TRAINING, "route_samples": 0}
+SMALL = BUDGETS["small"]
 # Setting -> epochs of the root, and how its tasks' training differs; None: the root alone.
 SETTINGS = {
     "root 2": (2.0, None),
@@ -58,15 +50,13 @@ def main() -> None:
     arguments.add_argument("--roots", type=Path, default=Path("hft-roots"), help="folder for the trained roots")
     args = arguments.parse_args()
     backbone, tokenizer = prepare(args.backbone)
-    rows: dict[tuple[str, str], list[dict]] = {}
-    for task in FAMILY:
-        for split in ("train", "validation"):
-            rows[task, split] = read_rows(args.data, task, split, tokenizer, BUDGETS["small"]["max_input_tokens"])
-            random.Random(0).shuffle(rows[task, split])
-    validation = {task: rows[task, "validation"][: BUDGETS["small"]["rows"]["validation"]] for task in FAMILY}
+    rows, validation = (
+        {task: read_shuffled(args.data, task, split, tokenizer, SMALL) for task in FAMILY}
+        for split in ("train", "validation")
+    )
     for setting, seed in todo(args.out, "refining", args.settings.split(";"), args.seeds):
         epochs, own = SETTINGS[setting]
-        train = {task: sample(rows[task, "train"], BUDGETS["small"]["samples"], seed) for task in FAMILY}
+        train = {task: sample(rows[task], SMALL["samples"], seed) for task in FAMILY}
         folder = args.roots / f"{epochs:g}-{seed}"
         with cell(args.out, "refining", setting, seed) as result:
             if not (folder / "config.json").exists():
