@@ -386,15 +386,31 @@ def test_the_planners_truth_is_measured(backbones, tmp_path):
     write_tasks(tmp_path / "data", tasks)
     out = tmp_path / "planner.jsonl"
     command = [sys.executable, BENCHMARKS / "planner.py", "--data", tmp_path / "data", "--seeds", "1", "--settings",
-               "measures,alone: cb,mnli>cb,words,chat", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
+               "measures,alone: cb,mnli>cb,words", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    measures, alone, pair, words, chat = read_cells(out)
-    assert set(chat["overlaps"]) <= {f"{one}>{other}" for one in tasks for other in tasks}
+    measures, alone, pair, words = read_cells(out)
     assert set(words["overlaps"]) <= {f"{one}>{other}" for one in (*tasks, *more) for other in (*tasks, *more)}
     assert set(measures["complexity"]) == set(tasks)
     assert "0" in alone["need"]["losses"] and str(alone["need"]["steps"]) in alone["need"]["losses"]
     assert 1 <= alone["need"]["rank"] <= 16 and set(alone["tasks"]) == set(pair["tasks"]) == {"cb"}
+
+
+@pytest.mark.slow
+def test_the_planners_hierarchy_is_measured_on_messages(backbones, tmp_path):
+    from planner_chat import FAMILIES, TREE
+
+    write_tasks(tmp_path / "data", TREE)
+    out = tmp_path / "planner.jsonl"
+    command = [sys.executable, BENCHMARKS / "planner_chat.py", "--data", tmp_path / "data", "--seeds", "1", "--settings",
+               "plan,found,families", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    plan, found, families = read_cells(out)
+    assert found["hierarchy"] == plan["hierarchy"] and set(found["tasks"]) == set(families["tasks"]) == set(TREE)
+    assert (
+        families["hierarchy"]["cb"] == ["inference"] and families["hierarchy"].keys() - TREE.keys() == FAMILIES.keys()
+    )
 
 
 @pytest.mark.slow

@@ -178,7 +178,8 @@ def test_without_shrinking_gates_go_where_the_gradient_says(backbones, tokenizer
         ({"gate_shrink": -1.0}, "`gate_shrink` is -1.0; it must be 0 or more."),
         ({"task_passes": {"a": 0}}, "`task_passes['a']` is 0; it must be a number above 0."),
         ({"task_passes": {"a": "1e-1"}}, "`task_passes['a']` is '1e-1'; it must be a number above 0."),
-        ({"task_passes": ["a"]}, "`task_passes` is ['a']; give {task: passes}."),
+        ({"task_passes": ["a"]}, "`task_passes` is ['a']; give {\"task\": passes}."),
+        ({"task_passes": "{a: 1}"}, "`task_passes` is '{a: 1}'; give {\"task\": passes}."),
         ({"page_tasks": "a"}, "`page_tasks` is 'a'; give a list of tasks."),
         (
             {"task_learning_rates": {"a": 1e-4}, "learning_rate": 0.0},

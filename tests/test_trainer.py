@@ -413,6 +413,8 @@ def test_tasks_have_learning_rates_of_their_own(backbones, tokenizer, tmp_path):
 
 def test_gates_have_a_learning_rate_of_their_own(backbones, tokenizer, tmp_path):
     trainer = make(backbones, tokenizer, tmp_path, gate_learning_rate=0.5, weight_decay=0.1)
+    with pytest.raises(RuntimeError, match="no stage has begun: `train` makes one for each"):
+        trainer.create_optimizer()
     trainer.model.set_trainable(["d"])
     trainer.stage = Stage(3, ("d",), 3)
     groups = trainer.create_optimizer().param_groups

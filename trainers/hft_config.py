@@ -1,5 +1,6 @@
 """The arguments of `HFTTrainer`."""
 
+import contextlib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -107,11 +108,12 @@ class HFTTrainingConfig(SFTConfig):
             )
         for name, what in zip(TASK_NUMBERS, ("passes", "learning rate"), strict=True):
             by_task = getattr(self, name) or {}
-            if isinstance(by_task, str) and by_task.startswith("{"):  # from a command line
-                by_task = json.loads(by_task)
-                setattr(self, name, by_task)
+            if isinstance(by_task, str):  # from a command line
+                with contextlib.suppress(json.JSONDecodeError):
+                    by_task = json.loads(by_task)
+                    setattr(self, name, by_task)
             if not isinstance(by_task, dict):
-                raise ValueError(f"`{name}` is {by_task!r}; give {{task: {what}}}.")
+                raise ValueError(f'`{name}` is {by_task!r}; give {{"task": {what}}}.')
             for task, value in by_task.items():
                 if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                     raise ValueError(f"`{name}[{task!r}]` is {value!r}; it must be a number above 0.")

@@ -32,7 +32,7 @@ from .routes import learn_routes
 from .sharing import HFTSharing
 from .stage_callback import StageCallback
 from .stage_scores import check_sets
-from .task_data import OneTaskCollator, TaskDatasets, alone, check_labels, split_by_task, tag_rows
+from .task_data import OneTaskCollator, TaskDatasets, alone, check_labels, open_sets, split_by_task, tag_rows
 
 
 logger = logging.get_logger(__name__)
@@ -89,7 +89,9 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         if train_dataset is None:
             raise ValueError("`train_dataset` is missing; give a Dataset a task: {name: Dataset}.")
         self._task_names: list[str] = model.config.task_names()
-        self._train_sets = self._open_sets(model, split_by_task(train_dataset, self._task_names, "train_dataset"))
+        self._train_sets = open_sets(
+            split_by_task(train_dataset, self._task_names, "train_dataset"), model.config.open_tasks()
+        )
         self._test_sets = dict(test_sets or {})
         check_sets(self._test_sets, self._task_names)
         eval_sets = split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset is not None else {}
@@ -136,20 +138,6 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(progress(lambda: self.stage))
         self.add_callback(StageCallback(self._shrink_gates, lambda: self.mastery, lambda: self._sampler))
-
-    def _open_sets(self, model: PreTrainedModel, sets: dict[str, Dataset]) -> dict[str, Dataset]:
-        """The data of the tasks that are still to learn, in the model's order."""
-        open_tasks = model.config.open_tasks()
-        missing = [task for task in open_tasks if task not in sets]
-        if missing:
-            raise ValueError(
-                f"`train_dataset` has no data for the task {missing[0]!r}; every task that is not sealed needs some."
-            )
-        if sealed := [task for task in sets if task not in open_tasks]:
-            logger.warning(f"The data of {', '.join(sealed)} is not used: sealed tasks do not train again.")
-        if not open_tasks:
-            raise ValueError("All tasks of this model are sealed; add one with model.add_task(name, parents=[...]).")
-        return {task: sets[task] for task in open_tasks}
 
     def _ready(self, task: str, rows: Dataset, tokenized: Dataset, args: Any, packing: bool = True) -> Dataset:
         """Tokenised rows of a task, checked, and each with the task's id."""
@@ -356,6 +344,8 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, in groups by learning rate: tasks may have one of their own, and gates have, without decay."""
+        if self.stage is None:
+            raise RuntimeError("An optimizer is a stage's, and no stage has begun: `train` makes one for each.")
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if fresh:

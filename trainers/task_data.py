@@ -1,6 +1,6 @@
 """Datasets by task: taken apart, checked, and collated so that a micro-batch holds one task."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,24 @@ def split_by_task(data: TaskDatasets | Dataset, known: Iterable[str], what: str)
         if len(dataset) == 0:
             raise ValueError(f"`{what}[{task!r}]` is empty; each task needs at least one row.")
     return dict(data)
+
+
+def open_sets(sets: Mapping[str, Dataset], open_tasks: Sequence[str]) -> dict[str, Dataset]:
+    """The data of the tasks that are still to learn, in their order; of others it is not used, with a warning.
+
+    Raises:
+        ValueError: a task without data, or no task at all.
+    """
+    missing = [task for task in open_tasks if task not in sets]
+    if missing:
+        raise ValueError(
+            f"`train_dataset` has no data for the task {missing[0]!r}; every task that is not sealed needs some."
+        )
+    if sealed := [task for task in sets if task not in open_tasks]:
+        logger.warning(f"The data of {', '.join(sealed)} is not used: sealed tasks do not train again.")
+    if not open_tasks:
+        raise ValueError("All tasks of this model are sealed; add one with model.add_task(name, parents=[...]).")
+    return {task: sets[task] for task in open_tasks}
 
 
 def tag_rows(dataset: Dataset, task_id: int) -> Dataset:

@@ -8,11 +8,26 @@ accuracies on validation rows, options by likelihood.
 
 import itertools
 import random
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from harness import attention, cell, mean_accuracy, parser, prepare, read_tasks, sample, score, todo, train_hft
+from harness import (
+    attention,
+    cell,
+    mean_accuracy,
+    parser,
+    prepare,
+    read_tasks,
+    rows_of_roots,
+    sample,
+    score,
+    todo,
+    train_hft,
+)
 
 from hft.trainers import HFTTrainer
 from hft.trainers.curriculum import BlockSampler
+from hft.trainers.recipes import mixture_arguments
 
 
 TREE = {
@@ -26,6 +41,7 @@ TREE = {
 }
 MAX_INPUT_TOKENS = 64
 EVAL_ROWS = 200
+SAMPLES = 200
 TRAINING = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
@@ -69,6 +85,24 @@ def reversed_tree() -> dict[str, list[str]]:
     return tree
 
 
+def learn(
+    backbone: str,
+    tokenizer: Any,
+    tree: Mapping[str, list[str]],
+    families: Mapping[str, Sequence[str]],
+    rows: Mapping[str, list[dict]],
+    validation: dict[str, list[dict]],
+    seed: int,
+) -> dict[str, Any]:
+    """Scores of the tasks after one epoch of `SAMPLES` rows each on a hierarchy, roots of families included, for a cell."""
+    train = {task: sample(rows[task], SAMPLES, seed) for task in TREE}
+    train |= rows_of_roots(train, families)
+    training = TRAINING | (mixture_arguments(families, list(TREE), TRAINING["learning_rate"]) if families else {})
+    model = train_hft(backbone, tokenizer, tree, train, seed, training)
+    tasks = score(model, tokenizer, validation, lambda task: task)
+    return {"value": mean_accuracy(tasks), "tasks": tasks, "hierarchy": dict(tree)}
+
+
 # Setting -> hierarchy for a seed, and what differs from the full method.
 SETTINGS = {
     "full": (lambda seed: TREE, {}),
@@ -86,7 +120,7 @@ SETTINGS = {
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "ablation.jsonl")
     arguments.add_argument("--settings", default=",".join(SETTINGS), help="which of them, by commas")
-    arguments.add_argument("--samples", type=int, default=200, help="training rows a task; 0 for all")
+    arguments.add_argument("--samples", type=int, default=SAMPLES, help="training rows a task; 0 for all")
     args = arguments.parse_args()
     name = f"ablation-{args.samples or 'all'}"
     backbone, tokenizer = prepare(args.backbone)

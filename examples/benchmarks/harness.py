@@ -159,6 +159,20 @@ def train_hft(
     """A model that has learnt the hierarchy's tasks, in NF4; `model_options` as for `new_model`."""
     set_seed(seed)
     model = new_model(backbone, hierarchy, **model_options)
+    return train_open(model, tokenizer, train, seed, training, trainer_class, validation, callbacks)
+
+
+def train_open(
+    model: hft.HFTForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Mapping[str, Dataset],
+    seed: int,
+    training: Mapping[str, Any],
+    trainer_class: type[HFTTrainer] = HFTTrainer,
+    validation: Mapping[str, Dataset] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> hft.HFTForCausalLM:
+    """The same model once it has learnt its open tasks, in evaluation mode."""
     with tempfile.TemporaryDirectory() as folder:
         config = quiet_config(folder, seed, training)
         eval_dataset = None if validation is None else dict(validation)

@@ -7,7 +7,6 @@ alone, PARENT>CHILD: the truth: the child's accuracy with 200 rows and three epo
 too. `alone` also says how many steps and which rank the task really needs.
 words: the overlaps of gradients again, with two tasks three times: as they are, with other words as answers, and with the
 answers exchanged.
-chat: the overlaps of gradients where rows are messages, in the chat template's form.
 families: the same with the roots that the planner finds, which learn from the rows of all tasks on them, and share their
 steps.
 found: the ablation's training on the planner's hierarchy, in as many steps as its settings full, flat and reversed.
@@ -25,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING, TREE
+from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, SAMPLES, TRAINING, TREE, learn
 from harness import (
     NF4,
     cell,
@@ -43,12 +42,11 @@ from harness import (
     todo,
     train_hft,
 )
-from planner_measures import as_chat, by_pair, exchanged, in_other_words, measure_all, overlaps_between
+from planner_measures import by_pair, exchanged, in_other_words, measure_all, overlaps_between
 from quality import CL14
 from transformers import TrainerCallback
 
 from hft.trainers import plan_hierarchy
-from hft.trainers.families import find_families
 from hft.trainers.overlap import answer_of
 from hft.trainers.pilots import ProbeSettings
 from hft.trainers.plan_costs import plan_costs
@@ -63,7 +61,6 @@ PAIRS = [
     ("rte", "cb"), ("mnli", "cb"), ("cb", "rte"), ("sst2", "cb"), ("agnews", "rte"), ("mnli", "agnews"),
 ]  # fmt: skip
 CHILDREN = list(dict.fromkeys(child for _, child in PAIRS))
-ROWS = 200
 TRUTH = {**TRAINING, "num_train_epochs": 3}
 LOSSES = {"eval_strategy": "steps", "eval_steps": 5, "eval_on_start": True, "per_device_eval_batch_size": 32}
 RANK_TOLERANCE = 0.01  # nats a token
@@ -121,7 +118,7 @@ def learn_alone(
     """A task's scores where it stands on nothing, and what it needs: steps, and rank."""
     checks, curve = sample(validation, 64, 0), Curve(task)
     model = train_hft(
-        backbone, tokenizer, {task: []}, {task: sample(rows, ROWS, seed)}, seed, {**TRUTH, **LOSSES},
+        backbone, tokenizer, {task: []}, {task: sample(rows, SAMPLES, seed)}, seed, {**TRUTH, **LOSSES},
         validation={task: checks}, callbacks=[curve],
     )  # fmt: skip
     tasks = score(model, tokenizer, {task: validation}, lambda task: task)
@@ -149,7 +146,7 @@ def estimate(command: list[str]) -> dict:
 def child(what: str, setting: str, backbone: str, tokenizer, rows: dict[str, list[dict]]) -> None:
     """Prints seconds and peak bytes of a training, promised or measured; the bytes of libraries are measured."""
     libraries, (tree, options) = peak_bytes(), ESTIMATED[setting]
-    data = {task: sample(rows[task], ROWS, 0) for task in tree}
+    data = {task: sample(rows[task], SAMPLES, 0) for task in tree}
     if what == "train":
         reset_peak()
         begin = time.perf_counter()
@@ -172,7 +169,7 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "planner.jsonl")
     pairs = [f"{parent}>{child}" for parent, child in PAIRS]
     alone = [f"alone: {task}" for task in CHILDREN]
-    settings = ["measures", "words", "chat", *alone, *pairs, "families", "found", *ESTIMATED, "fourteen"]
+    settings = ["measures", "words", *alone, *pairs, "families", "found", *ESTIMATED, "fourteen"]
     arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
     arguments.add_argument("--child", choices=["promise", "train"], help="a process of an `estimate`")
     args = arguments.parse_args()
@@ -200,11 +197,6 @@ def main() -> None:
                 its |= {f"{task}, exchanged": exchanged(rows[task], words) for task, words in EXCHANGED.items()}
                 found = by_pair(overlaps_between(new_model(backbone, {}), tokenizer, its, settings))
                 result.update(value=len(found) // 2, overlaps=found)
-            elif setting == "chat":
-                its = {task: as_chat(rows[task]) for task in TREE}
-                found = overlaps_between(new_model(backbone, {}), tokenizer, its, settings)
-                families = find_families(found)
-                result.update(value=len(families), overlaps=by_pair(found), families=families)
             elif setting == "fourteen":
                 model, data = new_model(backbone, {}), {task: rows[task] for task in CL14}
                 begin = time.perf_counter()
@@ -229,16 +221,11 @@ def main() -> None:
                 tasks, need = learn_alone(backbone, tokenizer, task, rows[task], validation[task], seed)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, need=need)
             elif setting == "found":
-                train = {task: sample(rows[task], ROWS, seed) for task in TREE}
-                train |= rows_of_roots(train, plan["families"])
-                training = TRAINING | mixture_arguments(plan["families"], list(TREE), TRAINING["learning_rate"])
-                model = train_hft(backbone, tokenizer, plan["hierarchy"], train, seed, training)
-                tasks = score(model, tokenizer, validation, lambda task: task)
-                result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=plan["hierarchy"])
+                result.update(learn(backbone, tokenizer, plan["hierarchy"], plan["families"], rows, validation, seed))
             else:
                 families = plan["families"] if setting == "families" else {}
                 tree = truth_tree(setting, families)
-                train = {task: sample(rows[task], ROWS, seed) for task in tree if task not in families}
+                train = {task: sample(rows[task], SAMPLES, seed) for task in tree if task not in families}
                 train |= rows_of_roots(train, families)
                 sharing = mixture_arguments(families, CHILDREN, TRUTH["learning_rate"]) if families else {}
                 model = train_hft(backbone, tokenizer, tree, train, seed, TRUTH | sharing)

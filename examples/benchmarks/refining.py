@@ -16,18 +16,17 @@ from harness import (
     mean_accuracy,
     parser,
     prepare,
-    quiet_config,
     rows_of_roots,
     sample,
     score,
     todo,
     train_hft,
+    train_open,
 )
 from quality import BUDGETS, FAMILY, NO_MEMORY, RANK, read_shuffled
 from transformers import BitsAndBytesConfig, set_seed
 
 import hft
-from hft.trainers import HFTTrainer
 
 
 TRAINING = {**ablation.TRAINING, "route_samples": 0}
@@ -71,8 +70,7 @@ def main() -> None:
             if own is not None:
                 for task in FAMILY:
                     model.add_task(task, ["all"])
-                config = quiet_config(str(folder / "tasks"), seed, {**TRAINING, **own})
-                HFTTrainer(model, config, train, processing_class=tokenizer).train()
+                train_open(model, tokenizer, train, seed, {**TRAINING, **own})
             model.eval()
             tasks = score(model, tokenizer, validation, lambda task, own=own: "all" if own is None else task)
             result.update(value=mean_accuracy(tasks), tasks=tasks, attention=attention())
