@@ -123,6 +123,7 @@ def test_killed_and_resumed_two_processes_learn_what_one_learns(backbones, token
         {"packing": True, "max_length": 40, "per_device_train_batch_size": 1},
         {"gate_shrink": 1.0, "max_grad_norm": 0.1},
         {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"task_learning_rates": {"e": 1e-3, "b": 5e-3}, "page_tasks": ["a", "b"], "task_passes": {"a": 0.5}},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -151,11 +152,12 @@ def test_accelerate_launch_with_the_shipped_file(backbones, tokenizer, tmp_path)
 
 @pytest.mark.slow
 def test_a_sharded_backbone_learns_what_a_whole_one_learns(backbones, tokenizer, tmp_path):
-    """accelerate's FSDP2, by the file that is shipped; killed in the second stage and resumed."""
-    spec = described(backbones, tmp_path, fsdp=True)
+    """accelerate's FSDP2, by the file that is shipped; killed in the second stage and resumed; rates that differ."""
+    rates = {"task_learning_rates": {"e": 1e-3, "b": 5e-3}, "page_tasks": ["a", "b"]}
+    spec = described(backbones, tmp_path, fsdp=True, options=rates)
     launch({**spec, "kill": 8}, tmp_path, code=1, file="fsdp2.yaml")
     seen = launch({**spec, "resume": True}, tmp_path, file="fsdp2.yaml")
-    single = one_process(backbones, tokenizer, tmp_path)
+    single = one_process(backbones, tokenizer, tmp_path, **rates)
     keep_last(seen, single)
     check_same(seen, tmp_path, single)
     assert not list((tmp_path / "run").rglob("*.distcp"))  # no shares: a checkpoint is what it is without FSDP
