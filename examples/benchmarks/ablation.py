@@ -18,16 +18,15 @@ from harness import (
     parser,
     prepare,
     read_tasks,
-    rows_of_roots,
     sample,
     score,
     todo,
     train_hft,
+    with_roots,
 )
 
 from hft.trainers import HFTTrainer
 from hft.trainers.curriculum import BlockSampler
-from hft.trainers.recipes import mixture_arguments
 
 
 TREE = {
@@ -96,8 +95,7 @@ def learn(
 ) -> dict[str, Any]:
     """Scores of the tasks after one epoch of `SAMPLES` rows each on a hierarchy, roots of families included, for a cell."""
     train = {task: sample(rows[task], SAMPLES, seed) for task in TREE}
-    train |= rows_of_roots(train, families)
-    training = TRAINING | (mixture_arguments(families, list(TREE), TRAINING["learning_rate"]) if families else {})
+    train, training = with_roots(train, families, TRAINING)
     model = train_hft(backbone, tokenizer, tree, train, seed, training)
     tasks = score(model, tokenizer, validation, lambda task: task)
     return {"value": mean_accuracy(tasks), "tasks": tasks, "hierarchy": dict(tree)}

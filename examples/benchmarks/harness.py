@@ -26,6 +26,7 @@ from hft.trainers import HFTTrainer, HFTTrainingConfig, run_record
 from hft.trainers.cpu_memory import use_memory_well
 from hft.trainers.demo_backbone import find_backbone
 from hft.trainers.evaluation import score_options
+from hft.trainers.recipes import mixture_arguments
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -120,6 +121,14 @@ def sample(rows: list[dict[str, Any]], count: int | None, seed: int, with_option
 def rows_of_roots(train: Mapping[str, Dataset], families: Mapping[str, Sequence[str]]) -> dict[str, Dataset]:
     """The rows of each family's root: those of its tasks, as a recipe's `mixtures` mean it."""
     return {root: concatenate_datasets([train[task] for task in its]) for root, its in families.items()}
+
+
+def with_roots(
+    train: Mapping[str, Dataset], families: Mapping[str, Sequence[str]], training: Mapping[str, Any], **shares: float
+) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    """Rows by task and training arguments with the roots of families, which share epochs as `mixture_arguments` says."""
+    sharing = mixture_arguments(families, list(train), training["learning_rate"], **shares)
+    return {**train, **rows_of_roots(train, families)}, {**training, **sharing}
 
 
 def quiet_config(folder: str, seed: int, training: Mapping[str, Any]) -> HFTTrainingConfig:

@@ -36,11 +36,11 @@ from harness import (
     read_cells,
     read_tasks,
     reset_peak,
-    rows_of_roots,
     sample,
     score,
     todo,
     train_hft,
+    with_roots,
 )
 from planner_measures import by_pair, exchanged, in_other_words, measure_all, overlaps_between
 from quality import CL14
@@ -51,7 +51,7 @@ from hft.trainers.overlap import answer_of
 from hft.trainers.pilots import ProbeSettings
 from hft.trainers.plan_costs import plan_costs
 from hft.trainers.planner import Plan, TaskProbe
-from hft.trainers.recipes import Recipe, mixture_arguments
+from hft.trainers.recipes import Recipe
 from hft.trainers.task_data import tokenize_rows
 
 
@@ -76,9 +76,14 @@ EXCHANGED = {
     },
     "rte": {"entailment": "contradiction", "contradiction": "entailment"},
 }  # fmt: skip
-ESTIMATED = {  # setting -> the hierarchy, and how its model differs
-    "estimate": ({"sst2": [], "agnews": [], "yelp": ["sst2"]}, {}),
-    "estimate: rank 32": ({"agnews": [], "amazon": []}, {"rank": 32, "memory_config": {"read": "off"}}),
+ESTIMATED = {  # setting -> the hierarchy, its families, and how its model differs
+    "estimate": ({"sst2": [], "agnews": [], "yelp": ["sst2"]}, {}, {}),
+    "estimate: rank 32": ({"agnews": [], "amazon": []}, {}, {"rank": 32, "memory_config": {"read": "off"}}),
+    "estimate: family": (
+        {"stars": [], "agnews": [], "yelp": ["stars"], "amazon": ["stars"]},
+        {"stars": ["yelp", "amazon"]},
+        {},
+    ),
 }
 
 
@@ -145,22 +150,23 @@ def estimate(command: list[str]) -> dict:
 
 def child(what: str, setting: str, backbone: str, tokenizer, rows: dict[str, list[dict]]) -> None:
     """Prints seconds and peak bytes of a training, promised or measured; the bytes of libraries are measured."""
-    libraries, (tree, options) = peak_bytes(), ESTIMATED[setting]
-    data = {task: sample(rows[task], SAMPLES, 0) for task in tree}
+    libraries, (tree, families, options) = peak_bytes(), ESTIMATED[setting]
+    data = {task: sample(rows[task], SAMPLES, 0) for task in tree if task not in families}
     if what == "train":
+        data, training = with_roots(data, families, TRAINING)
         reset_peak()
         begin = time.perf_counter()
-        train_hft(backbone, tokenizer, tree, data, 0, TRAINING, attn_implementation="auto", **options)
+        train_hft(backbone, tokenizer, tree, data, 0, training, attn_implementation="auto", **options)
         print(json.dumps({"seconds": time.perf_counter() - begin, "bytes": peak_bytes()}))
         return
     with tempfile.TemporaryDirectory() as folder:
         training = {**TRAINING, "gradient_checkpointing": False, "output_dir": folder}
         recipe = Recipe(backbone=backbone, hierarchy=tree, quantization=NF4, training=training, model=options)
-        probes = {task: TaskProbe(1.0, 0.1, {"backbone": [1.0] * 9}) for task in tree}
+        probes = {task: TaskProbe(1.0, 0.1, {"backbone": [1.0] * 9}) for task in data}
         begin = time.perf_counter()
         model = new_model(backbone, {}, attn_implementation="auto", **options)
         loading = time.perf_counter() - begin
-        costs = plan_costs(Plan(tree, probes, ()), recipe, model, data, tokenizer)
+        costs = plan_costs(Plan(tree, probes, (), families), recipe, model, data, tokenizer)
     seconds = costs.total_seconds() + loading
     print(json.dumps({"seconds": seconds, "bytes": costs.memory.total + libraries}))
 
@@ -226,9 +232,8 @@ def main() -> None:
                 families = plan["families"] if setting == "families" else {}
                 tree = truth_tree(setting, families)
                 train = {task: sample(rows[task], SAMPLES, seed) for task in tree if task not in families}
-                train |= rows_of_roots(train, families)
-                sharing = mixture_arguments(families, CHILDREN, TRUTH["learning_rate"]) if families else {}
-                model = train_hft(backbone, tokenizer, tree, train, seed, TRUTH | sharing)
+                train, training = with_roots(train, families, TRUTH)
+                model = train_hft(backbone, tokenizer, tree, train, seed, training)
                 children = {task: validation[task] for task, parents in tree.items() if parents}
                 tasks = score(model, tokenizer, children, lambda task: task)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree)

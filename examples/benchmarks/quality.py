@@ -28,17 +28,16 @@ from harness import (
     prepare,
     read_cells,
     read_rows,
-    rows_of_roots,
     sample,
     score,
     train_hft,
+    with_roots,
 )
 from table import own_rate
 
 from hft.trainers import HFTTrainer, plan_hierarchy
 from hft.trainers.evaluation import score_options
 from hft.trainers.pilots import ProbeSettings
-from hft.trainers.recipes import mixture_arguments
 
 
 CL14 = {
@@ -136,12 +135,10 @@ def hft_on(
         model_options: as for `new_model`.
     """
     train, training = dict(setup.train), {**setup.training, "gate_learning_rate": 5e-2}
-    if families:
-        train |= rows_of_roots(train, families)
-        shares = {"root_share": 2 / 3, "refining_rate": 1.0} if thirds else {}
-        training |= mixture_arguments(families, setup.order, training["learning_rate"], **shares)
-        if thirds:
-            training["page_tasks"] = None
+    shares = {"root_share": 2 / 3, "refining_rate": 1.0} if thirds else {}
+    train, training = with_roots(train, families or {}, training, **shares)
+    if thirds:
+        training["page_tasks"] = None
 
     class Reporting(HFTTrainer):
         def stage_ended(self, stage, trims):
