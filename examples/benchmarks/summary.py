@@ -197,9 +197,9 @@ def planner() -> dict[str, float]:
     figures |= found_minus_hand()
     if ("fourteen", 0) in cells:
         figures["planner.seconds_14_tasks"] = cells["fourteen", 0]["value"]
-    if ("estimate", 0) in cells:
-        errors = cells["estimate", 0]["errors"]
-        figures |= {"planner.time_estimate_error": errors["seconds"], "planner.memory_estimate_error": errors["bytes"]}
+    errors = [cell["errors"] for (setting, _), cell in cells.items() if setting.startswith("estimate")]
+    for what, key in (("time", "seconds"), ("memory", "bytes")) if errors else ():  # the largest of all checks
+        figures[f"planner.{what}_estimate_error"] = max((its[key] for its in errors), key=abs)
     return figures
 
 
