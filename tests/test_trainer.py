@@ -385,6 +385,16 @@ def test_tasks_that_write_no_page(backbones, tokenizer, tmp_path):
     assert trainer.record.budget["page_tasks"] == ["b"]
 
 
+def test_where_nobody_writes_a_page_training_is_as_without_memory(backbones, tokenizer, tmp_path):
+    tree, learnt = {"a": [], "b": ["a"]}, []
+    for memory, options in (({"slots": 2}, {"page_tasks": []}), ({"read": "off"}, {})):
+        trainer = make(backbones, tokenizer, tmp_path / str(options), tree, memory=memory, max_steps=2, **options)
+        trainer.train()
+        assert trainer.model.config.pages == []
+        learnt.append({name: bits(its) for name, its in trainer.model.named_parameters() if name.startswith("hft_")})
+    assert learnt[0] == learnt[1]
+
+
 def test_tasks_have_learning_rates_of_their_own(backbones, tokenizer, tmp_path):
     rates = {"e": 2e-4}
     trainer = make(backbones, tokenizer, tmp_path, {"a": [], "e": []}, task_learning_rates=rates, weight_decay=0.1)

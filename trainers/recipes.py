@@ -44,7 +44,8 @@ class Recipe:
         hierarchy: task -> parents.
         datasets: task -> where it comes from and how a row is read, see `load_task`; not needed with `data`.
         mixtures: task -> tasks of the hierarchy whose rows are its rows, as of a root on which a family stands; it is not
-            tested, and the router does not learn to know it, unless `route_tasks` names it.
+            tested, and the router does not learn to know it, unless `route_tasks` names it. Neither it nor its tasks write
+            memory pages, unless `page_tasks` names them: what they share, the root learns.
         root_share: of each epoch over a mixture's rows, how much that task takes; its tasks take the rest, each on its own
             node. Above 0, below 1. `task_passes` says it of each task by itself.
         refining_rate: the tasks of a mixture only refine what its root has learnt from their rows, and learn at so much of
@@ -115,7 +116,7 @@ def mixture_arguments(
     members = [task for its in mixtures.values() for task in its]
     return {
         "route_tasks": list(tasks),
-        "page_tasks": list(tasks),
+        "page_tasks": [task for task in tasks if task not in members],
         "task_passes": dict.fromkeys(members, round(1 - root_share, 6)) | dict.fromkeys(mixtures, root_share),
         "task_learning_rates": dict.fromkeys(members, refining_rate * learning_rate),
     }

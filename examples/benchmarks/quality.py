@@ -106,7 +106,7 @@ def hft_root(setup: Setup, **options: Any) -> Outcome:
     return hft_on(setup, {"all": [], **{task: ["all"] for task in setup.order}}, root, **options)
 
 
-def hft_planned(setup: Setup) -> Outcome:
+def hft_planned(setup: Setup, **options: Any) -> Outcome:
     """HFT with the hierarchy that the planner finds in the training rows."""
     model = new_model(setup.backbone, {})
     settings = ProbeSettings(max_length=setup.training["max_length"], seed=setup.seed)
@@ -114,7 +114,7 @@ def hft_planned(setup: Setup) -> Outcome:
         model, setup.with_options, processing_class=setup.tokenizer, settings=settings, progress=False
     )
     order = [*plan.families, *setup.order]
-    return hft_on(setup, {task: plan.parents[task] for task in order}, plan.families)
+    return hft_on(setup, {task: plan.parents[task] for task in order}, plan.families, **options)
 
 
 def hft_on(
@@ -122,6 +122,7 @@ def hft_on(
     tree: dict[str, list[str]],
     families: Mapping[str, Sequence[str]] | None = None,
     thirds: bool = False,
+    pages: bool = False,
     **model_options: Any,
 ) -> Outcome:
     """HFT on a hierarchy.
@@ -132,13 +133,14 @@ def hft_on(
         families: its roots that learn from the rows of the tasks on them.
         thirds: these take two of three steps, the tasks the third at the same learning rate, and all write pages; else they
             share as a recipe's `mixtures` do.
+        pages: the tasks on such roots write memory pages, too.
         model_options: as for `new_model`.
     """
     train, training = dict(setup.train), {**setup.training, "gate_learning_rate": 5e-2}
     shares = {"root_share": 2 / 3, "refining_rate": 1.0} if thirds else {}
     train, training = with_roots(train, families or {}, training, **shares)
-    if thirds:
-        training["page_tasks"] = None
+    if thirds or pages:
+        training["page_tasks"] = None if thirds else setup.order
 
     class Reporting(HFTTrainer):
         def stage_ended(self, stage, trims):
@@ -160,12 +162,13 @@ ALL = {
     "hft_chains": hft_chains,
     "hft_flat": hft_flat,
     "hft_families": hft_families,
+    "hft_families_pages": functools.partial(hft_families, pages=True),
     "hft_families_thirds": functools.partial(hft_families, thirds=True),
-    "hft_root": hft_root,
     "hft_root_thirds": functools.partial(hft_root, thirds=True),
     "hft_root_no_memory": functools.partial(hft_root, **NO_MEMORY),
     "hft_root_no_memory_thirds": functools.partial(hft_root, thirds=True, **NO_MEMORY),
     "hft_planned": hft_planned,
+    "hft_planned_pages": functools.partial(hft_planned, pages=True),
 }
 
 

@@ -206,12 +206,12 @@ def planner() -> dict[str, float]:
 def found_minus_hand() -> dict[str, float]:
     """HFT on the planner's hierarchy minus HFT on hand-made families, test rows, three epochs: accuracy points and nats.
 
-    Of the two ways in which a family's root and its tasks have shared their steps, validation rows choose the families'.
+    Of the ways in which a family's root and its tasks have shared their steps, validation rows choose the families'.
     """
     from table import chosen, own_hierarchy
 
     cells, figures = read("quality-small-family"), {}
-    hand = own_hierarchy(cells, ("hft_families", "hft_families_thirds"))
+    hand = own_hierarchy(cells, ("hft_families", "hft_families_pages", "hft_families_thirds"))
     if hand is None:
         return figures
     found, made = ({cell["seed"]: cell["test"] for cell in chosen(cells, method)} for method in ("hft_planned", hand))

@@ -43,15 +43,15 @@ METHODS = {
     "hft_flat": "HFT, no hierarchy",
     "hft_families": "HFT, a root a family",
     "hft_families_routed": "HFT, a root a family, routed",
-    "hft_root": "HFT, one root for all",
-    "hft_root_routed": "HFT, one root for all, routed",
     "hft_root_no_memory": "HFT, one root for all, no memory",
+    "hft_root_no_memory_routed": "HFT, one root for all, no memory, routed",
     "hft_planned": "HFT, the planner's hierarchy",
     "hft_planned_routed": "HFT, the planner's hierarchy, routed",
+    "hft_families_pages": "HFT, a root a family, pages",
+    "hft_planned_pages": "HFT, the planner's hierarchy, pages",
     "hft_families_thirds": "HFT, a root a family, thirds",
     "hft_root_thirds": "HFT, one root for all, thirds",
     "hft_root_no_memory_thirds": "HFT, one root for all, thirds, no memory",
-    "hft_root_no_memory_thirds_routed": "HFT, one root for all, thirds, no memory, routed",
 }
 # HFT's hierarchies of which validation rows choose one.
 HIERARCHIES = tuple(method for method in METHODS if method.startswith("hft") and not method.endswith("routed"))
@@ -188,11 +188,12 @@ def chosen(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
 
 
 def own_hierarchy(cells: Mapping[tuple[str, int], dict], among: Sequence[str] = HIERARCHIES) -> str | None:
-    """The best of HFT's hierarchies on validation rows: their average, over the seeds that all of them have run."""
-    found = {method: {cell["seed"]: cell["value"] for cell in chosen(cells, method)} for method in among}
-    found = {method: its for method, its in found.items() if its}
-    if not found:
+    """The best of HFT's hierarchies on validation rows, on average over the seeds of those that have run most of them."""
+    values = {method: {cell["seed"]: cell["value"] for cell in chosen(cells, method)} for method in among}
+    most = max(map(len, values.values()))
+    if most == 0:
         return None
+    found = {method: its for method, its in values.items() if len(its) == most}
     seeds = set.intersection(*map(set, found.values()))
     return max(found, key=lambda method: statistics.mean(found[method][seed] for seed in seeds))
 
