@@ -84,8 +84,13 @@ def test_the_quality_tables_by_hand(tmp_path, monkeypatch):
     assert table.learnable(summary.read("quality-small-family")) == ["a"]
     shown = table.quality("small", "family")
     assert "| one LoRA a task | 2 | 59.5 ± 1.0 | 57.0 ± 1.0 |  | 2.0 M |" in shown
-    assert "| HFT, chains, routed | 2 | 65.0 ± 1.0 | 65.0 ± 1.0 |  | 2.0 M |" in shown
-    assert "| b | 60.0 | no | 62.0 ± 1.0 | 60.0 ± 0.0 | 66.0 ± 0.0 | 70.0 |" in table.quality_tasks("small", "family")
+    assert "| HFT, routed | 2 | 65.0 ± 1.0 | 65.0 ± 1.0 |  | 2.0 M |" in shown
+    assert "| b | 60.0 | no | 62.0 ± 1.0 | 60.0 ± 0.0 | 66.0 ± 0.0 |" in table.quality_tasks("small", "family")
+    assert table.hierarchies("small", "family").splitlines()[2:] == [
+        "| the planner's | 1 | 67.0 | 67.0 |  |",
+        "| chains | 2 | 65.5 ± 0.5 | 65.5 ± 0.5 | 65.0 ± 1.0 |",
+        "| one root for all, thirds, pages | 2 | 65.0 ± 5.0 | 65.0 ± 5.0 |  |",
+    ]
     figures = summary.quality()
     assert (
         figures["quality.small.family.hft_minus_joint"] == 5.0 and figures["quality.small.family.learnable_tasks"] == 1
@@ -148,7 +153,7 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regre
     text += [
         json.dumps({"name": "quality-small-family", "setting": method, "method": method, "learning_rate": 2e-3,
                     "seed": seed, "value": 0, "test": {"ap": ap + seed * more, "tasks": {"x": {"loss": loss}}}})
-        for method, ap, more, loss in (("hft_planned", 61, 2, 0.8), ("hft_families", 60, 1, 0.9))
+        for method, ap, more, loss in (("hft_root_no_memory", 61, 2, 0.8), ("hft_families", 60, 1, 0.9))
         for seed in range(2)
     ]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("\n".join(text))

@@ -15,7 +15,8 @@ from hft.trainers.transfer import format_matrix
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples/benchmarks"))
-from table import own_hierarchy  # noqa: E402
+from summary import mean_loss  # noqa: E402
+from table import mean_se, own_hierarchy  # noqa: E402
 
 
 README = (ROOT / "README.md").read_text()
@@ -48,7 +49,7 @@ def test_the_recipes_numbers():
 
 @pytest.mark.parametrize(
     "table",
-    [["ablation"], ["memory"], ["speed"], ["quality"], ["tasks"]],
+    [["ablation"], ["memory"], ["speed"], ["quality"], ["hierarchies"], ["tasks"]],
     ids=" ".join,
 )
 def test_the_benchmarks_tables(table):
@@ -74,37 +75,34 @@ def test_the_qualitys_sentences(figures):
     def side(name: str) -> str:
         return "above" if of[name] > 0 else "below"
 
-    for ours, words in (("hft_chains", "HFT with chains is"), ("hft_families_thirds", "with a root a family")):
-        assert of[f"{ours}_minus_single"] > 0 > of[f"{ours}_minus_joint"]
-        both = gap(f"{ours}_minus_single"), gap(f"{ours}_minus_joint")
-        assert re.search(rf"{words} {both[0]} above[^;]* and {both[1]} below", PROSE)
-    assert own_hierarchy({(cell["setting"], cell["seed"]): cell for cell in small}) == "hft_root_no_memory_thirds"
-    first = {cell["setting"]: cell["value"] for cell in small if cell["seed"] == 0}
-    values = [
-        first[f"{name}@0.002"]
-        for name in ("hft_root_no_memory_thirds", "hft_root_thirds", "hft_families_thirds", "hft_chains", "joint")
-    ]
-    words = "({:.1f} with seed 0 for one root for all without memory; with memory {:.1f}, a root a family {:.1f}, "
-    assert (words + "chains {:.1f}, joint LoRA {:.1f})").format(*values) in PROSE
-    joint, single = (f"{gap(name)} points {side(name)}" for name in ("hft_minus_joint", "hft_minus_single"))
-    assert (
-        f"On test rows it is {joint} joint LoRA (goal: 1.0 above) and {single.replace(' points', '')} one LoRA"
-        in PROSE
+    assert own_hierarchy({(cell["setting"], cell["seed"]): cell for cell in small}) == "hft_root_no_memory"
+    assert of["hft_minus_single"] > 0 > of["hft_minus_joint"]
+    assert f"HFT is {gap('hft_minus_joint')} points below joint LoRA (goal: 1.0 above)" in PROSE
+    assert f"and {gap('hft_minus_single')} above one LoRA a task (goal: 2.0; two seeds)" in PROSE
+    hft, joint = (
+        [cell for cell in small if cell["setting"] == f"{name}@0.002"] for name in ("hft_root_no_memory", "joint")
     )
-    name = "hft_root_thirds_minus_joint"
-    assert f"did not choose, {gap(name)} {side(name)} joint LoRA. Forgetting" in PROSE
-    assert (
-        f"without thirds, is {gap('hft_planned_minus_joint')} points below joint LoRA and "
-        f"{gap('hft_planned_minus_single')} above one LoRA a task; routed it scores "
-        f"{of['ap_hft_planned'] - of['ap_hft_planned_routed']:.1f} less" in PROSE
+    assert [cell["seed"] for cell in hft] == [cell["seed"] for cell in joint] == [0, 1, 2]
+    lower = [mean_loss(theirs["test"]) - mean_loss(ours["test"]) for ours, theirs in zip(hft, joint, strict=True)]
+    assert f"its loss is {mean_se(lower, 3)} nats lower, in each of the seeds" in PROSE and min(lower) > 0
+    learnt = of["ap_learnable_hft"] - of["ap_learnable_joint"]
+    assert f"learns it is {learnt:.1f} above joint LoRA" in PROSE
+    values = [statistics.mean(cell["value"] for cell in its) for its in (hft, joint)]
+    assert f"on validation rows it is {values[0] - values[1]:.1f} above." in PROSE
+    assert all(cell["test"]["forgetting"] == 0 for cell in hft)
+    assert of["hft_planned_pages_minus_joint"] < 0
+    assert f"With pages it was run by itself: {gap('hft_planned_pages_minus_joint')} points below joint LoRA" in PROSE
+    for cell in small:
+        if cell["method"] == "hft_planned_pages":  # the planner's is one root for all
+            (root,) = (task for task, parents in cell["notes"]["tree"].items() if not parents)
+            assert all(parents == [root] for task, parents in cell["notes"]["tree"].items() if task != root)
+    lost = of["forgetting_sequential"], of["forgetting_sequential_replay"], of["forgetting_olora"]
+    words = (
+        "forgets {:.1f} points, with 2 % of old rows in the mix {:.1f}, and O-LoRA, its penalty weighted 0.5, {:.1f}"
     )
-    best = max(value for key, value in of.items() if re.fullmatch(r"ap_hft_\w+(?<!_se)(?<!_routed)", key))
-    assert best == of["ap_hft_planned"] and side("hft_planned_minus_joint") == "below"
-    assert f"choose ({first['hft_planned@0.002']:.1f} with seed 0)" in PROSE
-    lost = of["forgetting_sequential"], of["forgetting_olora"]
-    assert "one LoRA forgets {:.1f} points, and O-LoRA, its penalty weighted 0.5, {:.1f}".format(*lost) in PROSE
+    assert words.format(*lost) in PROSE
     few = of["quality.small.hft_minus_single_low_resource"]
-    assert f"the chosen hierarchy is {few:.1f} points above one LoRA a task (goal: 5)" in PROSE
+    assert f"HFT is {few:.1f} points above one LoRA a task (goal: 5)" in PROSE
     routed = of["ap_hft_routed"] - of["ap_hft"]
     more = "more" if routed > 0 else "less"
     assert f"A routed task scores {abs(routed):.1f} points {more} than a given one" in PROSE
@@ -243,11 +241,20 @@ def test_how_tasks_refine():
     assert "tasks had {} at the root's rate of 2e-3, {} at 5e-4, {} at 2e-4.".format(*own) in PROSE
     small = {(c["method"], c["seed"]): c["value"] for c in read_cells("quality.jsonl")
              if c["name"] == "quality-small-family" and c["learning_rate"] == 2e-3}  # fmt: skip
-    now, thirds = ([small[method, seed] for seed in range(3)] for method in ("hft_planned", "hft_root_thirds"))
-    words = "one root for all has {:.1f}, {:.1f} and {:.1f} now, and had {:.1f}, {:.1f} and {:.1f} in thirds;"
+    now, thirds, pages, both = (
+        [small[method, seed] for seed in range(3)]
+        for method in ("hft_root_no_memory", "hft_root_no_memory_thirds", "hft_planned_pages", "hft_root_thirds")
+    )
+    words = (
+        "one root for all has {:.1f}, {:.1f} and {:.1f} now, and had {:.1f}, {:.1f} and {:.1f} in thirds, both without"
+    )
     assert words.format(*now, *thirds) in PROSE
-    families = small["hft_families", 0], small["hft_families_thirds", 0]
-    assert "a root a family {:.1f} and {:.1f} (one seed)".format(*families) in PROSE
+    means = [statistics.mean(its) for its in (now, pages, thirds, both)]
+    apart = [mean_se([a - b for a, b in zip(*its, strict=True)]) for its in ((now, pages), (thirds, both))]
+    assert f"are at {means[0]:.1f} without pages and {means[1]:.1f} with, {apart[0]} apart" in PROSE
+    assert f"and in thirds at {means[2]:.1f} and {means[3]:.1f}, {apart[1]} apart (three seeds each)" in PROSE
+    families = small["hft_families_pages", 0], small["hft_families_thirds", 0]
+    assert "a root a family, with pages, {:.1f} and {:.1f} (one seed)".format(*families) in PROSE
     own = [shown["root 2.7"], *(shown[f"root 2.7, tasks 0.3 at {rate}"] for rate in ("5e-4", "2e-4"))]
     assert (
         "A root of 2.7 epochs had {}, and its tasks, in what was left, {} at 5e-4 and {} at 2e-4".format(*own) in PROSE

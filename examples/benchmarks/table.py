@@ -9,7 +9,7 @@ python examples/benchmarks/table.py speed
 
 import argparse
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from summary import mean_loss, read
@@ -28,7 +28,7 @@ ABLATION = {
     "found": "the planner's hierarchy: one root for all, nine tenths of the steps on it",
 }
 LOW_RESOURCE = ("cb", "copa", "rte", "wic")
-METHODS = {
+BASELINES = {
     "zero_shot": "the backbone",
     "single": "one LoRA a task",
     "joint": "joint LoRA",
@@ -38,23 +38,20 @@ METHODS = {
     "olora": "O-LoRA",
     "osf": "OSF (backbone in bfloat16)",
     "arrow": "Arrow over one LoRA a task",
-    "hft_chains": "HFT, chains",
-    "hft_chains_routed": "HFT, chains, routed",
-    "hft_flat": "HFT, no hierarchy",
-    "hft_families": "HFT, a root a family",
-    "hft_families_routed": "HFT, a root a family, routed",
-    "hft_root_no_memory": "HFT, one root for all, no memory",
-    "hft_root_no_memory_routed": "HFT, one root for all, no memory, routed",
-    "hft_planned": "HFT, the planner's hierarchy",
-    "hft_planned_routed": "HFT, the planner's hierarchy, routed",
-    "hft_families_pages": "HFT, a root a family, pages",
-    "hft_planned_pages": "HFT, the planner's hierarchy, pages",
-    "hft_families_thirds": "HFT, a root a family, thirds",
-    "hft_root_thirds": "HFT, one root for all, thirds",
-    "hft_root_no_memory_thirds": "HFT, one root for all, thirds, no memory",
 }
-# HFT's hierarchies of which validation rows choose one.
-HIERARCHIES = tuple(method for method in METHODS if method.startswith("hft") and not method.endswith("routed"))
+# HFT's, of which validation rows choose one.
+HIERARCHIES = {
+    "hft_chains": "chains",
+    "hft_flat": "no hierarchy",
+    "hft_families": "a root a family",
+    "hft_families_pages": "a root a family, pages",
+    "hft_families_thirds": "a root a family, thirds, pages",
+    "hft_planned": "the planner's",
+    "hft_planned_pages": "the planner's, pages",
+    "hft_root_no_memory": "one root for all",
+    "hft_root_no_memory_thirds": "one root for all, thirds",
+    "hft_root_thirds": "one root for all, thirds, pages",
+}
 
 
 SPEED = {
@@ -101,25 +98,46 @@ def quality(budget: str, tasks: str) -> str:
         f"| method | seeds | average (test) | {few} | forgetting | stored parameters |",
         "|---|---|---|---|---|---|",
     ]
-    for method, title in METHODS.items():
+    best = own_hierarchy(cells)
+    ours = {best: "HFT", f"{best}_routed": "HFT, routed"} if best is not None else {}
+    for method, title in (BASELINES | ours).items():
         if not (its := runs(cells, method)):
             continue
         scores = [test_scores(cell, method) for cell in its]
-        whole = mean_se([statistics.mean(its.values()) for its in scores])
         part = mean_se([statistics.mean(its[task] for task in above) for its in scores]) if above else ""
         lost = [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]
         forgetting, stored = mean_se(lost) if lost else "", f"{its[0]['stored'] / 1e6:.1f} M"
-        lines.append(f"| {title} | {len(its)} | {whole} | {part} | {forgetting} | {stored} |")
+        lines.append(f"| {title} | {len(its)} | {mean_se(averages(scores))} | {part} | {forgetting} | {stored} |")
     return "\n".join(lines)
+
+
+def hierarchies(budget: str, tasks: str) -> str:
+    """HFT's hierarchies in rows, the best on validation rows first: averages on these, on test rows, and routed."""
+    cells = read(f"quality-{budget}-{tasks}")
+    its = {method: found for method in HIERARCHIES if (found := chosen(cells, method))}
+    lines = ["| HFT's hierarchy | seeds | average (validation) | average (test) | routed |", "|---|---|---|---|---|"]
+    for method in sorted(its, key=lambda method: -statistics.mean(cell["value"] for cell in its[method])):
+        shown = [mean_se([cell["value"] for cell in its[method]])]
+        for way in (method, f"{method}_routed"):
+            found = runs(cells, way)
+            shown.append(mean_se(averages([test_scores(cell, way) for cell in found])) if found else "")
+        lines.append(f"| {HIERARCHIES[method]} | {len(its[method])} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def averages(scores: Sequence[Mapping[str, float]]) -> list[float]:
+    """Of each run the mean over its tasks."""
+    return [statistics.mean(its.values()) for its in scores]
 
 
 def quality_tasks(budget: str, tasks: str) -> str:
     """Tasks in rows: the commonest answer's share, whether one LoRA learns the task at all, and methods' test scores."""
     cells = read(f"quality-{budget}-{tasks}")
-    shown = [method for method in METHODS if "thirds" not in method and not method.endswith("routed")]
-    its = {method: found for method in shown if (found := runs(cells, method))}
+    best = own_hierarchy(cells)
+    titles = BASELINES | ({best: "HFT"} if best is not None else {})
+    its = {method: found for method in titles if (found := runs(cells, method))}
     above = learnable(cells)
-    lines = ["| task | majority | learnable | " + " | ".join(METHODS[method] for method in its) + " |"]
+    lines = ["| task | majority | learnable | " + " | ".join(titles[method] for method in its) + " |"]
     lines.append("|---" * (3 + len(its)) + "|")
     for task, guess in (its["single"][0]["test"]["majority"] if "single" in its else {}).items():
         scores = [mean_se([test_scores(cell, method)[task] for cell in found]) for method, found in its.items()]
@@ -187,7 +205,7 @@ def chosen(cells: Mapping[tuple[str, int], dict], method: str) -> list[dict]:
     return sorted((cell for cell in its if cell["learning_rate"] == rate), key=lambda cell: cell["seed"])
 
 
-def own_hierarchy(cells: Mapping[tuple[str, int], dict], among: Sequence[str] = HIERARCHIES) -> str | None:
+def own_hierarchy(cells: Mapping[tuple[str, int], dict], among: Iterable[str] = HIERARCHIES) -> str | None:
     """The best of HFT's hierarchies on validation rows, on average over the seeds of those that have run most of them."""
     values = {method: {cell["seed"]: cell["value"] for cell in chosen(cells, method)} for method in among}
     most = max(map(len, values.values()))
@@ -245,6 +263,7 @@ def main() -> None:
         "memory": memory,
         "speed": speed,
         "quality": lambda: quality(args.budget, args.tasks),
+        "hierarchies": lambda: hierarchies(args.budget, args.tasks),
         "tasks": lambda: quality_tasks(args.budget, args.tasks),
     }
     parser.add_argument("table", choices=list(made))
