@@ -45,7 +45,7 @@ class HFTTrainingConfig(SFTConfig):
         task_learning_rates: task -> the learning rate of its node, where it is not `learning_rate`; above 0. That of its
             gates changes by the same factor. A page has the lowest rate of those that write it.
         page_tasks: the tasks that write their stage's memory page; None: all. Leave out a task whose rows are those of
-            others, as the root of a family: all of it is shared already.
+            others, as the root of a family, and those that stand on it: what they share is in the root already.
         rank_tolerance: before a stage is sealed, each task's node is cut to the smallest rank that raises its mean loss on
             128 rows of `eval_dataset` by no more than this, in nats a token; 0 or more. See `HFTForCausalLM.trim`. None: no
             cuts.
