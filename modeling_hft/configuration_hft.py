@@ -115,6 +115,10 @@ class HFTRouterConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
+# What `from_pretrained` takes for a decoder's config.
+BACKBONE_KEYS = ("use_cache", "output_hidden_states", "output_attentions")
+
+
 @strict
 class HFTConfig(PreTrainedConfig):
     """A frozen decoder and the tasks that stand on it.
@@ -195,7 +199,16 @@ class HFTConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """As transformers'; names in `tasks=[...]`, which auto classes hand over from `from_pretrained`, choose a part."""
+        """As transformers', with what auto classes hand over from `from_pretrained`.
+
+        Names in `tasks=[...]` choose a part; another `backbone` has no known commit; what says how a decoder runs is for
+        the backbone's own config.
+        """
+        own = {name: kwargs.pop(name) for name in BACKBONE_KEYS if name in kwargs}
+        if own and isinstance(config_dict.get("text_config"), dict):
+            config_dict = {**config_dict, "text_config": {**config_dict["text_config"], **own}}
+        if kwargs.get("backbone") is not None:
+            config_dict = {**config_dict, "backbone_revision": None}
         chosen = kwargs.get("tasks")
         if not isinstance(chosen, str) and not (chosen and all(isinstance(task, str) for task in chosen)):
             return super().from_dict(config_dict, **kwargs)

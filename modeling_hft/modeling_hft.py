@@ -11,7 +11,7 @@ B batch, T tokens, L layers, R rank of a path.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,32 +19,25 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
-from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import logging
 
 from .configuration_hft import HFTConfig
 from .folded_hft import HFTFolding
 from .fused_hft import HFTFused
 from .gates_hft import HFTGates
+from .generation_hft import HFTGenerationMixin, Task, num_rows_of
 from .hierarchy_hft import BACKBONE, Hierarchy, nearest
 from .kept_hft import HFTKept
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, beside, flat
-from .path_hft import HFTPath, HFTTaskPath, Pair, generating, keep_path, made_paths, on_path
+from .path_hft import HFTPath, HFTTaskPath, Pair, keep_path, made_paths, on_path
 from .refresh_hft import HFTRefreshing
-from .router_hft import HFTRoute, HFTRouter
+from .router_hft import HFTRouter
 from .routing_hft import HFTRouting
 from .storage_hft import HFTStorage
 from .tasks_hft import HFTTasks
 from .trimmed_hft import HFTTrimming
-
-
-logger = logging.get_logger(__name__)
-
-# A task, one task a row, or a row's place in `config.tasks` (-1: the backbone) as a tensor [B].
-Task = str | Sequence[str | None] | torch.Tensor
 
 
 class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRouting, HFTStorage, PreTrainedModel):
@@ -235,6 +228,23 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.backbone.set_output_embeddings(new_embeddings)
 
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Module:
+        """The embeddings as they are: what HFT saves does not hold any, and new ones would never learn.
+
+        Raises:
+            ValueError: another size than the backbone has.
+        """
+        size = self.get_input_embeddings().num_embeddings
+        if pad_to_multiple_of is not None or new_num_tokens not in (None, size):
+            raise ValueError(
+                f"The backbone has {size} embeddings and is frozen, so they cannot become "
+                f"{new_num_tokens or 'another number'}. Resize the plain model, save it, and build on that: "
+                "HFTForCausalLM.from_backbone(folder)."
+            )
+        return self.get_input_embeddings()
+
     def dequantize(self, *args: Any, **kwargs: Any):
         self._check_unfolded()
         model = super().dequantize(*args, **kwargs)
@@ -263,13 +273,13 @@ class HFTModel(HFTPreTrainedModel):
             task: a name, a name a row, or ids [B]; None for the plain backbone.
             kwargs: as for the backbone's decoder.
         """
-        with self._one_pass(task, _num_rows(input_ids, inputs_embeds)):
+        with self._one_pass(task, num_rows_of(input_ids, inputs_embeds)):
             return self.base_model(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
             )
 
 
-class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
+class HFTForCausalLM(HFTPreTrainedModel, HFTGenerationMixin):
     """The whole language model on a task's path."""
 
     _auto_class = "AutoModelForCausalLM"
@@ -285,12 +295,14 @@ class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         task: Task | None = None,
+        cache: Any | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Runs the backbone with the nodes on the task's path.
 
         Args:
             input_ids, attention_mask, position_ids: [B, T]; `inputs_embeds` [B, T, D] may replace the first.
+            past_key_values, cache: the keys and values of earlier tokens, by its older and its newer name.
             labels: [B, T], -100 where there is no loss.
             task: a name, a name a row, or ids [B] (places in `config.tasks`, -1 for the backbone); None for the plain
                 backbone.
@@ -304,71 +316,16 @@ class HFTForCausalLM(HFTPreTrainedModel, GenerationMixin):
             # As an index, which copies these positions: of a slice, a CPU's matmul copies the head's weights once a row.
             length = given.shape[1]
             logits_to_keep = torch.arange(max(length - logits_to_keep, 0), length, device="cpu")
-        with self._one_pass(task, _num_rows(input_ids, inputs_embeds)):
+        caches = {"past_key_values": past_key_values, "cache": cache}
+        kwargs |= {name: given for name, given in caches.items() if given is not None}
+        with self._one_pass(task, num_rows_of(input_ids, inputs_embeds)):
             return self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
                 **kwargs,
             )
-
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        *args: Any,
-        task: Task | None = None,
-        return_route: bool = False,
-        **kwargs: Any,
-    ):
-        """As `GenerationMixin.generate`, on a task's path.
-
-        Args:
-            inputs: prompts [B, T], padded on the left if they differ in length.
-            task: a name, or one name a prompt; `"backbone"` for the plain backbone; also as `generation_config.task`. None
-                asks the router once, before the first token; while it knows no task, or if prompts are embeddings, the plain
-                backbone answers.
-            return_route: also give back the decision for each prompt.
-
-        Returns:
-            What transformers returns; with `return_route`, a pair of that and a list of `HFTRoute`.
-
-        Raises:
-            ValueError: an unknown name, or as many names as there are not prompts.
-        """
-        if "task" in vars(kwargs.get("generation_config") or object):  # how a request to a server can name one
-            config = kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
-            named = vars(config).pop("task")  # transformers would keep it from `forward`
-            task = named if task is None else task
-        task = self._folded if task is None else task
-        prompts = inputs if inputs is not None else kwargs.get("input_ids")
-        num_rows = _num_rows(prompts, kwargs.get("inputs_embeds"))
-        if task is not None:
-            rows = self._rows(task, num_rows)
-            routes = [HFTRoute(row or BACKBONE, (), (), 0.0, "named by the caller") for row in rows]
-        elif prompts is not None and self.hft_router.tasks():
-            routes = self.route(prompts, kwargs.get("attention_mask"))
-            for i, route in enumerate(routes):
-                logger.info(f"Prompt {i} is answered by {route.task}: {route.reason}.")
-        else:
-            routes = [HFTRoute(BACKBONE, (), (), 0.0, "the router was not asked")] * (num_rows or 1)
-        names = [route.task for route in routes]
-        if len(set(names)) == 1:  # a name needs no copying for each beam
-            if names[0] != BACKBONE or task is not None:
-                kwargs["task"] = names[0]
-        else:  # ids [B], which generate repeats for each beam
-            known = self.config.task_names()
-            ids_B = [-1 if name == BACKBONE else known.index(name) for name in names]
-            kwargs["task"] = torch.tensor(ids_B, device=self.get_input_embeddings().weight.device)
-        with generating():
-            output = super().generate(inputs, *args, **kwargs)
-        return (output, routes * (num_rows or 1) if len(routes) == 1 else routes) if return_route else output
-
-
-def _num_rows(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> int | None:
-    batch = input_ids if input_ids is not None else inputs_embeds
-    return None if batch is None else batch.shape[0]

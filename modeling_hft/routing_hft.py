@@ -4,6 +4,7 @@ B batch, T tokens, D hidden size.
 """
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -86,14 +87,17 @@ class HFTRouting:
         self._check_unmerged()  # it looks at the backbone's own features
         if input_ids.shape[-1] == 0:
             raise ValueError(f"`input_ids` has the shape {list(input_ids.shape)}: there are no tokens to route by.")
-        longest = self.config.text_config.max_position_embeddings
-        input_ids = input_ids[:, -longest:]
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -longest:]
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if longest := getattr(self.config.text_config, "max_position_embeddings", None):
+            input_ids, mask_BT = input_ids[:, -longest:], mask_BT[:, -longest:]
         num_layers = self.config.text_config.num_hidden_layers
         layers = next(m for m in self.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
         caught: list[torch.Tensor] = []
+        asks = threading.get_ident()
 
         def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() != asks:
+                return  # another thread's pass goes on
             caught.append(args[0] if args else kwargs["hidden_states"])
             raise _EnoughError
 
@@ -102,15 +106,15 @@ class HFTRouting:
             with on_path(None):
                 self.base_model(
                     input_ids=input_ids,
-                    attention_mask=attention_mask,
-                    position_ids=(attention_mask.cumsum(1) - 1).clamp(min=0),
+                    attention_mask=mask_BT,
+                    position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0),
                     use_cache=False,
                 )
         except _EnoughError:
             pass
         finally:
             hook.remove()
-        own_BT = self._own_tokens(input_ids, attention_mask).to(caught[0].device)
+        own_BT = self._own_tokens(input_ids, mask_BT).to(caught[0].device)
         total_BD = (caught[0].float() * own_BT[..., None]).sum(1)
         return total_BD / own_BT.sum(1, keepdim=True)
 

@@ -169,6 +169,11 @@ def read_gates(repo: str | os.PathLike, **download: Any) -> tuple[HFTConfig, dic
     }
 
 
+def files_of(config: HFTConfig) -> set[str]:
+    """The slim files of a model's tasks and pages."""
+    return {*map(task_file, config.task_names()), *(page_file(page["id"]) for page in config.pages)}
+
+
 def read_config(repo: str, **download: Any) -> HFTConfig:
     """The config of an HFT model; OSError if there is none, ValueError if it is another kind of model."""
     files, _ = PreTrainedConfig.get_config_dict(repo, **download)

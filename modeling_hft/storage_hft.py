@@ -5,21 +5,22 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import CommitInfo, HfApi, ResolvedRevision
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils.hub import resolve_revision
 
-from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig
+from .attention_hft import best_attention, without_weights
+from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig
 from .files_hft import SHARED_FILE, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
-from .slim_hft import HFTSlimFiles, read_config
+from .slim_hft import HFTSlimFiles, files_of, read_config
 
 
 AUTO_MAP = {
@@ -35,12 +36,6 @@ _SAVE_ARGUMENTS = {
 }
 # What tells where a repository's files come from; everything else says how to load the model.
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-def best_attention() -> str:
-    """FlashAttention-2 where the GPU and the installed packages allow it, else PyTorch's own kernel."""
-    on_ampere = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-    return "flash_attention_2" if on_ampere and is_flash_attn_2_available() else "sdpa"
 
 
 class HFTStorage(HFTSlimFiles):
@@ -91,9 +86,7 @@ class HFTStorage(HFTSlimFiles):
         if text_config.model_type == HFTConfig.model_type:
             raise ValueError(f"'{backbone}' is an HFT model itself; load it with from_pretrained and use add_task.")
         # Naming the family here gives a clear error before anything heavy is loaded.
-        with torch.device("meta"):
-            decoder = AutoModelForCausalLM.from_config(copy.deepcopy(text_config)).base_model
-        adapted_linears(decoder, target_modules)
+        adapted_linears(without_weights(text_config).base_model, target_modules)
         config = HFTConfig(
             text_config=text_config,
             gating_config=gating_config,
@@ -123,8 +116,11 @@ class HFTStorage(HFTSlimFiles):
     @classmethod
     def _load_whole(cls, repo: str, *model_args: Any, **kwargs: Any):
         """As `PreTrainedModel.from_pretrained`, but nothing that the model needs may be missing."""
+        text_config = kwargs["config"].text_config
         if kwargs.get("attn_implementation") == "auto":
-            kwargs["attn_implementation"] = best_attention()
+            kwargs["attn_implementation"] = best_attention(text_config)
+        for name in kwargs.keys() & set(BACKBONE_KEYS):
+            setattr(text_config, name, kwargs.pop(name))
         try:
             model, info = super().from_pretrained(repo, *model_args, **{**kwargs, "output_loading_info": True})
         except SafetensorError as error:
@@ -228,8 +224,8 @@ class HFTStorage(HFTSlimFiles):
 
         Raises:
             OSError: if the folder cannot be written.
-            ValueError: a slim form that could not name its backbone, or would overwrite it; or a part of a model in the
-                place of the whole.
+            ValueError: a slim form that could not name its backbone, would overwrite it, or is to be a variant; or a part
+                of a model in the place of the whole.
             TypeError: an unknown argument.
         """
         self._check_unmerged()
@@ -244,6 +240,8 @@ class HFTStorage(HFTSlimFiles):
             )
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         hub = {name: kwargs.pop(name) for name in ("commit_message", "private", "token", "revision") if name in kwargs}
+        if slim and kwargs.get("variant"):
+            raise ValueError("The slim form has no variants; save_pretrained(..., slim=False, variant=...) has.")
         if slim and self.config.backbone is None:
             raise ValueError(
                 "This model was not built on a saved backbone, so a slim form could not name one; save it whole: "
@@ -257,6 +255,7 @@ class HFTStorage(HFTSlimFiles):
         if is_main_process:
             # Weights of the other form, which a reader would take for this one's.
             stale = ("model-*-of-*.safetensors", "model.safetensors.index.json") if slim else (SHARED_FILE,)
+            stale = () if kwargs.get("variant") else stale  # of which a folder may hold several
             with replacing(save_directory, stale=stale) as folder:
                 if slim:
                     self._write_tasks(folder)
@@ -348,13 +347,18 @@ def upload(
 ) -> CommitInfo:
     """Makes a folder's files the newest commit of a model repository; arguments as for `push_to_hub`."""
     api = HfApi(token=token)
+    kept = files_of(read_config(os.fspath(folder)))
+    held = (
+        path.relative_to(folder) for kind in ("tasks", "pages") for path in Path(folder).glob(f"{kind}/*.safetensors")
+    )
+    removed = [path.as_posix() for path in held if path.as_posix() not in kept]
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=commit_message,
         revision=revision,
-        ignore_patterns=["stage-*", ".writing-*"],
+        ignore_patterns=["stage-*", ".writing-*", *removed],
         delete_patterns=["tasks/*.safetensors", "pages/*.safetensors"],  # of tasks that were removed
     )
 

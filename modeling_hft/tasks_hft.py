@@ -88,6 +88,8 @@ class HFTTasks:
             reader = importlib.import_module("hft.lora_io_hft")
         except ImportError as error:
             raise ImportError("Importing a LoRA needs the package itself: pip install modeling-hft.") from error
+        if len(prompts) == 1:
+            raise ValueError(f"There is one prompt of task {name!r}; the router needs two or more, or none.")
         factors = reader.read_lora(adapter, self, **download)
         for parent in parents:
             if not self.config.task(parent)["sealed"]:

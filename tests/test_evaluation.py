@@ -4,10 +4,20 @@ from datasets import Dataset
 
 import hft
 from hft.trainers.curriculum import BlockSampler, Stage, open_stages
-from hft.trainers.evaluation import EvalSet, generate_answers, mean_and_error, routes_of, score_options, score_task
+from hft.trainers.evaluation import (
+    EvalSet,
+    generate_answers,
+    mean_and_error,
+    option_likelihoods,
+    routes_of,
+    score_options,
+    score_task,
+)
 from hft.trainers.metrics import OPTIONS, exact_match, find_metric, metric_name, rouge_l
 from hft.trainers.task_data import OneTaskCollator, split_by_task
 from hft.trainers.transfer import average_performance, backward_transfer, forgetting, format_matrix, forward_transfer
+
+from .tiny import grow
 
 
 def test_forgetting_by_hand():
@@ -200,3 +210,24 @@ def test_a_batch_of_two_tasks_is_our_own_mistake():
 def test_an_empty_dataset_with_a_task_column():
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         split_by_task(Dataset.from_dict({"task": [], "text": []}), ["a"], "train_dataset")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_options_are_scored_behind_prompts_longer_than_a_sliding_window(backbones, tokenizer, family):
+    """And an option of nothing is only the end of the text."""
+    model = hft.HFTForCausalLM.from_backbone(backbones[family], {"a": []}, rank=3)
+    grow(model)
+    model.eval()
+    rows = [{"prompt": "abc " * i, "options": ["yes", "", "may be"], "completion": "yes"} for i in (20, 9)]
+    for task in ("a", None):
+        found = option_likelihoods(model, tokenizer, rows, task)
+        for row, likelihoods in zip(rows, found, strict=True):
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            for option, likelihood in zip(row["options"], likelihoods, strict=True):
+                tail = tokenizer(option, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+                with torch.no_grad():
+                    logits = model(torch.tensor([prompt + tail]), task=task, use_cache=False).logits[0].log_softmax(-1)
+                whole = sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(tail))
+                assert likelihood == pytest.approx(whole, abs=1e-3)
+    alone = option_likelihoods(model, tokenizer, [{"prompt": "abc", "options": [""], "completion": ""}], "a")
+    assert len(alone[0]) == 1

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from gguf import GGUFReader
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import hft
@@ -127,8 +127,14 @@ def test_the_lora_on_the_backbones_file_is_the_whole_models_file(grown, merging,
 
 @pytest.mark.parametrize("onto", ["backbone", "dequantized"])
 def test_a_whole_model_answers_in_transformers(grown, merging, tmp_path, onto):
+    highest, tolerance = 1e-5, {"rtol": 0.02, "atol": 0.02}
+    if onto == "dequantized":
+        grown.save_pretrained(tmp_path / "model")
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
+        grown = hft.HFTForCausalLM.from_pretrained(tmp_path / "model", quantization_config=nf4).eval()
+        highest, tolerance = 1e-2, {"rtol": 0.1, "atol": 0.3}  # written in bfloat16
     report = export_gguf_model(grown, merging, "b", tmp_path, onto)
-    assert (report["form"], report["onto"], report["kl"] < 1e-5) == ("gguf model", onto, True)
+    assert (report["form"], report["onto"], report["kl"] < highest) == ("gguf model", onto, True)
     assert json.loads((tmp_path / "export.json").read_text()) == report
     # What its reader skips: it takes 128 for Qwen3's heads, and positions that are not stretched.
     config = AutoConfig.from_pretrained(tmp_path, gguf_file="b.gguf")
@@ -136,7 +142,7 @@ def test_a_whole_model_answers_in_transformers(grown, merging, tmp_path, onto):
     assert config.rms_norm_eps == pytest.approx(grown.backbone.config.rms_norm_eps)
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="b.gguf", config=config, dtype=torch.float32)
     x = prompts(2, 6)
-    torch.testing.assert_close(read(x).logits, grown(x, task="b").logits, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(read(x).logits, grown(x, task="b").logits.float(), **tolerance)
     assert (grown(x, task="b").logits - grown(x).logits).abs().max() > 1
     tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="b.gguf")
     for text in (*PROMPTS, "<|user|>the 1234 öthers</s>\n\n "):

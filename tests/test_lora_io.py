@@ -210,6 +210,8 @@ def test_other_adapters_are_refused(backbones, tmp_path, change, message):
     before, tasks = snapshot(model), copy.deepcopy(model.config.tasks)
     with pytest.raises(ValueError, match=re.escape(message)):
         model.import_lora("x", tmp_path)
+    with pytest.raises(ValueError, match="There is one prompt of task 'x'; the router needs two or more, or none"):
+        model.import_lora("x", tmp_path, prompts=[[5, 6]])
     assert (snapshot(model), model.config.tasks) == (before, tasks)
 
 

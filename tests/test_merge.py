@@ -138,3 +138,28 @@ def test_a_task_that_one_model_refreshed_is_refused(grown_apart, tmp_path):
     save_file({k: v * 0.5 if k.startswith("gates.a.") else v for k, v in load_file(path).items()}, path)
     with pytest.raises(ValueError, match="The gates of task 'a' differ: it was refreshed in one of the two models"):
         merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "union")
+
+
+def test_the_router_that_has_learnt_says_how_it_looks(backbones, tokenizer, tmp_path):
+    """Its template and size come along, and two that look differently do not add up."""
+    for name, task, features in (("one", "b", 64), ("other", "x", 32)):
+        model = hft.HFTForCausalLM.from_backbone(
+            backbones["llama"], {task: []}, rank=3, router_config={"num_features": features}
+        )
+        grow(model)
+        if name == "other":
+            model.config.router_config.prefix = [5, 6]
+            model.add_routes(task, [typical(1, s)[0].tolist() for s in range(16)])
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "union")
+    union = hft.HFTForCausalLM.from_pretrained(tmp_path / "union")
+    known = union.config.router_config
+    assert (known.prefix, known.num_features, known.tasks) == ([5, 6], 32, ["x"])
+    x = typical(1, 99)
+    assert union.route(x) == hft.HFTForCausalLM.from_pretrained(tmp_path / "other").route(x)
+    one = hft.HFTForCausalLM.from_pretrained(tmp_path / "one")
+    one.add_routes("b", [typical(0, s)[0].tolist() for s in range(16)])
+    one.save_pretrained(tmp_path / "one")
+    with pytest.raises(ValueError, match=re.escape("The two routers differ in `num_features` (64 and 32)")):
+        merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "second")

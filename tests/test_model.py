@@ -13,7 +13,7 @@ import hft
 from hft.path_hft import active_path, on_path
 
 from .naive import naive_logits
-from .tiny import BACKBONES, VOCABULARY, bits, fill, grow, snapshot
+from .tiny import BACKBONES, VOCABULARY, bits, fill, grow, snapshot, tiny_config
 
 
 HIERARCHY = {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"]}
@@ -270,7 +270,7 @@ def test_generating_fuses_once_and_the_next_call_sees_a_change(model, monkeypatc
             assert torch.equal(found, one_by_one(task))
         beams = model.generate(x, task=rows, num_beams=2, **options)
         with monkeypatch.context() as patch:
-            patch.setattr("hft.modeling_hft.generating", nullcontext)
+            patch.setattr("hft.generation_hft.generating", nullcontext)
             assert torch.equal(beams, model.generate(x, task=rows, num_beams=2, **options))
 
 
@@ -488,3 +488,48 @@ def test_unknown_target_modules_are_refused(backbones):
 def test_flash_attention_that_is_absent_is_an_error(backbones):
     with pytest.raises(ImportError, match=r"(?i)flash"):
         hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, attn_implementation="flash_attention_2")
+
+
+def test_a_familys_own_way_to_prepare_a_step_is_taken(tmp_path, tokenizer):
+    """Phi-3 reads anew what it has cached when a text grows past its first window."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 16,
+            "long_factor": [4.0] * 4, "short_factor": [1.0] * 4}  # fmt: skip
+    config = tiny_config("phi3", original_max_position_embeddings=16, rope_parameters=rope)
+    plain = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in plain.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    plain.save_pretrained(tmp_path)
+    model = hft.HFTForCausalLM.from_backbone(tmp_path, {"a": []}, rank=3)
+    grow(model)
+    model.eval()
+    x = prompts(1, 12)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True,
+               "output_logits": True}  # fmt: skip
+    theirs, ours = plain.generate(x, **options), model.generate(x, **options)
+    assert [bits(step) for step in ours.logits] == [bits(step) for step in theirs.logits]
+    ours = model.generate(x, task="a", **options)
+    for i, step in enumerate(ours.logits):
+        whole = model(ours.sequences[:, : 12 + i], task="a", use_cache=False).logits[:, -1]
+        torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neo"])
+def test_a_family_without_pytorchs_kernel_takes_eager_attention(family, tmp_path):
+    more = {"head_dim": 8, "query_pre_attn_scalar": 8} if family == "gemma2" else {
+        "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 16
+    }  # fmt: skip
+    AutoModelForCausalLM.from_config(tiny_config(family, **more)).save_pretrained(tmp_path)
+    model = hft.HFTForCausalLM.from_backbone(tmp_path, {"a": []}, rank=3)
+    assert model.config.text_config._attn_implementation == "eager"
+    grow(model)
+    assert model(prompts(2, 6), task="a").logits.isfinite().all()
+
+
+def test_embeddings_keep_their_size(model):
+    """What is saved holds none, so a model of another size could not be loaded."""
+    size = model.get_input_embeddings().num_embeddings
+    assert model.resize_token_embeddings(size) is model.get_input_embeddings()
+    with pytest.raises(
+        ValueError, match=f"has {size} embeddings and is frozen, so they cannot become 300. Resize the plain"
+    ):
+        model.resize_token_embeddings(300)

@@ -101,6 +101,10 @@ def test_the_qualitys_sentences(figures):
         "forgets {:.1f} points, with 2 % of old rows in the mix {:.1f}, and O-LoRA, its penalty weighted 0.5, {:.1f}"
     )
     assert words.format(*lost) in PROSE
+    assert f"no other rate was run), forgets {of['forgetting_osf']:.1f} and is the best of these." in PROSE
+    assert of["ap_osf"] == max(
+        of[f"ap_{name}"] for name in ("osf", "olora", "sequential", "sequential_replay", "arrow")
+    )
     few = of["quality.small.hft_minus_single_low_resource"]
     assert f"HFT is {few:.1f} points above one LoRA a task (goal: 5)" in PROSE
     routed = of["ap_hft_routed"] - of["ap_hft"]

@@ -186,6 +186,7 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
     assert len(hello.splitlines()) >= 2
     assert main(["generate", str(tmp_path / "run"), "--task", "rte", "--max_new_tokens", "3", "hello", "you"]) == 0
     assert capsys.readouterr().out == hello
+    assert main(["generate", str(tmp_path / "run"), "--task", "backbone", "--max_new_tokens", "3", "hello"]) == 0
     assert main(["generate", str(tmp_path / "run"), "hello", "--task", "rts"]) == 2
     assert "hft: error: Unknown task 'rts'. Did you mean 'rte'?" in capsys.readouterr().err
 

@@ -211,6 +211,7 @@ def test_prompts_of_all_forms(tokenizer):
         ([{"prompt": "hello", "completion": " you"}], tokenizer("hello")["input_ids"]),
         ([{"prompt": chat, "completion": answer}], framed),
         ([{"messages": chat + answer}], framed),
+        ([{"conversations": [{"from": "user", "value": "hello"}, {"from": "assistant", "value": "you"}]}], framed),
         ([{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}], [5, 6]),
     ]:
         assert prompts_of(Dataset.from_list(rows), tokenizer, 5) == [expected]

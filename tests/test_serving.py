@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from transformers import GenerationConfig, TextIteratorStreamer, pipeline
+from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, pipeline
 
 import hft
 
@@ -94,3 +94,55 @@ def test_prompt_lookup_gives_the_same_answer(mixed):
     options = {"task": "b", "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     expected = mixed.generate(x, **options)
     assert mixed.generate(x, prompt_lookup_num_tokens=3, **options).tolist() == expected.tolist()
+
+
+def test_continuous_batching_is_for_a_folded_task(mixed):
+    """Its thread asks no router and sees no path: without a folded task the plain backbone would answer."""
+    with pytest.raises(ValueError, match="`generate_batch` serves one task: fold it first"):
+        mixed.generate_batch([[5, 6, 7]], task="b")
+    assert not hasattr(mixed, "init_continuous_batching")  # by which a server falls back to `generate`
+    mixed.fold("b")
+    assert mixed.init_continuous_batching is not None
+
+
+def test_an_assistant_drafts_for_a_task_that_is_named_or_found(mixed, backbones):
+    """Assisted decoding is greedy decoding, whatever the assistant says."""
+    assistant = AutoModelForCausalLM.from_pretrained(backbones["llama"]).eval()
+    x = prompts(1, 6)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    for task in ("b", "backbone"):
+        expected = mixed.generate(x, task=task, **options)
+        assert mixed.generate(x, task=task, assistant_model=assistant, **options).tolist() == expected.tolist()
+    mixed.add_routes("a", [[5 + i, 6, 7, 8, 9] for i in range(12)])
+    mixed.add_routes("b", [row[:6].tolist() for row in [*x, *(prompts(12, 6))]])
+    with_route = mixed.generate(x, assistant_model=assistant, return_route=True, **options)
+    (route,) = with_route[1]
+    assert with_route[0].tolist() == mixed.generate(x, task=route.task, **options).tolist()
+    with pytest.raises(ValueError, match="`assistant_model` is an HFT model, too"):
+        mixed.generate(x, task="b", assistant_model=mixed, **options)
+
+
+def test_one_thread_routes_while_another_generates(mixed):
+    """The router stops a pass after the first layers: its own thread's only."""
+    for task, low in (("a", 5), ("c", 130)):
+        mixed.add_routes(task, [[low + i, low + 2, low + 3] for i in range(12)])
+    x, failed, ended = prompts(1, 6), [], threading.Event()
+    expected = mixed.generate(x, task="b", max_new_tokens=30, do_sample=False, eos_token_id=None).tolist()
+
+    def keep_routing():
+        try:
+            while not ended.is_set():
+                mixed.route(x)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=keep_routing)
+    thread.start()
+    try:
+        for _ in range(3):
+            answer = mixed.generate(x, task="b", max_new_tokens=30, do_sample=False, eos_token_id=None)
+            assert answer.tolist() == expected
+    finally:
+        ended.set()
+        thread.join()
+    assert not failed

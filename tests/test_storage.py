@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import hft
 
@@ -521,3 +521,32 @@ def test_layers_on_disk(saved, model, tmp_path):
     x = prompts(2, 5)
     with torch.no_grad():
         assert bits(loaded(x, task=["d", "a"]).logits) == bits(model(x, task=["d", "a"]).logits)
+
+
+def test_variants_stay_side_by_side(model, tmp_path):
+    x = prompts(1, 5)
+    model.save_pretrained(tmp_path, slim=False)
+    model.save_pretrained(tmp_path, slim=False, variant="fp16")
+    for options in ({}, {"variant": "fp16"}):
+        assert bits(hft.HFTForCausalLM.from_pretrained(tmp_path, **options)(x, task="d").logits) == bits(
+            model(x, task="d").logits
+        )
+    with pytest.raises(ValueError, match="The slim form has no variants"):
+        model.save_pretrained(tmp_path, variant="fp16")
+
+
+@pytest.mark.parametrize("load", [hft.HFTForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])
+def test_how_a_decoder_runs_is_for_the_backbones_config(saved, backbones, load):
+    x = prompts(1, 5)
+    loaded = load(saved, use_cache=False, output_hidden_states=True)
+    output = loaded(x, task="a")
+    assert output.past_key_values is None and len(output.hidden_states) == 3
+    built = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, use_cache=False)
+    assert built(x).past_key_values is None and built(x).hidden_states is None
+
+
+def test_another_backbone_has_no_known_commit(saved):
+    edit(saved / "config.json", backbone_revision="0" * 40)
+    config = AutoConfig.from_pretrained(saved, backbone="somewhere/else")
+    assert (config.backbone, config.backbone_revision) == ("somewhere/else", None)
+    assert AutoConfig.from_pretrained(saved).backbone_revision == "0" * 40

@@ -1,5 +1,6 @@
 """The trainer: invariants 5 and 8, siblings that do not disturb one another, and data that is wrong."""
 
+import copy
 import json
 import math
 import re
@@ -10,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from trl import SFTConfig
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
@@ -226,6 +228,15 @@ def test_a_run_never_picks_up_another_ones_checkpoints(backbones, tokenizer, tmp
         ValueError, match=r"holds checkpoints of an earlier run \(stage-1/checkpoint-2\); go on with it by"
     ):
         make(backbones, tokenizer, tmp_path).train()
+    done = make(backbones, tokenizer, tmp_path / "done", {"a": []}, save_strategy="no", max_steps=1)
+    done.train()
+    with pytest.raises(ValueError, match=r"done' holds a model that has learnt a, which this run's model has not and"):
+        make(backbones, tokenizer, tmp_path / "done", {"a": []}, save_strategy="no", max_steps=1).train()
+    with pytest.raises(ValueError, match=re.escape("`eval_dataset` has data for the unknown task 'zz'")):
+        done.evaluate({"zz": rows(1)})
+    done.model.add_task("late", ["a"])  # goes on from there
+    more = HFTTrainingConfig(str(tmp_path / "done"), save_strategy="no", max_steps=1, bf16=False, report_to="none")
+    HFTTrainer(done.model, more, train_dataset={"late": rows(3)}, processing_class=tokenizer).train()
     with pytest.raises(ValueError, match=r"nowhere' holds no run to resume \(no config.json\); give a run's folder"):
         make(backbones, tokenizer, tmp_path / "new").train(resume_from_checkpoint=str(tmp_path / "nowhere"))
 
@@ -489,10 +500,16 @@ def test_wrong_models(backbones, tokenizer, tmp_path):
     for refused in ({"peft_config": LoraConfig()}, {"optimizers": (torch.optim.SGD(model.parameters(), 0.1), None)}):
         with pytest.raises(ValueError, match=f"HFTTrainer takes no `{next(iter(refused))}`"):
             HFTTrainer(model, args, train_dataset={"a": rows(1)}, processing_class=tokenizer, **refused)
-    with pytest.raises(
-        ValueError, match="`load_best_model_at_end` is not supported: each stage evaluates other tasks"
+    for name, refused in (
+        ("load_best_model_at_end", {"load_best_model_at_end": True, "eval_strategy": "steps", "save_steps": 500}),
+        ("metric_for_best_model", {"metric_for_best_model": "eval_a_loss"}),
+        ("save_strategy='best'", {"save_strategy": "best"}),
+        ("lr_scheduler_type='reduce_lr_on_plateau'", {"lr_scheduler_type": "reduce_lr_on_plateau"}),
     ):
-        HFTTrainingConfig(output_dir=str(tmp_path), load_best_model_at_end=True, eval_strategy="steps", save_steps=500)
+        with pytest.raises(ValueError, match=f"`{name}` is not supported: each stage evaluates other tasks"):
+            HFTTrainingConfig(output_dir=str(tmp_path), **refused)
+    with pytest.raises(TypeError, match="HFTTrainer got a SFTConfig as `args`; give an HFTTrainingConfig"):
+        HFTTrainer(model, SFTConfig(str(tmp_path), use_cpu=True), train_dataset={"a": rows(1)})
     with pytest.raises(ValueError, match="`train_dataset` is missing"):
         HFTTrainer(model, args, processing_class=tokenizer)
     model.seal(["a"])
@@ -614,3 +631,17 @@ def test_bitsandbytes_that_is_missing_is_named(backbones, monkeypatch):
     )
     with pytest.raises(ImportError, match=r"(?i)bitsandbytes"):
         hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, quantization_config=nf4())
+
+
+def test_assistant_only_loss_is_checked_for_each_task(backbones, tokenizer, tmp_path):
+    """TRL looks at the first task only, and would score all tokens of another one that has no messages."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|{{ message['role'] }}|>{% if message['role'] == 'assistant' %}{% generation %}"
+        "{{ message['content'] }}</s>{% endgeneration %}{% else %}{{ message['content'] }}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    train = {"a": Dataset.from_list([{"messages": talk}] * 3), "e": rows(1)}
+    with pytest.raises(ValueError, match=re.escape("the rows of task 'e' are no messages (prompt, completion)")):
+        make(backbones, tokenizer, tmp_path, {"a": [], "e": []}, train, assistant_only_loss=True)

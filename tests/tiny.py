@@ -26,8 +26,8 @@ BACKBONES = {
 }
 
 
-def tiny_config(family: str):
-    return AutoConfig.for_model(family, **{**_COMMON, **BACKBONES[family]})
+def tiny_config(family: str, **more):
+    return AutoConfig.for_model(family, **{**_COMMON, **BACKBONES.get(family, {}), **more})
 
 
 def fill(model, std: float = 0.2, seed: int = 3, only_trainable: bool = False) -> None:

@@ -3,7 +3,6 @@
 Colours are of the map cividis, which looks alike with and without colour blindness and gets lighter evenly.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,10 +136,3 @@ def gates_chart(tables: Sequence[HFTGateTable]) -> Any:
 def save_figure(figure: Any, path: Path) -> None:
     """Writes a PNG, SVG or PDF by the file's name."""
     figure.savefig(path, dpi=150, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
-
-
-def as_svg(figure: Any) -> str:
-    """A figure as the text of an `<svg>` element, to stand within a page."""
-    text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -27,17 +28,23 @@ class RunFolder:
         self.path = path
         self.writes = writes
 
-    def begin(self) -> None:
+    def begin(self, sealed: Collection[str] = ()) -> None:
         """From here on the folder describes a new run; a resume must never pick up another one's checkpoints.
 
+        Args:
+            sealed: the tasks that the run's model has learnt already.
+
         Raises:
-            ValueError: if there are some.
+            ValueError: if there are some, or the folder holds a model with learnt tasks that this one would overwrite.
         """
+        go_on = "go on with it by resume_from_checkpoint=True (`hft train --resume`), take another output_dir, or delete it"
         if old := sorted(self.path.glob(f"stage-*/{PREFIX_CHECKPOINT_DIR}-*")):
+            first = old[0].relative_to(self.path)
+            raise ValueError(f"'{self.path}' holds checkpoints of an earlier run ({first}); {go_on}.")
+        if lost := sorted(set(_sealed_in(self.path)) - set(sealed)):
             raise ValueError(
-                f"'{self.path}' holds checkpoints of an earlier run ({old[0].relative_to(self.path)}); go on with it by "
-                "resume_from_checkpoint=True (`hft train --resume`), choose another output_dir, or delete its stage-* "
-                "folders."
+                f"'{self.path}' holds a model that has learnt {', '.join(lost)}, which this run's model has not and which "
+                f"would be lost; {go_on}."
             )
         self._sweep()
 
@@ -80,6 +87,14 @@ class RunFolder:
         found = last_checkpoint(self.path / stages[0].folder) if stages else None
         logger.info(f"Resuming {self.path}: sealed: {', '.join(sealed) or 'nothing'}; checkpoint: {found or 'none'}.")
         return found
+
+
+def _sealed_in(folder: Path) -> list[str]:
+    """The tasks that a saved HFT model in a folder has learnt."""
+    if not (folder / "config.json").is_file():
+        return []
+    saved = json.loads((folder / "config.json").read_text())
+    return [task["name"] for task in saved.get("tasks", []) if task.get("sealed")]
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -127,6 +127,12 @@ def export(args: argparse.Namespace, _: dict[str, Any]) -> None:
         raise ValueError("--all writes LoRAs; a merged model is written for one --task at a time.")
     if args.merged and args.to != "gguf":
         raise ValueError("--merged goes with --to gguf; a whole model for transformers is --to merged.")
+    is_gguf_backbone = args.to == "gguf" and (args.all or args.task == BACKBONE)
+    is_whole = args.to == "merged" or args.merged
+    if args.onto != "backbone" and not (is_whole or is_gguf_backbone):
+        raise ValueError("--onto says what a whole model is merged onto; a LoRA is merged onto nothing. Leave it out.")
+    if args.max_rank is not None and (is_whole or args.task == BACKBONE):
+        raise ValueError("--max_rank cuts a LoRA, and a whole model has none. Leave it out.")
     config, _gates = hft.read_gates(args.model)
     if args.task is not None and (args.to, args.task) != ("gguf", BACKBONE):
         config.hierarchy().check(args.task)
@@ -210,15 +216,14 @@ def merge(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
 def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
-    from hft.files_hft import page_file, task_file
+    from hft.slim_hft import files_of
 
     config, _gates = hft.read_gates(args.model)
     config.hierarchy().check(args.task)
     model = _load(str(args.model), load_in_4bit=False)
     removed = model.remove_task(args.task, cascade=args.cascade)
     model.save_pretrained(args.model)
-    config = model.config
-    kept = {*map(task_file, config.task_names()), *(page_file(page["id"]) for page in config.pages)}
+    config, kept = model.config, files_of(model.config)
     for path in (*args.model.glob("tasks/*.safetensors"), *args.model.glob("pages/*.safetensors")):
         if str(path.relative_to(args.model)) not in kept:
             path.unlink()  # after the config, which no longer names it
@@ -353,10 +358,12 @@ def _recipe_of(args: argparse.Namespace) -> Any:
 def generate(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from transformers import AutoTokenizer
 
+    from hft.hierarchy_hft import BACKBONE
+
     from .evaluation import generate_answers
 
     model = _load(args.model, args.load_in_4bit)
-    if args.task is not None:
+    if args.task not in (None, BACKBONE):
         model.hierarchy.check(args.task)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]

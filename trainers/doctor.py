@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 from transformers.utils import is_flash_attn_2_available
 
-from hft.storage_hft import best_attention
+from hft.attention_hft import has_flash_attention
 
 
 DISTRIBUTION = "modeling-hft"
@@ -88,7 +88,8 @@ def _device() -> Finding:
 
 def _attention() -> str:
     flash = "installed" if is_flash_attn_2_available() else "not installed"
-    return f"sdpa, eager; flash_attention_2 {flash}; attn_implementation='auto' takes {best_attention()}"
+    best = "flash_attention_2" if has_flash_attention() else "sdpa"
+    return f"sdpa, eager; flash_attention_2 {flash}; attn_implementation='auto' takes {best} if the model has it"
 
 
 def _nf4() -> Finding:

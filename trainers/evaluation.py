@@ -222,6 +222,7 @@ def option_likelihoods(
             **which,
         )
         cache, first_BV = first.past_key_values, first.logits[:, -1].float().log_softmax(-1)
+        cache.activate_past_recording()  # else what left a sliding window could not be brought back
         num_options = max(len(rows[i]["options"]) for i in chosen)
         likelihood = torch.full((len(chosen), num_options), -torch.inf)
         for option in range(num_options):
@@ -234,16 +235,18 @@ def option_likelihoods(
             known_BT = torch.tensor(
                 [[1] * len(tail) + [0] * (longest - len(tail)) for tail in tails], device=model.device
             )
-            logits_BTV = model(
-                tail_BT[:, :-1],
-                attention_mask=torch.cat([mask_BT, known_BT[:, :-1]], 1),
-                position_ids=position_BT[:, -1:] + 1 + torch.arange(longest - 1, device=model.device),
-                past_key_values=cache,
-                use_cache=True,
-                **which,
-            ).logits
-            cache.crop(1 - longest)
-            log_BTV = torch.cat([first_BV[:, None], logits_BTV.float().log_softmax(-1)], 1)
+            log_BTV = first_BV[:, None]
+            if longest > 1:
+                logits_BTV = model(
+                    tail_BT[:, :-1],
+                    attention_mask=torch.cat([mask_BT, known_BT[:, :-1]], 1),
+                    position_ids=position_BT[:, -1:] + 1 + torch.arange(longest - 1, device=model.device),
+                    cache=cache,
+                    use_cache=True,
+                    **which,
+                ).logits
+                cache.crop(1 - longest)
+                log_BTV = torch.cat([log_BTV, logits_BTV.float().log_softmax(-1)], 1)
             total_B = (log_BTV.gather(-1, tail_BT[..., None])[..., 0] * known_BT).sum(1)
             has_option = torch.tensor([option < len(rows[i]["options"]) for i in chosen])
             likelihood[has_option, option] = total_B.cpu()[has_option]

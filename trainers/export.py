@@ -186,10 +186,15 @@ def plain_backbone(model: PreTrainedModel, onto: str = "backbone") -> PreTrained
             stand for.
 
     Raises:
-        ValueError: an `onto` that is neither.
+        ValueError: an `onto` that is neither, or `"dequantized"` of a model that is not held in 4 bit.
     """
     if onto not in ("backbone", "dequantized"):
         raise ValueError(f"`onto` is {onto!r}; it is 'backbone' or 'dequantized'.")
+    if onto == "dequantized" and not _is_4bit(model):
+        raise ValueError(
+            "`onto` is 'dequantized', and this model's backbone is not in 4 bit: load it so (`--load_in_4bit`), or take "
+            "'backbone'."
+        )
     config = model.config
     dtype = torch.bfloat16 if model.backbone.dtype == torch.float32 and _is_4bit(model) else model.backbone.dtype
     plain = AutoModelForCausalLM.from_pretrained(config.backbone, revision=config.backbone_revision, dtype=dtype)

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import accelerator
 from trl import SFTConfig
@@ -86,11 +87,17 @@ class HFTTrainingConfig(SFTConfig):
             )
         if self.activation_checkpointing is None:  # TRL still sets the field's old name, of which transformers warns
             self.activation_checkpointing = self.gradient_checkpointing
-        if self.load_best_model_at_end:
-            raise ValueError(
-                "`load_best_model_at_end` is not supported: each stage evaluates other tasks, so no one metric "
-                "could choose for all of them."
-            )
+        for name, given in (
+            ("load_best_model_at_end", self.load_best_model_at_end),
+            ("metric_for_best_model", self.metric_for_best_model is not None),
+            ("save_strategy='best'", self.save_strategy == "best"),
+            ("lr_scheduler_type='reduce_lr_on_plateau'", self.lr_scheduler_type == "reduce_lr_on_plateau"),
+        ):
+            if given:
+                raise ValueError(
+                    f"`{name}` is not supported: each stage evaluates other tasks, so no one metric could choose for all of "
+                    "them. To stop early, set `mastery_patience` or `mastery_accuracy`."
+                )
         if self.mastery_accuracy is not None and not 0 < self.mastery_accuracy <= 1:
             raise ValueError(f"`mastery_accuracy` is {self.mastery_accuracy}; it must be above 0 and at most 1.")
         if self.mastery_patience is not None and self.mastery_patience < 1:
@@ -170,3 +177,30 @@ class HFTTrainingConfig(SFTConfig):
     def has_mastery(self) -> bool:
         """Whether tasks may leave their stage early."""
         return self.mastery_accuracy is not None or self.mastery_patience is not None
+
+
+def check_given(model: Any, args: Any, train_dataset: Any, others: Mapping[str, Any]) -> None:
+    """Whether `HFTTrainer` got what it takes.
+
+    Args:
+        model, args, train_dataset: see `HFTTrainer`.
+        others: what else it got, for `SFTTrainer`.
+
+    Raises:
+        TypeError: `args` that are not HFT's.
+        ValueError: a plain model, no data, or what each stage makes by itself.
+    """
+    if not isinstance(args, HFTTrainingConfig):
+        raise TypeError(
+            f"HFTTrainer got a {type(args).__name__} as `args`; give an HFTTrainingConfig, which is an SFTConfig."
+        )
+    if model.config.model_type != "hft":
+        raise ValueError(
+            f"HFTTrainer got a plain {type(model).__name__}; build on it with HFTForCausalLM.from_backbone(...)."
+        )
+    if others.get("peft_config") is not None:
+        raise ValueError("HFTTrainer takes no `peft_config`: the tasks' nodes are what trains.")
+    if others.get("optimizers", (None, None)) != (None, None):
+        raise ValueError("HFTTrainer takes no `optimizers`: each stage makes its own; choose it with `args.optim`.")
+    if train_dataset is None:
+        raise ValueError("`train_dataset` is missing; give a Dataset a task: {name: Dataset}.")

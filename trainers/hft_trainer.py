@@ -23,7 +23,7 @@ from .checkpoints import RunFolder
 from .compiled import CompiledDecoder
 from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
-from .hft_config import HFTTrainingConfig
+from .hft_config import HFTTrainingConfig, check_given
 from .processes import HFTProcesses
 from .progress import StagePrinter, StageProgress
 from .quantized import passing_as_unquantized
@@ -32,7 +32,16 @@ from .routes import learn_routes
 from .sharing import HFTSharing
 from .stage_callback import StageCallback
 from .stage_scores import check_sets
-from .task_data import OneTaskCollator, TaskDatasets, alone, check_labels, open_sets, split_by_task, tag_rows
+from .task_data import (
+    OneTaskCollator,
+    TaskDatasets,
+    alone,
+    check_labels,
+    check_messages,
+    open_sets,
+    split_by_task,
+    tag_rows,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -76,18 +85,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         args = HFTTrainingConfig() if args is None else args
         if isinstance(model, str):
             model = HFTForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
-        if model.config.model_type != "hft":
-            raise ValueError(
-                f"HFTTrainer got a plain {type(model).__name__}; build on it with HFTForCausalLM.from_backbone(...)."
-            )
-        if kwargs.get("peft_config") is not None:
-            raise ValueError("HFTTrainer takes no `peft_config`: the tasks' nodes are what trains.")
-        if kwargs.get("optimizers", (None, None)) != (None, None):
-            raise ValueError(
-                "HFTTrainer takes no `optimizers`: each stage makes its own; choose it with `args.optim`."
-            )
-        if train_dataset is None:
-            raise ValueError("`train_dataset` is missing; give a Dataset a task: {name: Dataset}.")
+        check_given(model, args, train_dataset, kwargs)
         self._task_names: list[str] = model.config.task_names()
         self._train_sets = open_sets(
             split_by_task(train_dataset, self._task_names, "train_dataset"), model.config.open_tasks()
@@ -161,6 +159,8 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         """Prepares each task on its own, so that formats may differ and packing never mixes tasks."""
 
         def prepare(task: str, rows: Dataset, split: str) -> Dataset:
+            if args.assistant_only_loss:  # TRL looks at the first task only
+                check_messages(task, rows)
             if args.completion_only_loss is None:
                 self.completion_only_loss = {"prompt", "completion"} <= set(rows.column_names)
             tokenized = super(HFTTrainer, self)._prepare_dataset(
@@ -187,7 +187,9 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
         """As SFTTrainer's; `eval_dataset` takes the forms that the trainer takes."""
-        if isinstance(eval_dataset, Dataset) and "input_ids" not in eval_dataset.column_names:
+        if isinstance(eval_dataset, Dataset) and {"input_ids", "task"} <= set(eval_dataset.column_names):
+            return super().evaluate(eval_dataset=eval_dataset, **kwargs)  # prepared before
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = split_by_task(eval_dataset, self._task_names, "eval_dataset")
         return super().evaluate(eval_dataset=eval_dataset, **kwargs)
 
@@ -212,7 +214,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
             checkpoint = folder.restore(self.model, is_own=folder.path == self._root)
         else:
             checkpoint = None
-            RunFolder(self._root, self.args.should_save).begin()
+            RunFolder(self._root, self.args.should_save).begin(self.model.config.sealed_tasks())
             self.save_model(_internal_call=True)
         self.accelerator.wait_for_everyone()  # all have read the folder before anyone trains and writes
         config = self.model.config

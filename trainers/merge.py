@@ -96,6 +96,8 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
         outside = {**second.left_out, **first.left_out}
         left_out = {task: parents for task, parents in outside.items() if task not in config.task_names()}
         saved.update(tasks=config.tasks, pages=config.pages, left_out=left_out)
+        if not first.router_config.tasks and second.router_config.tasks:  # the one that has learnt says how it looks
+            saved["router_config"] = json.loads((other / "config.json").read_text())["router_config"]
         saved["router_config"]["tasks"] = sorted(key.split(".", 1)[1] for key in known if key.startswith("cross."))
         (staging / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
     return [rename.get(name, name) for name in second.task_names() if name not in common]
@@ -177,6 +179,13 @@ def _merge_routers(
     ]
     if len(parts) == 2:
         ours, theirs = parts
+        for name in ("layer", "num_features", "prefix", "suffix"):
+            mine, its = getattr(first.router_config, name), getattr(second.router_config, name)
+            if mine != its:
+                raise ValueError(
+                    f"The two routers differ in `{name}` ({mine} and {its}), so what they learnt does not add up; teach one "
+                    "of them anew with add_routes."
+                )
         if not torch.equal(ours["projection"], theirs["projection"]):
             raise ValueError("The two routers use different random features; teach one of them anew with add_routes.")
         ours["gram"] = ours["gram"] + theirs["gram"]

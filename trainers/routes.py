@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl import maybe_convert_to_chatml
 
 from .evaluation import prompt_ids
 
@@ -50,6 +51,8 @@ def prompts_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) ->
     if "labels" in some.column_names:
         starts = [next((i for i, label in enumerate(row) if label != -100), len(row)) for row in some["labels"]]
         return [ids[:start] for ids, start in zip(some["input_ids"], starts, strict=True) if start]
+    if "conversations" in some.column_names:
+        some = some.map(maybe_convert_to_chatml)
     if "messages" in some.column_names:
         prompts = [messages[:-1] for messages in some["messages"]]
     else:

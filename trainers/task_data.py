@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
+from trl import is_conversational
 
 from hft.hierarchy_hft import nearest
 
@@ -122,6 +123,15 @@ def check_labels(task: str, rows: Dataset, ready: Dataset, max_length: int | Non
         logger.warning(
             f"{len(rows) - len(ready)} of the {len(rows)} rows of task {task!r} were dropped: with `max_length`="
             f"{max_length}, truncation cut off their whole answer. Raise it, or set truncation_mode='keep_end'."
+        )
+
+
+def check_messages(task: str, rows: Dataset) -> None:
+    """Raises ValueError if a task's rows are no messages, of which `assistant_only_loss` could score the assistant's."""
+    if not is_conversational(rows[0]):
+        raise ValueError(
+            f"`assistant_only_loss` is set, and the rows of task {task!r} are no messages ({', '.join(rows[0])}), so all "
+            "their tokens would be scored; give messages, or leave the setting out."
         )
 
 

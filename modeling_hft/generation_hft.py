@@ -1,0 +1,112 @@
+"""Answering prompts: each on the path of a task that is named, or that the router finds.
+
+B batch, T tokens.
+"""
+
+import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from transformers.generation import GenerationMixin
+from transformers.utils import logging
+
+from .hierarchy_hft import BACKBONE
+from .path_hft import generating
+from .router_hft import HFTRoute
+
+
+logger = logging.get_logger(__name__)
+
+# A task, one task a row, or a row's place in `config.tasks` (-1: the backbone) as a tensor [B].
+Task = str | Sequence[str | None] | torch.Tensor
+
+
+class HFTGenerationMixin(GenerationMixin):
+    """The part of `HFTForCausalLM` that generates. `super()` is transformers' `GenerationMixin`."""
+
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        *args: Any,
+        task: Task | None = None,
+        return_route: bool = False,
+        **kwargs: Any,
+    ):
+        """As `GenerationMixin.generate`, on a task's path.
+
+        Args:
+            inputs: prompts [B, T], padded on the left if they differ in length.
+            task: a name, or one name a prompt; `"backbone"` for the plain backbone; also as `generation_config.task`. None
+                asks the router once, before the first token; while it knows no task, or if prompts are embeddings, the plain
+                backbone answers.
+            return_route: also give back the decision for each prompt.
+
+        Returns:
+            What transformers returns; with `return_route`, a pair of that and a list of `HFTRoute`.
+
+        Raises:
+            ValueError: an unknown name, as many names as there are not prompts, or an `assistant_model` that is HFT's, too.
+        """
+        if "task" in vars(kwargs.get("generation_config") or object):  # how a request to a server can name one
+            config = kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+            named = vars(config).pop("task")  # transformers would keep it from `forward`
+            task = named if task is None else task
+        task = self._folded if task is None else task
+        prompts = inputs if inputs is not None else kwargs.get("input_ids")
+        num_rows = num_rows_of(prompts, kwargs.get("inputs_embeds"))
+        if task is not None:
+            rows = self._rows(task, num_rows)
+            routes = [HFTRoute(row or BACKBONE, (), (), 0.0, "named by the caller") for row in rows]
+        elif prompts is not None and self.hft_router.tasks():
+            routes = self.route(prompts, kwargs.get("attention_mask"))
+            for i, route in enumerate(routes):
+                logger.info(f"Prompt {i} is answered by {route.task}: {route.reason}.")
+        else:
+            routes = [HFTRoute(BACKBONE, (), (), 0.0, "the router was not asked")] * (num_rows or 1)
+        names = [route.task for route in routes]
+        within: AbstractContextManager[None] = nullcontext()
+        if (assistant := kwargs.get("assistant_model")) is not None:  # transformers hands it what `forward` gets
+            if assistant.config.model_type == self.config.model_type:
+                raise ValueError(
+                    "`assistant_model` is an HFT model, too, and would take this one's path; give a plain one."
+                )
+            within = self.activate(names[0])
+        elif len(set(names)) == 1:  # a name needs no copying for each beam
+            if names[0] != BACKBONE or task is not None:
+                kwargs["task"] = names[0]
+        else:  # ids [B], which generate repeats for each beam
+            known = self.config.task_names()
+            ids_B = [-1 if name == BACKBONE else known.index(name) for name in names]
+            kwargs["task"] = torch.tensor(ids_B, device=self.get_input_embeddings().weight.device)
+        with generating(), within:
+            output = super().generate(inputs, *args, **kwargs)
+        return (output, routes * (num_rows or 1) if len(routes) == 1 else routes) if return_route else output
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
+        """As the backbone's own, which some families override."""
+        return self.backbone.prepare_inputs_for_generation(input_ids, **kwargs)
+
+    @property
+    def init_continuous_batching(self):
+        """As transformers', for a folded task; else it is not there: its thread would ask no router and see no path."""
+        if self._folded is None:
+            raise AttributeError("Continuous batching serves one task: fold it first, model.fold(name).")
+        return super().init_continuous_batching
+
+    def generate_batch(self, *args: Any, **kwargs: Any):
+        """As transformers', for a folded task.
+
+        Raises:
+            ValueError: no task is folded; its prompts would be answered by the plain backbone.
+        """
+        if self._folded is None:
+            raise ValueError("`generate_batch` serves one task: fold it first, model.fold(name); or use `generate`.")
+        return super().generate_batch(*args, **kwargs)
+
+
+def num_rows_of(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> int | None:
+    """B, or None if there is neither."""
+    batch = input_ids if input_ids is not None else inputs_embeds
+    return None if batch is None else batch.shape[0]
