@@ -76,6 +76,7 @@ def test_the_qualitys_sentences(figures):
         return "above" if of[name] > 0 else "below"
 
     assert own_hierarchy({(cell["setting"], cell["seed"]): cell for cell in small}) == "hft_root_no_memory"
+    first = {cell["setting"]: cell["value"] for cell in small if cell["seed"] == 0}
     assert of["hft_minus_single"] > 0 > of["hft_minus_joint"]
     assert f"HFT is {gap('hft_minus_joint')} points below joint LoRA (goal: 1.0 above)" in PROSE
     assert f"and {gap('hft_minus_single')} above one LoRA a task (goal: 2.0; two seeds)" in PROSE
@@ -115,6 +116,11 @@ def test_the_qualitys_sentences(figures):
     assert f"joint LoRA's rises to {min(perplexities):.0f} to {max(perplexities):.0f}." in PROSE
     lower = [cell["test"]["ap"] for cell in small if cell["setting"] == "joint@0.001"]
     assert f"at 1e-3 joint LoRA scores {statistics.mean(lower):.1f} on test rows" in PROSE
+    wide = [first[f"joint_wide@{rate}"] for rate in (0.001, 0.002)]
+    assert (
+        "HFT's size learns at 1e-3 only ({:.1f} on validation rows, and {:.1f} at 2e-3; one seed)".format(*wide)
+        in PROSE
+    )
     short = {m: f"{of[f'quality.short.family.ap_{m}']:.1f}" for m in ("joint", "hft_chains", "single")}
     assert (
         f"joint LoRA {short['joint']}, HFT with chains {short['hft_chains']}, one LoRA a task {short['single']}"
