@@ -194,10 +194,26 @@ def test_the_planners_measures(figures):
     assert f"A plan of fourteen cl14 tasks took {cell['value'] / 60:.0f} minutes on one CPU core" in PROSE
     (family,) = cell["families"].values()
     assert cell["threads"] == 1 and len(family) == 13 and cell["hierarchy"]["copa"] == []
-    (cell,) = [cell for cell in cells if cell["setting"] == "chat"]
-    assert cell["families"] == [["agnews", "amazon", "yelp"], ["cb", "mnli", "rte"]]
-    most = max(overlap for pair, (overlap, _) in cell["overlaps"].items() if pair.startswith("sst2>"))
-    assert f"sst2 (Good or Bad) overlaps with none, at most {most:.2f};" in PROSE
+    chat = {(c["setting"], c["seed"]): c for c in read_cells("planner.jsonl") if c["name"] == "planner-chat"}
+    plan = chat["plan", 0]
+    assert list(plan["families"].values()) == [["agnews", "amazon", "yelp"], ["cb", "mnli", "rte"]]
+    assert plan["hierarchy"] == chat["found", 0]["hierarchy"] and plan["hierarchy"]["sst2"] == []
+    most = max(overlap for pair, (overlap, _) in plan["overlaps"].items() if pair.startswith("sst2>"))
+    assert f"sst2 (Good or Bad) overlaps with none, at most {most:.2f}." in PROSE
+    found, root, hand = (
+        [cell for (setting, _), cell in sorted(chat.items()) if setting == name]
+        for name in ("found", "root", "families")
+    )
+    above = mean_se([one["value"] - other["value"] for one, other in zip(root, found, strict=True)])
+    lower = mean_se([mean_loss(other) - mean_loss(one) for one, other in zip(root, found, strict=True)], 3)
+    means, of_sst2 = (
+        [f"{statistics.mean(map(score, its)):.1f}" for its in (root, found)]
+        for score in (lambda cell: cell["value"], lambda cell: cell["tasks"]["sst2"]["accuracy"])
+    )
+    words = f"{above} points above it on validation rows ({' and '.join(means)}; loss {lower} lower; three seeds)"
+    assert f"{words}, much of it on sst2 ({' and '.join(of_sst2)})" in PROSE
+    above = mean_se([one["value"] - other["value"] for one, other in zip(hand, found, strict=False)])
+    assert f"the hand-made families are {above} above it (two seeds)" in PROSE and len(hand) == 2
     (cell,) = [cell for cell in cells if cell["setting"] == "words"]
     pairs = [f"{task}>{task}, {how}" for how in ("exchanged", "other words") for task in ("amazon", "rte")]
     words = "amazon overlaps {:.2f} with itself, rte {:.2f}; with other words as answers {:.2f} and {:.2f}."
