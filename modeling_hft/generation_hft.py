@@ -84,9 +84,11 @@ class HFTGenerationMixin(GenerationMixin):
             output = super().generate(inputs, *args, **kwargs)
         return (output, routes * (num_rows or 1) if len(routes) == 1 else routes) if return_route else output
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
-        """As the backbone's own, which some families override."""
-        return self.backbone.prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As the backbone's own, which some families override; by `inputs_embeds` transformers sees that these are taken."""
+        return self.backbone.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
     @property
     def init_continuous_batching(self):
@@ -95,14 +97,16 @@ class HFTGenerationMixin(GenerationMixin):
             raise AttributeError("Continuous batching serves one task: fold it first, model.fold(name).")
         return super().init_continuous_batching
 
-    def generate_batch(self, *args: Any, **kwargs: Any):
-        """As transformers', for a folded task.
+    def generate_batch(self, *args: Any, task: str | None = None, **kwargs: Any):
+        """As transformers', for a folded task, which `task` may name.
 
         Raises:
-            ValueError: no task is folded; its prompts would be answered by the plain backbone.
+            ValueError: no task is folded, and the plain backbone would answer; or `task` is another one.
         """
         if self._folded is None:
             raise ValueError("`generate_batch` serves one task: fold it first, model.fold(name); or use `generate`.")
+        if task is not None:
+            self._path(task, None)  # refuses another
         return super().generate_batch(*args, **kwargs)
 
 

@@ -170,12 +170,12 @@ class HFTStorage(HFTSlimFiles):
             config = read_config(repo, **download)
         if tasks is not None:
             config = config.only(tasks)
+        config = copy.deepcopy(config)
         if not config.slim:
             model, loading_info = cls._load_whole(repo, *model_args, config=config, **kwargs)
             model._read_router(repo, **download)
             return (model, loading_info) if info else model
 
-        config = copy.deepcopy(config)
         entries, config.tasks, pages, config.pages = config.tasks, [], config.pages, []
         if backbone is not None:
             config.backbone, config.backbone_revision = os.fspath(backbone), None

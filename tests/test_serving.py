@@ -103,6 +103,17 @@ def test_continuous_batching_is_for_a_folded_task(mixed):
     assert not hasattr(mixed, "init_continuous_batching")  # by which a server falls back to `generate`
     mixed.fold("b")
     assert mixed.init_continuous_batching is not None
+    with pytest.raises(ValueError, match="folded for task 'b'"):
+        mixed.generate_batch([[5, 6, 7]], task="a")
+
+
+def test_prompts_may_be_embeddings(mixed):
+    x = prompts(2, 6)
+    embeds = mixed.get_input_embeddings()(x)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    for task in ("b", "backbone"):
+        expected = mixed.generate(x, task=task, **options)[:, 6:]
+        assert mixed.generate(inputs_embeds=embeds, task=task, **options).tolist() == expected.tolist()
 
 
 def test_an_assistant_drafts_for_a_task_that_is_named_or_found(mixed, backbones):

@@ -94,7 +94,9 @@ def _sealed_in(folder: Path) -> list[str]:
     if not (folder / "config.json").is_file():
         return []
     saved = json.loads((folder / "config.json").read_text())
-    return [task["name"] for task in saved.get("tasks", []) if task.get("sealed")]
+    if not isinstance(saved, dict) or saved.get("model_type") != "hft":
+        return []
+    return [task["name"] for task in saved["tasks"] if task["sealed"]]
 
 
 def last_checkpoint(folder: Path) -> str | None:
