@@ -13,12 +13,14 @@ def has_flash_attention() -> bool:
     return on_ampere and is_flash_attn_2_available()
 
 
-def best_attention(text_config: PreTrainedConfig) -> str:
-    """FlashAttention-2 where it can be had, else PyTorch's own kernel, and eager where the family has neither."""
-    plain = without_weights(text_config)
-    if plain._supports_flash_attn and has_flash_attention():
-        return "flash_attention_2"
-    return "sdpa" if plain._supports_sdpa else "eager"
+def best_attention(decoder: PreTrainedModel) -> str:
+    """FlashAttention-2 where it can be had, else PyTorch's own kernel, and eager where the decoder's family has neither."""
+    return "flash_attention_2" if decoder._supports_flash_attn and has_flash_attention() else plain_attention(decoder)
+
+
+def plain_attention(decoder: PreTrainedModel) -> str:
+    """PyTorch's own kernel, and eager where the decoder's family does not have it."""
+    return "sdpa" if decoder._supports_sdpa else "eager"
 
 
 def without_weights(text_config: PreTrainedConfig) -> PreTrainedModel:

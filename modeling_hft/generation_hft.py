@@ -5,7 +5,6 @@ B batch, T tokens.
 
 import copy
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -66,13 +65,13 @@ class HFTGenerationMixin(GenerationMixin):
         else:
             routes = [HFTRoute(BACKBONE, (), (), 0.0, "the router was not asked")] * (num_rows or 1)
         names = [route.task for route in routes]
-        within: AbstractContextManager[None] = nullcontext()
+        around: str | None = None
         if (assistant := kwargs.get("assistant_model")) is not None:  # transformers hands it what `forward` gets
             if assistant.config.model_type == self.config.model_type:
                 raise ValueError(
                     "`assistant_model` is an HFT model, too, and would take this one's path; give a plain one."
                 )
-            within = self.activate(names[0])
+            around = names[0]
         elif len(set(names)) == 1:  # a name needs no copying for each beam
             if names[0] != BACKBONE or task is not None:
                 kwargs["task"] = names[0]
@@ -80,7 +79,7 @@ class HFTGenerationMixin(GenerationMixin):
             known = self.config.task_names()
             ids_B = [-1 if name == BACKBONE else known.index(name) for name in names]
             kwargs["task"] = torch.tensor(ids_B, device=self.get_input_embeddings().weight.device)
-        with generating(), within:
+        with generating(), self._one_pass(around, num_rows):
             output = super().generate(inputs, *args, **kwargs)
         return (output, routes * (num_rows or 1) if len(routes) == 1 else routes) if return_route else output
 
@@ -92,9 +91,9 @@ class HFTGenerationMixin(GenerationMixin):
 
     @property
     def init_continuous_batching(self):
-        """As transformers', for a folded task; else it is not there: its thread would ask no router and see no path."""
+        """As transformers', for a folded task; else it is not there, as servers see: its thread would meet no path."""
         if self._folded is None:
-            raise AttributeError("Continuous batching serves one task: fold it first, model.fold(name).")
+            raise AttributeError("init_continuous_batching")  # torch says it in its own words
         return super().init_continuous_batching
 
     def generate_batch(self, *args: Any, task: str | None = None, **kwargs: Any):

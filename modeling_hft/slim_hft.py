@@ -169,9 +169,13 @@ def read_gates(repo: str | os.PathLike, **download: Any) -> tuple[HFTConfig, dic
     }
 
 
-def files_of(config: HFTConfig) -> set[str]:
-    """The slim files of a model's tasks and pages."""
-    return {*map(task_file, config.task_names()), *(page_file(page["id"]) for page in config.pages)}
+def files_left(folder: str | os.PathLike, config: HFTConfig) -> list[Path]:
+    """The files of tasks and pages in a folder, as paths within it, that its model no longer has."""
+    kept = {*map(task_file, config.task_names()), *(page_file(page["id"]) for page in config.pages)}
+    held = (
+        path.relative_to(folder) for kind in ("tasks", "pages") for path in Path(folder).glob(f"{kind}/*.safetensors")
+    )
+    return [path for path in held if path.as_posix() not in kept]
 
 
 def read_config(repo: str, **download: Any) -> HFTConfig:

@@ -5,7 +5,6 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMem
 from .files_hft import SHARED_FILE, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
-from .slim_hft import HFTSlimFiles, files_of, read_config
+from .slim_hft import HFTSlimFiles, files_left, read_config
 
 
 AUTO_MAP = {
@@ -86,7 +85,10 @@ class HFTStorage(HFTSlimFiles):
         if text_config.model_type == HFTConfig.model_type:
             raise ValueError(f"'{backbone}' is an HFT model itself; load it with from_pretrained and use add_task.")
         # Naming the family here gives a clear error before anything heavy is loaded.
-        adapted_linears(without_weights(text_config).base_model, target_modules)
+        plain = without_weights(text_config)
+        adapted_linears(plain.base_model, target_modules)
+        if attn_implementation == "auto":
+            attn_implementation = best_attention(plain)
         config = HFTConfig(
             text_config=text_config,
             gating_config=gating_config,
@@ -118,7 +120,7 @@ class HFTStorage(HFTSlimFiles):
         """As `PreTrainedModel.from_pretrained`, but nothing that the model needs may be missing."""
         text_config = kwargs["config"].text_config
         if kwargs.get("attn_implementation") == "auto":
-            kwargs["attn_implementation"] = best_attention(text_config)
+            kwargs["attn_implementation"] = best_attention(without_weights(text_config))
         for name in kwargs.keys() & set(BACKBONE_KEYS):
             setattr(text_config, name, kwargs.pop(name))
         try:
@@ -347,11 +349,7 @@ def upload(
 ) -> CommitInfo:
     """Makes a folder's files the newest commit of a model repository; arguments as for `push_to_hub`."""
     api = HfApi(token=token)
-    kept = files_of(read_config(os.fspath(folder)))
-    held = (
-        path.relative_to(folder) for kind in ("tasks", "pages") for path in Path(folder).glob(f"{kind}/*.safetensors")
-    )
-    removed = [path.as_posix() for path in held if path.as_posix() not in kept]
+    removed = [path.as_posix() for path in files_left(folder, read_config(os.fspath(folder)))]
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     return api.upload_folder(
         repo_id=repo_id,

@@ -386,17 +386,24 @@ def test_a_table_of_what_was_run(tmp_path, monkeypatch):
     ]
 
 
+def cells_of(script: str, folder: Path, backbones, *arguments) -> list[dict]:
+    """The cells that a script makes of the tasks in `folder / "data"`, one seed, on a tiny backbone."""
+    out = folder / "cells.jsonl"
+    command = [sys.executable, BENCHMARKS / script, "--data", folder / "data", "--out", out, "--seeds", "1",
+               "--backbone", backbones["llama"], *arguments]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return read_cells(out)
+
+
 @pytest.mark.slow
 def test_the_planners_truth_is_measured(backbones, tmp_path):
     tasks = ["sst2", "yelp", "amazon", "rte", "mnli", "cb", "agnews"]
     more = [f"{task}, {how}" for task in ("amazon", "rte") for how in ("other words", "exchanged")]
     write_tasks(tmp_path / "data", tasks)
-    out = tmp_path / "planner.jsonl"
-    command = [sys.executable, BENCHMARKS / "planner.py", "--data", tmp_path / "data", "--seeds", "1", "--settings",
-               "measures,alone: cb,mnli>cb,words", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    measures, alone, pair, words = read_cells(out)
+    measures, alone, pair, words = cells_of(
+        "planner.py", tmp_path, backbones, "--settings", "measures,alone: cb,mnli>cb,words"
+    )
     assert set(words["overlaps"]) <= {f"{one}>{other}" for one in (*tasks, *more) for other in (*tasks, *more)}
     assert set(measures["complexity"]) == set(tasks)
     assert "0" in alone["need"]["losses"] and str(alone["need"]["steps"]) in alone["need"]["losses"]
@@ -408,12 +415,7 @@ def test_the_planners_hierarchy_is_measured_on_messages(backbones, tmp_path):
     from planner_chat import FAMILIES, TREE
 
     write_tasks(tmp_path / "data", TREE)
-    out = tmp_path / "planner.jsonl"
-    command = [sys.executable, BENCHMARKS / "planner_chat.py", "--data", tmp_path / "data", "--seeds", "1", "--settings",
-               "plan,found,families", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    plan, found, families = read_cells(out)
+    plan, found, families = cells_of("planner_chat.py", tmp_path, backbones, "--settings", "plan,found,families")
     assert found["hierarchy"] == plan["hierarchy"] and set(found["tasks"]) == set(families["tasks"]) == set(TREE)
     assert (
         families["hierarchy"]["cb"] == ["inference"] and families["hierarchy"].keys() - TREE.keys() == FAMILIES.keys()
@@ -425,13 +427,8 @@ def test_tasks_refine_what_a_root_has_learnt(backbones, tmp_path):
     from quality import FAMILY
 
     write_tasks(tmp_path / "data", FAMILY)
-    out = tmp_path / "refining.jsonl"
-    command = [sys.executable, BENCHMARKS / "refining.py", "--data", tmp_path / "data", "--seeds", "1", "--settings",
-               "root 2;root 2, tasks 1 at 2e-4", "--roots", tmp_path / "roots", "--backbone", backbones["llama"],
-               "--out", out]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    root, tasks = read_cells(out)
+    settings = "root 2;root 2, tasks 1 at 2e-4"
+    root, tasks = cells_of("refining.py", tmp_path, backbones, "--settings", settings, "--roots", tmp_path / "roots")
     assert set(root["tasks"]) == set(tasks["tasks"]) == set(FAMILY) and root["tasks"] != tasks["tasks"]
 
 
@@ -440,12 +437,7 @@ def test_what_each_task_takes_on_disk(backbones, tmp_path):
     from quality import CL14
 
     write_tasks(tmp_path / "data", CL14)
-    out = tmp_path / "growth.jsonl"
-    command = [sys.executable, BENCHMARKS / "growth.py", "--data", tmp_path / "data", "--seeds", "1",
-               "--tolerances", "0,1e9", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    whole, least = read_cells(out)
+    whole, least = cells_of("growth.py", tmp_path, backbones, "--tolerances", "0,1e9")
     assert all(its[:2] == [16, 1] for its in least["trims"].values()) and set(least["trims"]) == set(CL14)
     small, large = (list(its["cumulative"].values()) for its in (least, whole))
     assert 2 * small[-1] < large[-1] and large == sorted(large) and len(large) == len(CL14)
@@ -455,12 +447,7 @@ def test_what_each_task_takes_on_disk(backbones, tmp_path):
 @pytest.mark.slow
 def test_each_method_runs(backbones, tmp_path):
     write_tasks(tmp_path / "data", ("sst2", "yelp", "agnews", "copa", "boolq"))
-    out = tmp_path / "quality.jsonl"
-    command = [sys.executable, BENCHMARKS / "quality.py", "--data", tmp_path / "data", "--tasks", "sst2,yelp",
-               "--seeds", "1", "--backbone", backbones["llama"], "--out", out]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    cells = read_cells(out)
+    cells = cells_of("quality.py", tmp_path, backbones, "--tasks", "sst2,yelp")
     from quality import ALL
 
     assert {cell["method"] for cell in cells} == set(ALL) and set(METHODS) < set(ALL)

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hft
 from hft.trainers import export
@@ -14,7 +14,7 @@ from hft.trainers.cli import main
 from hft.trainers.export import ExportError, export_merged, export_peft
 
 from .test_model import prompts
-from .tiny import bits, grow, snapshot
+from .tiny import bits, grow, in_nf4, snapshot
 
 
 @pytest.fixture
@@ -43,9 +43,7 @@ def test_a_checked_lora(grown, tokenizer, tmp_path):
 def test_a_checked_whole_model(grown, tokenizer, tmp_path, onto):
     tolerance = {"rtol": 1e-3, "atol": 1e-3}
     if onto == "dequantized":
-        grown.save_pretrained(tmp_path / "model")
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
-        grown = hft.HFTForCausalLM.from_pretrained(tmp_path / "model", quantization_config=nf4).eval()
+        grown = in_nf4(grown, tmp_path / "model")
         tolerance = {"rtol": 0.1, "atol": 0.3}  # written in bfloat16
     report = export_merged(grown, tokenizer, "b", tmp_path / "whole", onto)
     assert report["onto"] == onto and report["kl"] < (1e-6 if onto == "backbone" else 1e-2)

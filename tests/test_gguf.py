@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from gguf import GGUFReader
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import hft
@@ -28,7 +28,7 @@ from hft.trainers.metrics import find_metric
 
 from .conftest import ALPHABET, SPECIAL, TEMPLATE
 from .test_model import prompts
-from .tiny import bits, grow, snapshot, tiny_config
+from .tiny import bits, grow, in_nf4, snapshot, tiny_config
 
 
 needs_llama = pytest.mark.skipif(not has_llama(), reason="llama-cpp-python is not installed (make test-llama)")
@@ -129,9 +129,7 @@ def test_the_lora_on_the_backbones_file_is_the_whole_models_file(grown, merging,
 def test_a_whole_model_answers_in_transformers(grown, merging, tmp_path, onto):
     highest, tolerance = 1e-5, {"rtol": 0.02, "atol": 0.02}
     if onto == "dequantized":
-        grown.save_pretrained(tmp_path / "model")
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
-        grown = hft.HFTForCausalLM.from_pretrained(tmp_path / "model", quantization_config=nf4).eval()
+        grown = in_nf4(grown, tmp_path / "model")
         highest, tolerance = 1e-2, {"rtol": 0.1, "atol": 0.3}  # written in bfloat16
     report = export_gguf_model(grown, merging, "b", tmp_path, onto)
     assert (report["form"], report["onto"], report["kl"] < highest) == ("gguf model", onto, True)

@@ -1,7 +1,7 @@
 """What tests share that is no fixture."""
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 
 
 VOCABULARY = 261  # the tokenizer's in conftest.py
@@ -51,6 +51,13 @@ def grow(model, seal: bool = True) -> None:
         fill(model, only_trainable=True)
         if seal:
             model.seal(tasks)
+
+
+def in_nf4(model, folder):
+    """The model saved and loaded again with its backbone in 4 bit, computing in float32."""
+    model.save_pretrained(folder)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
+    return type(model).from_pretrained(folder, quantization_config=nf4).eval()
 
 
 def bits(tensor: torch.Tensor) -> bytes:

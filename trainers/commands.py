@@ -216,18 +216,16 @@ def merge(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
 def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
-    from hft.slim_hft import files_of
+    from hft.slim_hft import files_left
 
     config, _gates = hft.read_gates(args.model)
     config.hierarchy().check(args.task)
     model = _load(str(args.model), load_in_4bit=False)
     removed = model.remove_task(args.task, cascade=args.cascade)
     model.save_pretrained(args.model)
-    config, kept = model.config, files_of(model.config)
-    for path in (*args.model.glob("tasks/*.safetensors"), *args.model.glob("pages/*.safetensors")):
-        if str(path.relative_to(args.model)) not in kept:
-            path.unlink()  # after the config, which no longer names it
-    print(f"Removed {', '.join(removed)}; {len(config.tasks)} tasks are left in {args.model}")
+    for path in files_left(args.model, model.config):
+        (args.model / path).unlink()  # after the config, which no longer names it
+    print(f"Removed {', '.join(removed)}; {len(model.config.tasks)} tasks are left in {args.model}")
 
 
 def push(args: argparse.Namespace, _: dict[str, Any]) -> None:

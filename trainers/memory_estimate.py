@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from hft.attention_hft import without_weights
+from hft.attention_hft import plain_attention, without_weights
 from hft.configuration_hft import HFTConfig, HFTMemoryConfig
 from hft.hierarchy_hft import Hierarchy
 from hft.modeling_hft import HFTForCausalLM
@@ -200,7 +200,7 @@ def _without_memory(text_config: PreTrainedConfig, rank: int) -> tuple[HFTForCau
     text_config = copy.deepcopy(text_config)
     text_config.dtype = torch.bfloat16
     config = HFTConfig(text_config=text_config, tasks=[{"name": "a"}], rank=rank, dtype=torch.bfloat16)
-    config._attn_implementation = "sdpa" if without_weights(text_config)._supports_sdpa else "eager"
+    config._attn_implementation = plain_attention(without_weights(text_config))
     fake, default = FakeTensorMode(), torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -271,6 +271,12 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def find_cell(path: Path, name: str, setting: str, seed: int = 0) -> dict[str, Any] | None:
+    """A finished cell of a result file; None if it is not there yet."""
+    wanted = (name, setting, seed)
+    return next((cell for cell in read_cells(path) if (cell["name"], cell["setting"], cell["seed"]) == wanted), None)
+
+
 def todo(path: Path, name: str, settings: list[str], seeds: int) -> Iterator[tuple[str, int]]:
     """The cells that are missing, all settings of a seed before the next seed."""
     done = {(cell["name"], cell["setting"], cell["seed"]) for cell in read_cells(path)}

@@ -28,12 +28,12 @@ from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, SAMPLES, TRAINING, TREE, learn
 from harness import (
     NF4,
     cell,
+    find_cell,
     mean_accuracy,
     new_model,
     parser,
     peak_bytes,
     prepare,
-    read_cells,
     read_tasks,
     reset_peak,
     sample,
@@ -249,8 +249,7 @@ def truth_tree(setting: str, families: Mapping[str, Sequence[str]]) -> dict[str,
 
 def plan_in(out: Path) -> dict:
     """The cell of `measures` with seed 0, whose hierarchy is the planner's; one without tasks if it is not there yet."""
-    cells = (done for done in read_cells(out) if (done["setting"], done["seed"]) == ("measures", 0))
-    return next(cells, {"hierarchy": {}, "families": {}})
+    return find_cell(out, "planner", "measures") or {"hierarchy": {}, "families": {}}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ one root a hand-made family, one root for all, or none (flat). Scores: accuracie
 """
 
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING, TREE, learn
-from harness import attention, cell, new_model, parser, prepare, read_cells, read_tasks, todo
+from harness import attention, cell, find_cell, new_model, parser, prepare, read_tasks, todo
 from planner_measures import as_chat, by_pair
 
 from hft.trainers import plan_hierarchy
@@ -45,15 +45,10 @@ def main() -> None:
         for split in read_tasks(args.data, TREE, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
     )
     for setting, seed in todo(args.out, NAME, args.settings.split(","), args.seeds):
-        if setting == "found":
-            plans = (done for done in read_cells(args.out) if (done["name"], done["setting"]) == (NAME, "plan"))
-            plan = next((done for done in plans if done["seed"] == 0), None)
-            if plan is None:
-                print("found: needs the cell `plan` with seed 0 first")
-                continue
-            tree, families = plan["hierarchy"], plan["families"]
-        elif setting != "plan":
-            tree, families = HIERARCHIES[setting]
+        plan = find_cell(args.out, NAME, "plan")
+        if setting == "found" and plan is None:
+            print("found: needs the cell `plan` with seed 0 first")
+            continue
         with cell(args.out, NAME, setting, seed) as result:
             if setting == "plan":
                 settings = ProbeSettings(max_length=TRAINING["max_length"], seed=seed)
@@ -64,6 +59,9 @@ def main() -> None:
                 result.update(overlaps=by_pair(found.overlaps or Overlaps({})))
                 result.update(reasons={f"{edge.parent}>{edge.child}": str(edge) for edge in found.edges})
             else:
+                tree, families = (
+                    (plan["hierarchy"], plan["families"]) if setting == "found" and plan else HIERARCHIES[setting]
+                )
                 result.update(learn(backbone, tokenizer, tree, families, rows, validation, seed))
                 result.update(attention=attention())
 

@@ -22,6 +22,7 @@ from harness import (
     accuracy,
     attention,
     cell,
+    find_cell,
     mean_accuracy,
     new_model,
     parser,
@@ -244,10 +245,7 @@ class Benchmark:
     def run(self, method: str, rate: float, seed: int) -> None:
         """One cell, if it is not there yet."""
         setting = f"{method}@{rate:g}"
-        if any(
-            (done["name"], done["setting"], done["seed"]) == (self.name, setting, seed)
-            for done in read_cells(self.out)
-        ):
+        if find_cell(self.out, self.name, setting, seed) is not None:
             return
         with cell(self.out, self.name, setting, seed) as result:
             is_hft = method.startswith("hft")
