@@ -4,6 +4,7 @@ B batch, T tokens.
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from .router_hft import HFTRoute
 
 
 logger = logging.get_logger(__name__)
+
+_SIGNATURE = inspect.signature(GenerationMixin.generate)
 
 # A task, one task a row, or a row's place in `config.tasks` (-1: the backbone) as a tensor [B].
 Task = str | Sequence[str | None] | torch.Tensor
@@ -48,6 +51,9 @@ class HFTGenerationMixin(GenerationMixin):
         Raises:
             ValueError: an unknown name, as many names as there are not prompts, or an `assistant_model` that is HFT's, too.
         """
+        bound = _SIGNATURE.bind_partial(self, inputs, *args, **kwargs).arguments  # others by position, too
+        kwargs = {name: value for name, value in bound.items() if name not in ("self", "inputs", "kwargs")}
+        kwargs.update(bound.get("kwargs", {}))
         if "task" in vars(kwargs.get("generation_config") or object):  # how a request to a server can name one
             config = kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
             named = vars(config).pop("task")  # transformers would keep it from `forward`
@@ -80,7 +86,7 @@ class HFTGenerationMixin(GenerationMixin):
             ids_B = [-1 if name == BACKBONE else known.index(name) for name in names]
             kwargs["task"] = torch.tensor(ids_B, device=self.get_input_embeddings().weight.device)
         with generating(), self._one_pass(around, num_rows):
-            output = super().generate(inputs, *args, **kwargs)
+            output = super().generate(inputs, **kwargs)
         return (output, routes * (num_rows or 1) if len(routes) == 1 else routes) if return_route else output
 
     def prepare_inputs_for_generation(

@@ -237,11 +237,11 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
             ValueError: another size than the backbone has.
         """
         size = self.get_input_embeddings().num_embeddings
-        if pad_to_multiple_of is not None or new_num_tokens not in (None, size):
+        wanted, multiple = size if new_num_tokens is None else new_num_tokens, pad_to_multiple_of or 1
+        if (wanted := -(-wanted // multiple) * multiple) != size:
             raise ValueError(
-                f"The backbone has {size} embeddings and is frozen, so they cannot become "
-                f"{new_num_tokens or 'another number'}. Resize the plain model, save it, and build on that: "
-                "HFTForCausalLM.from_backbone(folder)."
+                f"The backbone has {size} embeddings and is frozen, so they cannot become {wanted}. Resize the plain "
+                "model, save it, and build on that: HFTForCausalLM.from_backbone(folder)."
             )
         return self.get_input_embeddings()
 

@@ -178,6 +178,26 @@ def files_left(folder: str | os.PathLike, config: HFTConfig) -> list[Path]:
     return [path for path in held if path.as_posix() not in kept]
 
 
+def check_keeps_others(config: HFTConfig, folder: str | os.PathLike) -> None:
+    """Raises ValueError if a folder holds tasks that this part of a model was loaded without."""
+    if not config.left_out or not os.path.isfile(os.path.join(folder, "config.json")):
+        return
+    saved, _ = PreTrainedConfig.get_config_dict(folder)
+    if lost := sorted(task["name"] for task in saved.get("tasks", []) if task["name"] in config.left_out):
+        raise ValueError(
+            f"'{folder}' also holds {', '.join(lost)}, which this model was loaded without and which would be lost; save "
+            "to a new folder, and unite the two with `hft merge`."
+        )
+
+
+def holds_slim(folder: str | os.PathLike) -> bool:
+    """Whether there is a slim HFT model in a folder."""
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        return False
+    saved, _ = PreTrainedConfig.get_config_dict(folder)
+    return saved.get("model_type") == HFTConfig.model_type and bool(saved.get("slim", True))
+
+
 def read_config(repo: str, **download: Any) -> HFTConfig:
     """The config of an HFT model; OSError if there is none, ValueError if it is another kind of model."""
     files, _ = PreTrainedConfig.get_config_dict(repo, **download)

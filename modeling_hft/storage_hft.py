@@ -19,7 +19,7 @@ from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMem
 from .files_hft import SHARED_FILE, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
-from .slim_hft import HFTSlimFiles, files_left, read_config
+from .slim_hft import HFTSlimFiles, check_keeps_others, files_left, holds_slim, read_config
 
 
 AUTO_MAP = {
@@ -219,15 +219,15 @@ class HFTStorage(HFTSlimFiles):
         Args:
             save_directory: a folder; made if missing.
             is_main_process: only the main process writes.
-            state_dict: the tensors of a full model if they are not the model's own.
+            state_dict: the tensors of a full model if they are not the model's own; the slim form takes the model's own.
             push_to_hub: also upload, to `repo_id` or the folder's name.
             slim: tasks only, one file each, and the name of the backbone (`True`), or everything.
             kwargs: as for `PreTrainedModel.save_pretrained`.
 
         Raises:
             OSError: if the folder cannot be written.
-            ValueError: a slim form that could not name its backbone, would overwrite it, or is to be a variant; or a part
-                of a model in the place of the whole.
+            ValueError: a slim form that could not name its backbone, would overwrite it, or is to be a variant; a variant
+                in the folder of a slim model; or a part of a model in the place of the whole.
             TypeError: an unknown argument.
         """
         self._check_unmerged()
@@ -253,7 +253,12 @@ class HFTStorage(HFTSlimFiles):
             raise ValueError(
                 f"'{save_directory}' is the backbone's own folder, which would be overwritten; choose another."
             )
-        _check_keeps_others(self.config, save_directory)
+        check_keeps_others(self.config, save_directory)
+        if kwargs.get("variant") and holds_slim(save_directory):
+            raise ValueError(
+                f"'{save_directory}' holds a slim model, whose config.json a variant of the full form would overwrite; "
+                "choose another folder."
+            )
         if is_main_process:
             # Weights of the other form, which a reader would take for this one's.
             stale = ("model-*-of-*.safetensors", "model.safetensors.index.json") if slim else (SHARED_FILE,)
@@ -310,18 +315,6 @@ class HFTStorage(HFTSlimFiles):
         config.save_pretrained(folder)
         if self.can_generate():
             self.generation_config.save_pretrained(folder)
-
-
-def _check_keeps_others(config: HFTConfig, folder: str | os.PathLike) -> None:
-    """Raises ValueError if a folder holds tasks that this part of a model was loaded without."""
-    if not config.left_out or not os.path.isfile(os.path.join(folder, "config.json")):
-        return
-    saved, _ = PreTrainedConfig.get_config_dict(folder)
-    if lost := sorted(task["name"] for task in saved.get("tasks", []) if task["name"] in config.left_out):
-        raise ValueError(
-            f"'{folder}' also holds {', '.join(lost)}, which this model was loaded without and which would be lost; save "
-            "to a new folder, and unite the two with `hft merge`."
-        )
 
 
 def check_shareable(config: HFTConfig) -> None:

@@ -529,7 +529,8 @@ def test_embeddings_keep_their_size(model):
     """What is saved holds none, so a model of another size could not be loaded."""
     size = model.get_input_embeddings().num_embeddings
     assert model.resize_token_embeddings(size) is model.get_input_embeddings()
-    with pytest.raises(
-        ValueError, match=f"has {size} embeddings and is frozen, so they cannot become 300. Resize the plain"
-    ):
-        model.resize_token_embeddings(300)
+    assert model.resize_token_embeddings(size - 3, pad_to_multiple_of=9) is model.get_input_embeddings()
+    for wanted, multiple, becomes in ((300, None, 300), (None, 7, -(-size // 7) * 7), (297, 4, 300)):
+        message = f"has {size} embeddings and is frozen, so they cannot become {becomes}. Resize the plain"
+        with pytest.raises(ValueError, match=message):
+            model.resize_token_embeddings(wanted, multiple)

@@ -124,6 +124,8 @@ def test_an_assistant_drafts_for_a_task_that_is_named_or_found(mixed, backbones)
     for task in ("b", "backbone"):
         expected = mixed.generate(x, task=task, **options)
         assert mixed.generate(x, task=task, assistant_model=assistant, **options).tolist() == expected.tolist()
+        by_place = (None, None, None, None, None, assistant)
+        assert mixed.generate(x, *by_place, task=task, **options).tolist() == expected.tolist()
     mixed.add_routes("a", [[5 + i, 6, 7, 8, 9] for i in range(12)])
     mixed.add_routes("b", [row[:6].tolist() for row in [*x, *(prompts(12, 6))]])
     with_route = mixed.generate(x, assistant_model=assistant, return_route=True, **options)
@@ -131,6 +133,8 @@ def test_an_assistant_drafts_for_a_task_that_is_named_or_found(mixed, backbones)
     assert with_route[0].tolist() == mixed.generate(x, task=route.task, **options).tolist()
     with pytest.raises(ValueError, match="`assistant_model` is an HFT model, too"):
         mixed.generate(x, task="b", assistant_model=mixed, **options)
+    with pytest.raises(TypeError, match="multiple values for argument 'assistant_model'"):
+        mixed.generate(x, *by_place, assistant_model=assistant)
 
 
 def test_one_thread_routes_while_another_generates(mixed):

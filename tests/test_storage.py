@@ -533,6 +533,12 @@ def test_variants_stay_side_by_side(model, tmp_path):
         )
     with pytest.raises(ValueError, match="The slim form has no variants"):
         model.save_pretrained(tmp_path, variant="fp16")
+    model.save_pretrained(tmp_path / "slim")
+    with pytest.raises(
+        ValueError, match=r"slim. holds a slim model, whose config\.json a variant of the full form would"
+    ):
+        model.save_pretrained(tmp_path / "slim", slim=False, variant="fp16")
+    assert hft.HFTForCausalLM.from_pretrained(tmp_path / "slim").config.slim
 
 
 @pytest.mark.parametrize("load", [hft.HFTForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])

@@ -234,6 +234,10 @@ def test_a_run_never_picks_up_another_ones_checkpoints(backbones, tokenizer, tmp
         make(backbones, tokenizer, tmp_path / "done", {"a": []}, save_strategy="no", max_steps=1).train()
     with pytest.raises(ValueError, match=re.escape("`eval_dataset` has data for the unknown task 'zz'")):
         done.evaluate({"zz": rows(1)})
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"odd' holds a config\.json that is no JSON"):
+        make(backbones, tokenizer, tmp_path / "odd", {"a": []}, save_strategy="no", max_steps=1).train()
     done.model.add_task("late", ["a"])  # goes on from there
     more = HFTTrainingConfig(str(tmp_path / "done"), save_strategy="no", max_steps=1, bf16=False, report_to="none")
     HFTTrainer(done.model, more, train_dataset={"late": rows(3)}, processing_class=tokenizer).train()
@@ -345,7 +349,13 @@ def test_prepared_data_is_taken_as_it_is(backbones, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="Nothing is left to learn in the 1 rows of task 'e'"):
         make(backbones, tokenizer, tmp_path / "2", {"a": [], "e": []}, masked, **options)
     evaluated = make(backbones, tokenizer, tmp_path / "3", {"a": [], "e": []}, train, eval_dataset=train, **options)
-    assert {"eval_a_loss", "eval_e_loss"} <= evaluated.evaluate().keys()
+    losses = {name: loss for name, loss in evaluated.evaluate().items() if name.endswith("_loss")}
+    assert losses.keys() == {"eval_a_loss", "eval_e_loss"}
+    named = concatenate_datasets([its.add_column("task", [task] * 2) for task, its in train.items()])
+    raw = make(backbones, tokenizer, tmp_path / "4", {"a": [], "e": []})
+    for trainer in (evaluated, raw):  # raw: rows may be tokenised where those of the training were not
+        for data in (train, named):
+            assert losses.items() <= trainer.evaluate(data).items()
 
 
 def test_logs_name_task_and_stage_and_every_stage_starts_afresh(backbones, tokenizer, tmp_path, capsys):

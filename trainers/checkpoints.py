@@ -35,7 +35,8 @@ class RunFolder:
             sealed: the tasks that the run's model has learnt already.
 
         Raises:
-            ValueError: if there are some, or the folder holds a model with learnt tasks that this one would overwrite.
+            ValueError: if there are some, or the folder holds a model with learnt tasks that this one would overwrite, or a
+                config.json that cannot be read.
         """
         go_on = "go on with it by resume_from_checkpoint=True (`hft train --resume`), take another output_dir, or delete it"
         if old := sorted(self.path.glob(f"stage-*/{PREFIX_CHECKPOINT_DIR}-*")):
@@ -93,7 +94,13 @@ def _sealed_in(folder: Path) -> list[str]:
     """The tasks that a saved HFT model in a folder has learnt."""
     if not (folder / "config.json").is_file():
         return []
-    saved = json.loads((folder / "config.json").read_text())
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"'{folder}' holds a config.json that is no JSON ({error}), so what is there cannot be told; take another "
+            "output_dir, or delete it."
+        ) from error
     if not isinstance(saved, dict) or saved.get("model_type") != "hft":
         return []
     return [task["name"] for task in saved["tasks"] if task["sealed"]]

@@ -137,7 +137,7 @@ def export_merged(
 
     Raises:
         ExportError: outside the tolerance; the files are removed.
-        ValueError: an unknown task, or an `onto` that is neither.
+        ValueError: an unknown task, an `onto` that is neither, or `"dequantized"` of a model that is not held in 4 bit.
     """
     factors = path_factors(model, task)
     plain = plain_backbone(model, onto)

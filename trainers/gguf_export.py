@@ -118,8 +118,8 @@ def export_gguf_model(
 
     Raises:
         ExportError: outside the tolerance, or prompts are split into other tokens; the files are removed.
-        ValueError: an unknown task, an `onto` that is neither, a backbone or tokenizer that cannot be
-            written.
+        ValueError: an unknown task, an `onto` that is neither, or `"dequantized"` of a model that is not held in 4 bit; a
+            backbone or tokenizer that cannot be written.
     """
     check_backbone(model.backbone.config)
     factors = {} if task == BACKBONE else path_factors(model, task)

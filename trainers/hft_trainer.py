@@ -38,6 +38,7 @@ from .task_data import (
     alone,
     check_labels,
     check_messages,
+    is_tagged,
     open_sets,
     split_by_task,
     tag_rows,
@@ -170,8 +171,8 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
 
         if not self._prepared:  # TRL prepares the training data first
             return self._join({task: prepare(task, rows, "train") for task, rows in self._train_sets.items()})
-        if "task" in dataset.column_names and "input_ids" in dataset.column_names:
-            return dataset  # prepared before
+        if is_tagged(dataset):
+            return dataset
         return prepare(dataset_name, dataset, "eval")
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -187,10 +188,11 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
         """As SFTTrainer's; `eval_dataset` takes the forms that the trainer takes."""
-        if isinstance(eval_dataset, Dataset) and {"input_ids", "task"} <= set(eval_dataset.column_names):
-            return super().evaluate(eval_dataset=eval_dataset, **kwargs)  # prepared before
-        if eval_dataset is not None and not isinstance(eval_dataset, str):
+        given = eval_dataset is not None and not isinstance(eval_dataset, str)
+        if given and not is_tagged(eval_dataset):
             eval_dataset = split_by_task(eval_dataset, self._task_names, "eval_dataset")
+            if self._skip_prepare_dataset:
+                eval_dataset = {task: self._ready(task, rows, rows, self.args) for task, rows in eval_dataset.items()}
         return super().evaluate(eval_dataset=eval_dataset, **kwargs)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
@@ -205,7 +207,8 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
             Steps and mean loss over all stages; `metrics` with the seconds.
 
         Raises:
-            ValueError: a folder to resume from that holds no run, or a folder that holds another run's checkpoints.
+            ValueError: a folder to resume from that holds no run, or one that holds another run's checkpoints or a model
+                with learnt tasks that this one has not; or a task that was added after this trainer was made.
         """
         if resume_from_checkpoint:
             folder = RunFolder(

@@ -89,6 +89,11 @@ def tag_rows(dataset: Dataset, task_id: int) -> Dataset:
     return dataset.cast(Features({**layout, "task": Value("int64")}))
 
 
+def is_tagged(data: Any) -> bool:
+    """Whether these are rows as `tag_rows` gives them."""
+    return isinstance(data, Dataset) and "input_ids" in data.features and data.features.get("task") == Value("int64")
+
+
 def alone(rows: Dataset, count: int = 128) -> list[dict[str, list[int]]]:
     """Up to `count` tokenised rows {"input_ids", "labels"}, evenly spaced; what was packed into one row stands alone."""
     found = []

@@ -25,7 +25,9 @@ from datasets import Dataset, disable_progress_bars
 from harness import RESULTS, cell, read_cells, todo
 from random_backbones import SHAPES, config_of, hft_on, random_backbone, word_tokenizer
 from transformers import TrainerCallback
-from transformers.utils import is_flash_attn_2_available, logging
+from transformers.utils import logging
+
+from hft.attention_hft import has_flash_attention
 
 
 RANK, SLOTS = 16, 8
@@ -60,9 +62,12 @@ def _wait() -> None:
 
 def best_attention() -> str:
     """flash-attention where it is installed, else PyTorch's own with a line that says so."""
-    if torch.cuda.is_available() and is_flash_attn_2_available():
+    if has_flash_attention():
         return "flash_attention_2"
-    print("flash-attn is not installed (or there is no GPU): sdpa, with a block mask for packed rows", flush=True)
+    print(
+        "flash-attn is not installed (or there is no GPU that runs it): sdpa, with a block mask for packed rows",
+        flush=True,
+    )
     return "sdpa"
 
 
