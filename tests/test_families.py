@@ -16,9 +16,10 @@ import hft
 from hft.refresh_hft import frozen
 from hft.trainers import plan_hierarchy
 from hft.trainers.cli import main
-from hft.trainers.families import Overlaps, family_names, find_families
+from hft.trainers.families import Overlaps, Trial, family_names, find_families, try_root
 from hft.trainers.overlap import evenly, group_gradients, measure_overlaps, overlaps_of
 from hft.trainers.pilots import pilot, take_sample
+from hft.trainers.plan_report import as_text
 from hft.trainers.plan_report import reasons as reasons_of
 from hft.trainers.planner import make_plan
 from hft.trainers.recipes import read_recipe
@@ -74,13 +75,46 @@ class TestMaths:
             "d": probe(0.4, a=0.3, b=0.0, c=0.0),
         }
         found = overlaps(a_b=0.8, a_c=0, b_c=0, a_d=0, b_d=0, c_d=0)
-        plan = make_plan(probes, groups=[["a", "b"]], overlaps=found)
-        assert plan.families == {"family1": ["a", "b"]}
+        trial = Trial(("a", "b", "d"), ("a", "b"), 0.1, 0.02, {"a": 0.8, "b": 0.4, "d": 0.0})
+        plan = make_plan(probes, groups=[["b", "a"]], overlaps=found, trials=[trial])
+        assert plan.families == {"family1": ["b", "a"]}
         assert plan.parents == {"family1": [], "c": [], "b": ["family1"], "a": ["family1"], "d": ["a"]}
         reason = {(edge.parent, edge.child): edge.reason for edge in plan.edges}
         assert reason["a", "d"] == "it helps most" and {child for _, child in reason} == {"c", "d"}
         assert plan.share("a", "family1") == pytest.approx(0.8) and plan.hierarchy().level("d") == 3
         assert make_plan(probes).families == {} and make_plan(probes).parents["b"] == ["c"]
+        assert make_plan(probes, groups=[["a", "b"]]).share("a", "family1") == 0
+
+    def test_a_root_is_taken_unless_it_is_worse_beyond_its_errors(self):
+        own = {"a": [0.5, 0.7, 0.5, 0.7], "b": [2.0, 2.2, 1.8, 2.0]}
+        backbone = {"a": [1.2] * 4, "b": [1.0] * 4}
+
+        def tried(by: float, noise: float = 0.0, num_errors: float = 2.0) -> Trial:
+            common = {"b": [loss + by * 2.0 for loss in own["b"]]}
+            common["a"] = [loss + by * 0.6 + noise * sign for loss, sign in zip(own["a"], (1, -1, 1, -1), strict=True)]
+            return try_root(own, common, backbone, num_errors)
+
+        better, worse = tried(-0.1), tried(0.1)
+        assert better.family == ("a", "b") and better.excess == pytest.approx(-0.1) and worse.family == ()
+        assert better.tasks == worse.tasks == ("a", "b") and better.helps == pytest.approx(
+            {"a": 1 - 0.54 / 1.2, "b": 0.0}
+        )
+        assert str(worse) == "one pilot of all their rows leaves 10.0 ± 0.0 % more loss than a pilot each"
+        doubtful = tried(0.1, noise=0.12)  # an error of 0.12 / 0.6 * sqrt(4 / 3) / sqrt(4) / 2 = 0.058
+        assert doubtful.family and doubtful.error == pytest.approx(0.0577, abs=1e-4)
+        assert not tried(0.1, noise=0.12, num_errors=1.5).family
+        solved = try_root({"a": [0.0, 0.002]}, {"a": [0.004, 0.006]}, {"a": [1.0, 1.0]})
+        assert solved.excess == pytest.approx(0.04)  # of 0.1 nats at least
+        assert not try_root({"a": [0.1, 0.2]}, {"a": [math.nan, 0.2]}, {"a": [1.0, 1.0]}).family
+
+    def test_tasks_that_lose_by_a_root_leave_it_to_the_others(self):
+        own = {task: [1.0, 1.1, 0.9, 1.0] for task in "abcd"}
+        common = {
+            task: [loss * by for loss in own[task]] for task, by in zip("dcba", (2.0, 1.9, 0.9, 1.0), strict=True)
+        }
+        trial = try_root(own, common, own)
+        assert trial.tasks == ("a", "b", "c", "d") and trial.family == ("a", "b")
+        assert try_root(own, {task: common[task] for task in "acd"}, own).family == ()  # a alone is no family
 
     def test_a_hundred_tasks_take_less_than_a_second(self):
         draw = random.Random(0)
@@ -187,7 +221,7 @@ def test_a_family_is_printed_drawn_written_trained_and_planned_again(command, da
     members = recipe.mixtures[root]
     assert all(recipe.hierarchy[task][:1] == [root] for task in members) and recipe.hierarchy[root] == []
     assert "# A family's root learns from the rows of all its tasks" in text
-    assert f"{root}  learns from the rows of {', '.join(members)}: their gradients overlap" in shown
+    assert f"{root}  learns from the rows of {', '.join(members)}: one pilot of all their rows leaves " in shown
     assert f"on {root}, which learns from it, too; other parents are not considered" in shown
     assert "overlap of gradients (1: the same, 0 or less: unrelated): " in shown and "sign: complexity" in shown
     assert f"# learns from the rows of {', '.join(members)}" in text
@@ -221,14 +255,15 @@ def test_a_family_is_printed_drawn_written_trained_and_planned_again(command, da
 def test_no_families_beside_learnt_tasks_for_few_rows_or_if_unwanted(fresh, tokenizer):  # noqa: F811
 
     def plan(**more):
-        return plan_hierarchy(fresh, {**tasks(), **more.pop("rows", {})}, processing_class=tokenizer, settings=SETTINGS,
+        alike = {task: tasks()[task] for task in ("one", "half")}
+        return plan_hierarchy(fresh, {**alike, **more.pop("rows", {})}, processing_class=tokenizer, settings=SETTINGS,
                               progress=False, **more)  # fmt: skip
 
     def plan_of(**rows):
         return plan_hierarchy(fresh, rows, processing_class=tokenizer, settings=SETTINGS, progress=False)
 
     few = plan(rows={"sign": rows_of("sign", 8)})
-    assert few.families == {"family1": ["contrary", "half", "one"]} and not few.overlaps.nearest("sign")
+    assert few.families == {"family1": ["half", "one"]} and not few.overlaps.nearest("sign")
     reasons = [line for task in ("sign", "one") for line in reasons_of(few, task)]
     assert "overlap of gradients: not measured (too few rows, one answer only, or not finite)" in reasons
     pair = plan_of(one=tasks()["one"], sign=rows_of("sign", 8))
@@ -239,7 +274,22 @@ def test_no_families_beside_learnt_tasks_for_few_rows_or_if_unwanted(fresh, toke
     assert plan_of(one=tasks()["one"], half=tasks()["half"]).families == {"family1": ["half", "one"]}
     assert not any("overlap" in line for line in reasons_of(plan_of(one=tasks()["one"]), "one"))
     assert not any("overlap" in line for line in reasons_of(plan(families=False), "one"))
-    assert plan(families=False).families == {} and len(plan(families=False).edges) == 6
+    assert plan(families=False).families == {} and len(plan(families=False).edges) == 2
     fresh.add_task("old")
     fresh.seal(["old"])
     assert plan().families == {} and "old" in plan().parents
+
+
+def test_a_task_that_contradicts_others_gets_no_root_with_them_though_their_gradients_overlap(fresh, tokenizer):  # noqa: F811
+    plan = plan_hierarchy(fresh, tasks(), processing_class=tokenizer, settings=SETTINGS, progress=False)
+    (trial,) = plan.trials
+    assert trial.tasks == ("contrary", "half", "one") and trial.excess > 2 * trial.error
+    assert plan.families == {"family1": ["half", "one"]} and plan.parents["contrary"] == []
+    text = as_text(plan)
+    assert f"no root for contrary, half, one together: {trial}; without contrary nobody loses by it" in text
+    assert "learns from the rows of half, one, which lose nothing by it (see below)" in text
+    assert reasons_of(plan, "contrary")[-1].startswith("a root: it was tried in a family only")
+    more = {**tasks(), "sign": rows_of("sign", 160)}
+    plan = plan_hierarchy(fresh, more, processing_class=tokenizer, settings=SETTINGS, num_errors=1, progress=False)
+    assert plan.trials[0].tasks == ("contrary", "half", "one", "sign") != plan.trials[0].family
+    assert "contrary" not in {task for family in plan.families.values() for task in family}

@@ -79,7 +79,7 @@ def test_the_qualitys_sentences(figures):
     first = {cell["setting"]: cell["value"] for cell in small if cell["seed"] == 0}
     assert of["hft_minus_single"] > 0 > of["hft_minus_joint"]
     assert f"HFT is {gap('hft_minus_joint')} points below joint LoRA (goal: 1.0 above)" in PROSE
-    assert f"and {gap('hft_minus_single')} above one LoRA a task (goal: 2.0; two seeds)" in PROSE
+    assert f"and {gap('hft_minus_single')} above one LoRA a task (goal: 2.0)." in PROSE
     hft, joint = (
         [cell for cell in small if cell["setting"] == f"{name}@0.002"] for name in ("hft_root_no_memory", "joint")
     )

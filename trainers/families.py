@@ -1,13 +1,16 @@
-"""Families of tasks, found from how alike their gradients are. Plain Python, no torch."""
+"""Families of tasks: which groups to try a common root for, and what to make of the trial. Plain Python, no torch."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 
 # Of 1; tasks whose answers are chosen from options that the prompt names have more, others less.
 SMALLEST_OVERLAP = 0.5
+LEAST_LOSS = 0.1  # nats an answer; less counts as so much: such a task is as good as solved
 Group: TypeAlias = tuple[str, ...]
 
 
@@ -64,6 +67,83 @@ def find_families(overlaps: Overlaps, num_errors: float = 2.0, smallest: float =
         links.update({(group, merged): overlap for group in groups if (overlap := link(group, merged)) is not None})
         groups.append(merged)
     return sorted(list(group) for group in groups if len(group) > 1)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A root that was tried: a common pilot of some tasks, from the rows of all, in as many steps as a pilot each takes.
+
+    Args:
+        tasks: in the order of names.
+        family: those of them that get the root; all, some, or none.
+        excess: how much more loss is left through it than through each task's own pilot, as a share of the latter; the mean
+            over tasks. Negative: less is left.
+        error: its standard error, from paired rows. That a pilot learns otherwise with another seed is not in it.
+        helps: task -> the share of its loss through the backbone that the common pilot takes away, 0 to 1.
+    """
+
+    tasks: Group
+    family: Group
+    excess: float
+    error: float
+    helps: Mapping[str, float]
+
+    def __str__(self) -> str:
+        more = "more" if self.excess > 0 else "less"
+        return (
+            f"one pilot of all their rows leaves {100 * abs(self.excess):.1f} ± {100 * self.error:.1f} % {more} loss than a "
+            "pilot each"
+        )
+
+
+def try_root(
+    own: Mapping[str, Sequence[float]],
+    common: Mapping[str, Sequence[float]],
+    backbone: Mapping[str, Sequence[float]],
+    num_errors: float = 2.0,
+) -> Trial:
+    """Which tasks should stand on one root: all, unless their common pilot is worse than a pilot each.
+
+    Worse: it leaves more loss, by more than `num_errors` standard errors. Then those that lose so much each by itself leave,
+    and the others stay if, without these, it is no worse. In doubt tasks share a root: it costs no steps, and they still
+    refine what it has learnt.
+
+    Args:
+        own: task -> the loss of each of its rows through its own pilot, in nats an answer.
+        common: the same through the pilot of all their rows.
+        backbone: the same through the plain backbone.
+        num_errors: how many standard errors count as worse.
+    """
+    rises, helps = {}, {}
+    for task in sorted(common):
+        scale = max(statistics.fmean(own[task]), LEAST_LOSS)
+        fall, error = paired_fall(own[task], common[task])
+        rises[task] = (-fall / scale, error / scale)
+        base = statistics.fmean(backbone[task])
+        helps[task] = min(max(1 - statistics.fmean(common[task]) / base, 0.0), 1.0) if base > 0 else 0.0
+
+    def mean(tasks: Iterable[str]) -> tuple[float, float]:
+        shares, errors = zip(*(rises[task] for task in tasks), strict=True)
+        return statistics.fmean(shares), math.hypot(*errors) / len(errors)
+
+    def is_worse(excess: float, error: float) -> bool:
+        return not excess <= num_errors * error  # so is what is not finite
+
+    family = tuple(rises)
+    excess, error = mean(family)
+    if is_worse(excess, error):
+        family = tuple(task for task in rises if not is_worse(*rises[task]))
+        if len(family) < 2 or is_worse(*mean(family)):
+            family = ()
+    return Trial(tuple(rises), family, excess, error, helps)
+
+
+def paired_fall(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """The mean fall of the loss from `base` to `other`, and its standard error, from paired rows."""
+    falls = [before - after for before, after in zip(base, other, strict=True)]
+    mean = sum(falls) / len(falls)
+    variance = sum((fall - mean) ** 2 for fall in falls) / max(len(falls) - 1, 1)
+    return mean, math.sqrt(variance / len(falls))
 
 
 def family_names(families: Iterable[list[str]], taken: Iterable[str]) -> dict[str, list[str]]:

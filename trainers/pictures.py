@@ -31,8 +31,6 @@ def draw_hierarchy(hierarchy: Hierarchy, gates: Mapping[str, HFTGateTable], path
 def draw_plan(plan: Plan, path: Path) -> None:
     """A planned hierarchy: an edge is as wide as the share of the child's loss that the parent takes away.
 
-    An edge from a family's root is as wide as the child's gradient overlaps with the others'.
-
     Arguments and errors as for `draw_hierarchy`.
     """
     hierarchy = plan.hierarchy()

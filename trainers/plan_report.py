@@ -74,13 +74,33 @@ def reasons(plan: Plan, task: str) -> list[str]:
     edges = plan.edges_of(task)
     if family := [up for up in plan.parents[task] if up in plan.families]:
         lines.append(f"on {family[0]}, which learns from it, too; other parents are not considered")
+    elif not edges and len(plan.probes) > 1:
+        lines.append("a root: it was tried in a family only; `--no_families` measures what other tasks give to it")
     elif not any(edge.taken for edge in edges):
         lines.append("a root: nothing that was measured helps it" if edges else "a root: there is no other task")
     return lines + [f"{'on ' if edge.taken else 'not '}{edge}" for edge in edges]
 
 
 def _root(plan: Plan, root: str) -> str:
-    return f"learns from the rows of {', '.join(plan.families[root])}: their gradients overlap"
+    trial = plan.trial(root)
+    text = f"learns from the rows of {', '.join(plan.families[root])}"
+    if trial is None:
+        return text
+    return f"{text}: {trial}" if trial.family == trial.tasks else f"{text}, which lose nothing by it (see below)"
+
+
+def _not_taken(plan: Plan) -> list[str]:
+    """The roots that were tried and are not worth it."""
+    return [
+        f"no root for {', '.join(trial.tasks)} together: {trial}"
+        + (
+            f"; without {', '.join(sorted({*trial.tasks} - {*trial.family}))} nobody loses by it"
+            if trial.family
+            else ""
+        )
+        for trial in plan.trials
+        if trial.family != trial.tasks
+    ]
 
 
 def _behind(note: str) -> str:
@@ -88,20 +108,18 @@ def _behind(note: str) -> str:
 
 
 def as_text(plan: Plan) -> str:
-    """The tree, with complexities and what speaks for a first parent, share of the loss or overlap; then the reasons."""
+    """The tree, with complexities and how much of the loss a first parent takes away; then the reasons."""
     hierarchy = plan.hierarchy()
     notes = {root: _root(plan, root) for root in plan.families}
     for task, probe in plan.probes.items():
         notes[task] = f"complexity {probe.complexity:.2f} ± {probe.complexity_error:.2f}"
         if parents := plan.parents[task]:
-            if parents[0] in plan.families:
-                notes[task] += "; overlap with the others {:.2f} ± {:.2f}".format(*plan.family_overlap(task))
-            else:
-                notes[task] += f"; {parents[0]} takes away {100 * plan.share(task, parents[0]):.0f} % of its loss"
+            notes[task] += f"; {parents[0]} takes away {100 * plan.share(task, parents[0]):.0f} % of its loss"
     lines = [
         hierarchy.draw(notes),
         "",
         "Why (in brackets: fall of the loss through the other's pilot, nats an answer):",
+        *_not_taken(plan),
     ]
     for task in hierarchy.names:
         if task in plan.probes:
@@ -131,6 +149,8 @@ def as_recipe(plan: Plan, recipe: Recipe, estimates: Sequence[str] = ()) -> str:
     )
     values |= {key: value for key in keys if (value := getattr(recipe, key)) not in (None, "exact_match")}
     lines += [_dump(values), "hierarchy:"]
+    for line in _not_taken(plan):
+        lines += textwrap.wrap(line, 116, initial_indent="  # ", subsequent_indent="  #   ")
     for task in plan.hierarchy().names:
         for line in reasons(plan, task):
             lines += textwrap.wrap(line, 116, initial_indent="  # ", subsequent_indent="  #   ")

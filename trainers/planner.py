@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from hft.hierarchy_hft import BACKBONE, Hierarchy
 
-from .families import Overlaps, family_names
+from .families import Overlaps, Trial, family_names, paired_fall
 
 
 FEWEST_ROWS = 8  # below, a standard error says nothing
@@ -84,6 +84,7 @@ class Plan:
         edges: all parents that were measured, by child, most gain first.
         families: root -> the tasks that stand on it, from whose rows it learns.
         overlaps: how alike the tasks' gradients are; None if families were not looked for.
+        trials: the roots that were tried, in this order.
     """
 
     parents: dict[str, list[str]]
@@ -91,6 +92,7 @@ class Plan:
     edges: tuple[Edge, ...] = field(repr=False)
     families: Mapping[str, list[str]] = field(default_factory=dict)
     overlaps: Overlaps | None = field(default=None, repr=False)
+    trials: tuple[Trial, ...] = field(default=(), repr=False)
 
     def hierarchy(self) -> Hierarchy:
         """The tasks as a `Hierarchy`, simple ones first within a level."""
@@ -100,16 +102,15 @@ class Plan:
         """What was considered for one task, taken edges first, then by gain."""
         return sorted((edge for edge in self.edges if edge.child == child), key=lambda edge: not edge.taken)
 
-    def family_overlap(self, task: str) -> tuple[float, float]:
-        """A task's mean overlap with the others of its family, and its standard error."""
-        (members,) = (its for its in self.families.values() if task in its)
-        overlaps = self.overlaps or Overlaps({})
-        return overlaps.between([task], [other for other in members if other != task]) or (0.0, 0.0)
+    def trial(self, root: str) -> Trial | None:
+        """What was measured of a family's root; None if nothing was."""
+        return next((trial for trial in self.trials if list(trial.family) == sorted(self.families[root])), None)
 
     def share(self, child: str, parent: str) -> float:
-        """How much of the child's loss its parent takes away; of a family's root, its overlap with the others: 0 to 1."""
+        """How much of the child's loss its parent takes away, 0 to 1; 0 for a root of which nothing was measured."""
         if parent in self.families:
-            return max(self.family_overlap(child)[0], 0.0)
+            trial = self.trial(parent)
+            return trial.helps[child] if trial is not None else 0.0
         edge = next(edge for edge in self.edges if (edge.child, edge.parent) == (child, parent))
         base = _mean(self.probes[child].base())
         return min(max(edge.gain / base, 0.0), 1.0) if base > 0 else 0.0
@@ -127,6 +128,7 @@ def make_plan(
     existing: Hierarchy | None = None,
     groups: Sequence[Sequence[str]] = (),
     overlaps: Overlaps | None = None,
+    trials: Sequence[Trial] = (),
 ) -> Plan:
     """Gives families their roots, and picks parents.
 
@@ -142,8 +144,8 @@ def make_plan(
         max_parents: of one task, at most; 1 or more.
         num_errors: how many standard errors a gain must be above 0; 0 or more.
         existing: tasks that are learnt already and may become parents, whatever their complexity; they stay as they are.
-        groups: the families, see `find_families`.
-        overlaps: what they were found by, for the report.
+        groups: the families, see `try_root`.
+        overlaps, trials: what they were found by, for the report.
 
     Raises:
         ValueError: no tasks, a number out of its range, or a task that is new and existing at once.
@@ -157,7 +159,7 @@ def make_plan(
     parents.update({root: [] for root in families})
     parents.update({task: [root_of[task]] if task in root_of else [] for task in order})
     gains = {
-        (parent, child): _gain(probe.base(), probe.losses[parent])
+        (parent, child): paired_fall(probe.base(), probe.losses[parent])
         for child, probe in probes.items()
         for parent in probe.losses
         if parent in parents and parent != child and child not in root_of
@@ -176,7 +178,7 @@ def make_plan(
         Edge(parent, child, parent in parents[child], *gains[parent, child], reasons[parent, child])
         for parent, child in sorted(gains, key=lambda pair: (place[pair[1]], -gains[pair][0], pair[0]))
     )
-    return Plan(parents, dict(probes), edges, families, overlaps)
+    return Plan(parents, dict(probes), edges, families, overlaps, tuple(trials))
 
 
 def _check(probes: Mapping[str, TaskProbe], max_parents: int, num_errors: float, existing: Hierarchy | None) -> None:
@@ -258,7 +260,7 @@ def _further(
     if len(have) >= max_parents:
         return f"{' and '.join(have)} help{'s' if len(have) == 1 else ''} more, and `max_parents` is {max_parents}"
     losses = probes[child].losses
-    mean, error = _gain(_mixed([losses[up] for up in have]), _mixed([losses[up] for up in (*have, parent)]))
+    mean, error = paired_fall(_mixed([losses[up] for up in have]), _mixed([losses[up] for up in (*have, parent)]))
     if mean <= max(num_errors * error, SMALLEST_GAIN):
         return f"it adds nothing to {' and '.join(have)} ({mean:+.3f} ± {error:.3f} together)"
     have.append(parent)
@@ -287,14 +289,6 @@ def _stands_on(parents: Mapping[str, Sequence[str]], task: str, ancestor: str) -
                 seen.add(parent)
                 waiting.append(parent)
     return False
-
-
-def _gain(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """The mean fall of the loss from `base` to `other`, and its standard error, from paired rows."""
-    falls = [before - after for before, after in zip(base, other, strict=True)]
-    mean = _mean(falls)
-    variance = sum((fall - mean) ** 2 for fall in falls) / max(len(falls) - 1, 1)
-    return mean, math.sqrt(variance / len(falls))
 
 
 def _mixed(losses: Sequence[Sequence[float]]) -> list[float]:

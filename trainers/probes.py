@@ -3,6 +3,7 @@
 D hidden size, K tasks.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from hft.refresh_hft import frozen
 
 from .calibration import calibrated_losses
 from .evaluation import Row, option_likelihoods, prompt_ids, reference
-from .families import find_families
+from .families import Trial, find_families, try_root
 from .overlap import measure_overlaps
 from .pilots import ProbeSettings, Sample, pilot, take_sample
 from .planner import Plan, TaskProbe, make_plan
@@ -35,14 +36,16 @@ def plan_hierarchy(
 ) -> Plan:
     """Finds a hierarchy for tasks, or the parents of new tasks among those that a model has learnt.
 
-    Tasks whose gradients overlap become a family, which stands on a root that learns from the rows of all of them (see
-    `measure_overlaps`, `find_families`). Edges come from pilots: low-rank nodes, learnt for a few steps from the plain
+    All tasks become one family, which stands on a root that learns from the rows of all of them, unless a common pilot
+    shows that they learn worse together than each by itself (see `try_roots`); then those whose gradients overlap are tried
+    (see `measure_overlaps`, `find_families`). Edges come from pilots: low-rank nodes, learnt for a few steps from the plain
     backbone, that stand for what a task has to give. The gain of task j from task i is how much lower j's losses are through
     i's pilot than through the backbone (or the middle one of the pilots, see `TaskProbe.base`), on rows that neither has
     learnt from: over each row's options, calibrated (see `calibrated_losses`), so that the mere form of answers does not
     count; for free answers, against the mean over all pilots instead of the backbone. That is a pilot and gradients over
-    `gradient_rows` rows a task, and forward passes for at most K times `max_candidates` pairs: tasks of families need no
-    other parents. The model is left as it was, to the bit.
+    `gradient_rows` rows a task, the steps of all pilots once or twice more for the common ones, and forward passes for at
+    most K times `max_candidates` pairs: tasks whose gradients overlap need no other parents. The model is left as it was, to
+    the bit.
 
     Args:
         model: an HFT model; the sealed tasks that it has may become parents, and stay as they are.
@@ -67,16 +70,26 @@ def plan_hierarchy(
             )
     samples = {task: take_sample(task, rows, processing_class, settings) for task, rows in datasets.items()}
     existing = model.hierarchy if len(model.hierarchy) else None
-    overlaps, groups = None, []
+    overlaps, groups, trials = None, [], []
     wants_families = families and existing is None
-    with frozen(model), tqdm(total=(2 + wants_families) * len(samples), disable=not progress) as bar:
+    with frozen(model), tqdm(total=(2 + 2 * wants_families) * len(samples), disable=not progress) as bar:
         if wants_families:
             overlaps = measure_overlaps(model, samples, settings, bar)
             groups = find_families(overlaps, num_errors)
         placed = {task for family in groups for task in family}
-        probes = measure(model, processing_class, samples, settings, bar, placed)
+        probes, raw = measure(model, processing_class, samples, settings, bar, placed)
+        if overlaps is not None and len(overlaps.of) > 1:
+            tried = {task: samples[task] for task in sorted(overlaps.of)}
+            trials = try_roots(model, processing_class, tried, groups, raw, settings, num_errors, bar)
+            groups = [list(trial.family) for trial in trials if trial.family]
     return make_plan(
-        probes, max_parents=max_parents, num_errors=num_errors, existing=existing, groups=groups, overlaps=overlaps
+        probes,
+        max_parents=max_parents,
+        num_errors=num_errors,
+        existing=existing,
+        groups=groups,
+        overlaps=overlaps,
+        trials=trials,
     )
 
 
@@ -87,10 +100,13 @@ def measure(
     settings: ProbeSettings,
     bar: tqdm,
     placed: Collection[str] = (),
-) -> dict[str, TaskProbe]:
+) -> tuple[dict[str, TaskProbe], dict[str, dict[str, list[Any]]]]:
     """Trains a pilot a task and measures what it gives to the others, if they are not `placed` already.
 
     The model, which is frozen, is left as it was.
+
+    Returns:
+        What the planner goes by, and what that comes from: task -> through whose path -> `read`.
     """
     old = model.config.sealed_tasks()
     raw: dict[str, dict[str, list[Any]]] = {task: {} for task in samples}
@@ -109,7 +125,63 @@ def measure(
                 if task == source or source in candidates[task]:
                     raw[task][source] = read(model, tokenizer, samples[task], name)
         bar.update()
-    return {task: as_probe(task, sample, raw[task]) for task, sample in samples.items()}
+    return {task: as_probe(task, sample, raw[task]) for task, sample in samples.items()}, raw
+
+
+def try_roots(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Mapping[str, Sample],
+    groups: Sequence[Sequence[str]],
+    raw: Mapping[str, Mapping[str, list[Any]]],
+    settings: ProbeSettings,
+    num_errors: float,
+    bar: tqdm,
+) -> list[Trial]:
+    """Tries one root for all tasks, and then one for what each group has left that did not get it.
+
+    Args:
+        model: frozen; left as it was.
+        tokenizer: its.
+        samples: of the tasks, two or more.
+        groups: of some of them.
+        raw: what `measure` gave: through the backbone, and through each task's own pilot.
+        settings: how much is measured.
+        num_errors: see `try_root`.
+        bar: counts the tasks of each trial.
+    """
+    through = {
+        source: {task: answer_losses(sample, raw[task][source or task]) for task, sample in samples.items()}
+        for source in (BACKBONE, None)
+    }
+    trials: list[Trial] = []
+    left = list(samples)
+    for wanted in (left, *groups):
+        group = [task for task in wanted if task in left]
+        if len(group) < 2 or any(trial.tasks == tuple(group) for trial in trials):
+            continue
+        if trials:
+            bar.total += len(group)
+        bar.set_description(f"one pilot for {len(group)} tasks")
+        rows = [row for task in group for row in samples[task].pilot]
+        steps = settings.pilot_steps * len(group)
+        with pilot(model, rows, dataclasses.replace(settings, pilot_steps=steps)) as name:
+            common = {
+                task: answer_losses(samples[task], read(model, tokenizer, samples[task], name)) for task in group
+            }
+        bar.update(len(group))
+        trials.append(try_root(through[None], common, through[BACKBONE], num_errors))
+        left = [task for task in left if task not in trials[-1].family]
+    return trials
+
+
+def answer_losses(sample: Sample, raw: Sequence[Any]) -> list[float]:
+    """The loss of each row's answer from what `read` gave, in nats: among its options, if it has some."""
+    if not sample.has_options:
+        return list(raw)
+    places = [row["options"].index(reference(row)) for row in sample.probe]
+    rows = [torch.tensor(its, dtype=torch.float64).log_softmax(0) for its in raw]
+    return [-float(its[place]) for its, place in zip(rows, places, strict=True)]
 
 
 def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sample, task: str | None) -> list[Any]:

@@ -42,7 +42,7 @@ from harness import (
     train_hft,
     with_roots,
 )
-from planner_measures import by_pair, exchanged, in_other_words, measure_all, overlaps_between
+from planner_measures import as_cells, by_pair, exchanged, in_other_words, measure_all, overlaps_between
 from quality import CL14
 from transformers import TrainerCallback
 
@@ -209,6 +209,7 @@ def main() -> None:
                 found = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, progress=False)
                 seconds = round(time.perf_counter() - begin, 1)
                 result.update(value=seconds, hierarchy=found.parents, families=found.families)
+                result.update(trials=as_cells(found.trials))
                 result.update(threads=torch.get_num_threads())
             elif setting in ESTIMATED:
                 command = [

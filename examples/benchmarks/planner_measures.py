@@ -12,11 +12,11 @@ from hft.hierarchy_hft import BACKBONE
 from hft.refresh_hft import frozen
 from hft.trainers.calibration import calibrated_losses
 from hft.trainers.evaluation import option_likelihoods, reference
-from hft.trainers.families import Overlaps, find_families
+from hft.trainers.families import Overlaps, Trial, find_families
 from hft.trainers.overlap import measure_overlaps
 from hft.trainers.pilots import ProbeSettings, Sample, pilot, take_sample
 from hft.trainers.planner import TaskProbe, make_plan
-from hft.trainers.probes import as_probe
+from hft.trainers.probes import as_probe, try_roots
 
 
 MEASURES = ("calibrated", "options", "tokens", "gradient")  # of help; the planner goes by the first and the last
@@ -40,11 +40,10 @@ def measure_all(
             with pilot(model, its.pilot, settings) as name:
                 for task, other in samples.items():
                     raw[task][source] = option_likelihoods(model, tokenizer, other.probe, name)
+        trials = try_roots(model, tokenizer, samples, find_families(overlaps), raw, settings, 2.0, bar)
     probes = {task: as_probe(task, its, raw[task]) for task, its in samples.items()}
-    plan, of_all = (
-        make_plan(probes, groups=find_families(overlaps)),
-        make_plan(probes),
-    )  # edges of families' members, too
+    families = [list(trial.family) for trial in trials if trial.family]
+    plan, of_all = make_plan(probes, groups=families), make_plan(probes)  # edges of families' members, too
     help_by: dict[str, dict[str, float]] = {measure: {} for measure in MEASURES}
     complexity: dict[str, dict[str, float]] = {}
     for child, its in samples.items():
@@ -62,6 +61,7 @@ def measure_all(
     return {
         "hierarchy": plan.parents,
         "families": plan.families,
+        "trials": as_cells(trials),
         "overlap_errors": {
             f"{one}>{other}": round(error, 4) for one, its in overlaps.of.items() for other, (_, error) in its.items()
         },
@@ -124,6 +124,19 @@ def by_pair(overlaps: Overlaps) -> dict[str, list[float]]:
         for one, its in overlaps.of.items()
         for other, values in its.items()
     }
+
+
+def as_cells(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """The roots that were tried, for a cell."""
+    return [
+        {
+            "tasks": list(trial.tasks),
+            "excess": round(trial.excess, 4),
+            "error": round(trial.error, 4),
+            "family": list(trial.family),
+        }
+        for trial in trials
+    ]
 
 
 def losses_of(likelihoods: Sequence[Sequence[float]], probe: Sequence[dict]) -> dict[str, list[float]]:
