@@ -261,7 +261,7 @@ class HFTStorage(HFTSlimFiles):
             )
         if is_main_process:
             # Weights of the other form, which a reader would take for this one's.
-            stale = ("model-*-of-*.safetensors", "model.safetensors.index.json") if slim else (SHARED_FILE,)
+            stale = ("model-*-of-*.safetensors", "model.*safetensors*") if slim else (SHARED_FILE,)
             stale = () if kwargs.get("variant") else stale  # of which a folder may hold several
             with replacing(save_directory, stale=stale) as folder:
                 if slim:

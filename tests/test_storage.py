@@ -531,6 +531,9 @@ def test_variants_stay_side_by_side(model, tmp_path):
         assert bits(hft.HFTForCausalLM.from_pretrained(tmp_path, **options)(x, task="d").logits) == bits(
             model(x, task="d").logits
         )
+    model.save_pretrained(tmp_path / "was full", slim=False, variant="fp16")
+    model.save_pretrained(tmp_path / "was full")
+    assert not list((tmp_path / "was full").glob("model.*.safetensors"))  # its config.json is gone
     with pytest.raises(ValueError, match="The slim form has no variants"):
         model.save_pretrained(tmp_path, variant="fp16")
     model.save_pretrained(tmp_path / "slim")

@@ -221,7 +221,7 @@ def option_likelihoods(
             logits_to_keep=last,
             **which,
         )
-        cache, first_BV = first.past_key_values, first.logits[:, -1].float().log_softmax(-1)
+        cache, first_BV = first.cache, first.logits[:, -1].float().log_softmax(-1)
         cache.activate_past_recording()  # else what left a sliding window could not be brought back
         num_options = max(len(rows[i]["options"]) for i in chosen)
         likelihood = torch.full((len(chosen), num_options), -torch.inf)

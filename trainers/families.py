@@ -11,6 +11,9 @@ from typing import TypeAlias
 # Of 1; tasks whose answers are chosen from options that the prompt names have more, others less.
 SMALLEST_OVERLAP = 0.5
 LEAST_LOSS = 0.1  # nats an answer; less counts as so much: such a task is as good as solved
+# Shares of the loss: what a task may lose by a root, and what all may on average. Another seed of a pilot moves as much.
+CLEAR_LOSS, SMALLEST_LOSS = 0.2, 0.05
+FEWEST_ROWS = 8  # below, a standard error says nothing
 Group: TypeAlias = tuple[str, ...]
 
 
@@ -71,15 +74,15 @@ def find_families(overlaps: Overlaps, num_errors: float = 2.0, smallest: float =
 
 @dataclass(frozen=True)
 class Trial:
-    """A root that was tried: a common pilot of some tasks, from the rows of all, in as many steps as a pilot each takes.
+    """A root that was tried: a common pilot of some tasks, from the rows of all, in as many steps as all of their own.
 
     Args:
         tasks: in the order of names.
         family: those of them that get the root; all, some, or none.
-        excess: how much more loss is left through it than through each task's own pilot, as a share of the latter; the mean
+        excess: how much more loss is left through it than through a task's own pilot, as a share of the latter; the mean
             over tasks. Negative: less is left.
         error: its standard error, from paired rows. That a pilot learns otherwise with another seed is not in it.
-        helps: task -> the share of its loss through the backbone that the common pilot takes away, 0 to 1.
+        helps: task -> the share of its plain loss through the backbone that the common pilot takes away, 0 to 1.
     """
 
     tasks: Group
@@ -89,6 +92,10 @@ class Trial:
     helps: Mapping[str, float]
 
     def __str__(self) -> str:
+        if not math.isfinite(self.excess):
+            return "it could not be measured (a loss is not finite)"
+        if not math.isfinite(self.error):
+            return "nothing can be told from so few rows"
         more = "more" if self.excess > 0 else "less"
         return (
             f"one pilot of all their rows leaves {100 * abs(self.excess):.1f} ± {100 * self.error:.1f} % {more} loss than a "
@@ -102,11 +109,12 @@ def try_root(
     backbone: Mapping[str, Sequence[float]],
     num_errors: float = 2.0,
 ) -> Trial:
-    """Which tasks should stand on one root: all, unless their common pilot is worse than a pilot each.
+    """Which tasks should stand on one root: those that do not clearly learn worse by a common pilot than by their own.
 
-    Worse: it leaves more loss, by more than `num_errors` standard errors. Then those that lose so much each by itself leave,
-    and the others stay if, without these, it is no worse. In doubt tasks share a root: it costs no steps, and they still
-    refine what it has learnt.
+    A task clearly does if it loses more than `CLEAR_LOSS` of its loss, and more than one and a half times `num_errors`
+    standard errors (of many tasks some are beyond fewer by chance); it leaves. The others get the root unless the mean over
+    them is worse by more than `SMALLEST_LOSS` and by more than `num_errors` errors. In doubt tasks share a root: it costs
+    no steps, and they still refine what it has learnt. With fewer than `FEWEST_ROWS` rows all is doubtful.
 
     Args:
         own: task -> the loss of each of its rows through its own pilot, in nats an answer.
@@ -118,24 +126,21 @@ def try_root(
     for task in sorted(common):
         scale = max(statistics.fmean(own[task]), LEAST_LOSS)
         fall, error = paired_fall(own[task], common[task])
-        rises[task] = (-fall / scale, error / scale)
-        base = statistics.fmean(backbone[task])
-        helps[task] = min(max(1 - statistics.fmean(common[task]) / base, 0.0), 1.0) if base > 0 else 0.0
+        rises[task] = (-fall / scale, error / scale if len(common[task]) >= FEWEST_ROWS else math.inf)
+        left = statistics.fmean(common[task]) / max(statistics.fmean(backbone[task]), 1e-9)
+        helps[task] = min(max(1 - left, 0.0), 1.0) if math.isfinite(left) else 0.0
 
     def mean(tasks: Iterable[str]) -> tuple[float, float]:
         shares, errors = zip(*(rises[task] for task in tasks), strict=True)
         return statistics.fmean(shares), math.hypot(*errors) / len(errors)
 
-    def is_worse(excess: float, error: float) -> bool:
-        return not excess <= num_errors * error  # so is what is not finite
+    def is_worse(excess: float, error: float, smallest: float, more_errors: float = 1.0) -> bool:
+        return not excess <= max(smallest, more_errors * num_errors * error)  # so is what is not finite
 
-    family = tuple(rises)
-    excess, error = mean(family)
-    if is_worse(excess, error):
-        family = tuple(task for task in rises if not is_worse(*rises[task]))
-        if len(family) < 2 or is_worse(*mean(family)):
-            family = ()
-    return Trial(tuple(rises), family, excess, error, helps)
+    family = tuple(task for task in rises if not is_worse(*rises[task], CLEAR_LOSS, 1.5))
+    if len(family) < 2 or is_worse(*mean(family), SMALLEST_LOSS):
+        family = ()
+    return Trial(tuple(rises), family, *mean(rises), helps)
 
 
 def paired_fall(base: Sequence[float], other: Sequence[float]) -> tuple[float, float]:

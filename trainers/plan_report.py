@@ -74,8 +74,6 @@ def reasons(plan: Plan, task: str) -> list[str]:
     edges = plan.edges_of(task)
     if family := [up for up in plan.parents[task] if up in plan.families]:
         lines.append(f"on {family[0]}, which learns from it, too; other parents are not considered")
-    elif not edges and len(plan.probes) > 1:
-        lines.append("a root: it was tried in a family only; `--no_families` measures what other tasks give to it")
     elif not any(edge.taken for edge in edges):
         lines.append("a root: nothing that was measured helps it" if edges else "a root: there is no other task")
     return lines + [f"{'on ' if edge.taken else 'not '}{edge}" for edge in edges]
@@ -86,18 +84,16 @@ def _root(plan: Plan, root: str) -> str:
     text = f"learns from the rows of {', '.join(plan.families[root])}"
     if trial is None:
         return text
-    return f"{text}: {trial}" if trial.family == trial.tasks else f"{text}, which lose nothing by it (see below)"
+    if trial.family != trial.tasks:
+        return f"{text}, of whom none clearly loses by it (see `no root for`)"
+    return f"{text}: {trial}{', which may be chance; in doubt tasks share' if not trial.excess <= 0 else ''}"
 
 
 def _not_taken(plan: Plan) -> list[str]:
     """The roots that were tried and are not worth it."""
     return [
         f"no root for {', '.join(trial.tasks)} together: {trial}"
-        + (
-            f"; without {', '.join(sorted({*trial.tasks} - {*trial.family}))} nobody loses by it"
-            if trial.family
-            else ""
-        )
+        + (f"; too much for {', '.join(sorted({*trial.tasks} - {*trial.family}))}" if trial.family else "")
         for trial in plan.trials
         if trial.family != trial.tasks
     ]

@@ -1,4 +1,4 @@
-"""The hierarchy found from measurements: like gradients make families, complexity orders tasks, help picks parents.
+"""The hierarchy found from measurements: trials make families, complexity orders tasks, help picks parents.
 
 Plain Python, no torch.
 
@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 
 from hft.hierarchy_hft import BACKBONE, Hierarchy
 
-from .families import Overlaps, Trial, family_names, paired_fall
+from .families import FEWEST_ROWS, Overlaps, Trial, family_names, paired_fall
 
 
-FEWEST_ROWS = 8  # below, a standard error says nothing
 FEWEST_PILOTS = 4  # that have a middle which two relatives do not fill
 SMALLEST_GAIN = 0.01  # nats; less is rounding, whatever its error
 
@@ -107,7 +106,10 @@ class Plan:
         return next((trial for trial in self.trials if list(trial.family) == sorted(self.families[root])), None)
 
     def share(self, child: str, parent: str) -> float:
-        """How much of the child's loss its parent takes away, 0 to 1; 0 for a root of which nothing was measured."""
+        """How much of the child's loss its parent takes away, 0 to 1; 0 for a root of which nothing was measured.
+
+        For a parent by `TaskProbe.losses`, against `TaskProbe.base`; for a root see `Trial.helps`.
+        """
         if parent in self.families:
             trial = self.trial(parent)
             return trial.helps[child] if trial is not None else 0.0

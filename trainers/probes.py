@@ -5,8 +5,8 @@ D hidden size, K tasks.
 
 import dataclasses
 import statistics
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from tqdm.auto import tqdm
@@ -43,9 +43,9 @@ def plan_hierarchy(
     i's pilot than through the backbone (or the middle one of the pilots, see `TaskProbe.base`), on rows that neither has
     learnt from: over each row's options, calibrated (see `calibrated_losses`), so that the mere form of answers does not
     count; for free answers, against the mean over all pilots instead of the backbone. That is a pilot and gradients over
-    `gradient_rows` rows a task, the steps of all pilots once or twice more for the common ones, and forward passes for at
-    most K times `max_candidates` pairs: tasks whose gradients overlap need no other parents. The model is left as it was, to
-    the bit.
+    `gradient_rows` rows a task, and the steps of all pilots again for the common one. Where that leaves tasks without a
+    root: once more for those of groups, and once more to read each such task through at most `max_candidates` pilots. The
+    model is left as it was, to the bit.
 
     Args:
         model: an HFT model; the sealed tasks that it has may become parents, and stay as they are.
@@ -72,16 +72,28 @@ def plan_hierarchy(
     existing = model.hierarchy if len(model.hierarchy) else None
     overlaps, groups, trials = None, [], []
     wants_families = families and existing is None
-    with frozen(model), tqdm(total=(2 + 2 * wants_families) * len(samples), disable=not progress) as bar:
+    with frozen(model), tqdm(total=(2 + wants_families) * len(samples), disable=not progress) as bar:
+        near = nearest_tasks(model, processing_class, samples, settings.max_candidates)
+        readers = {source: [source] for source in samples}
         if wants_families:
             overlaps = measure_overlaps(model, samples, settings, bar)
-            groups = find_families(overlaps, num_errors)
-        placed = {task for family in groups for task in family}
-        probes, raw = measure(model, processing_class, samples, settings, bar, placed)
+        if overlaps is None or len(overlaps.of) < 2:
+            readers = {source: [task for task in samples if source in (task, *near[task])] for source in samples}
+        raw = read_plain(model, processing_class, samples, bar)
+        read_pilots(model, processing_class, samples, readers, raw, settings, bar)
         if overlaps is not None and len(overlaps.of) > 1:
             tried = {task: samples[task] for task in sorted(overlaps.of)}
-            trials = try_roots(model, processing_class, tried, groups, raw, settings, num_errors, bar)
+            found = find_families(overlaps, num_errors)
+            trials = try_roots(model, processing_class, tried, found, raw, settings, num_errors, bar)
             groups = [list(trial.family) for trial in trials if trial.family]
+            left = set(samples).difference(*groups)
+            readers = {
+                source: [task for task in samples if task in left and source in near[task]] for source in samples
+            }
+            readers = {source: its for source, its in readers.items() if its}
+            _more(bar, len(readers))
+            read_pilots(model, processing_class, samples, readers, raw, settings, bar)
+    probes = {task: as_probe(task, sample, raw[task]) for task, sample in samples.items()}
     return make_plan(
         probes,
         max_parents=max_parents,
@@ -93,39 +105,54 @@ def plan_hierarchy(
     )
 
 
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    samples: Mapping[str, Sample],
-    settings: ProbeSettings,
-    bar: tqdm,
-    placed: Collection[str] = (),
-) -> tuple[dict[str, TaskProbe], dict[str, dict[str, list[Any]]]]:
-    """Trains a pilot a task and measures what it gives to the others, if they are not `placed` already.
+# Task -> through whose path its rows were read -> what `read` gave.
+Readings: TypeAlias = dict[str, dict[str, list[Any]]]
 
-    The model, which is frozen, is left as it was.
 
-    Returns:
-        What the planner goes by, and what that comes from: task -> through whose path -> `read`.
-    """
+def read_plain(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Mapping[str, Sample], bar: tqdm
+) -> Readings:
+    """Reads each task through the backbone and the model's learnt tasks."""
     old = model.config.sealed_tasks()
-    raw: dict[str, dict[str, list[Any]]] = {task: {} for task in samples}
-    candidates = nearest_tasks(model, tokenizer, samples, settings.max_candidates)
-    candidates.update({task: set() for task in placed})
+    raw: Readings = {task: {} for task in samples}
     for task, sample in samples.items():
         bar.set_description(f"{task}: through the backbone{' and learnt tasks' if old else ''}")
         for source in (BACKBONE, *old):
             raw[task][source] = read(model, tokenizer, sample, None if source == BACKBONE else source)
         bar.update()
-    for source, sample in samples.items():
+    return raw
+
+
+def read_pilots(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Mapping[str, Sample],
+    readers: Mapping[str, Sequence[str]],
+    raw: Readings,
+    settings: ProbeSettings,
+    bar: tqdm,
+) -> None:
+    """Trains pilots, and adds to `raw` what tasks read through them; the model, which is frozen, is left as it was.
+
+    Args:
+        model, tokenizer, samples, settings: as for `plan_hierarchy`.
+        readers: whose pilot -> the tasks that are read through it.
+        raw: the readings so far.
+        bar: counts the pilots.
+    """
+    for source, tasks in readers.items():
         bar.set_description(f"{source}: pilot")
-        with pilot(model, sample.pilot, settings) as name:
-            bar.set_description(f"{source}: what it gives to others")
-            for task in samples:
-                if task == source or source in candidates[task]:
-                    raw[task][source] = read(model, tokenizer, samples[task], name)
+        with pilot(model, samples[source].pilot, settings) as name:
+            bar.set_description(f"{source}: what it gives{' to others' if [source] != list(tasks) else ''}")
+            for task in tasks:
+                raw[task][source] = read(model, tokenizer, samples[task], name)
         bar.update()
-    return {task: as_probe(task, sample, raw[task]) for task, sample in samples.items()}, raw
+
+
+def _more(bar: tqdm, count: int) -> None:
+    """There is more to do than the bar was told."""
+    bar.total = (bar.total or 0) + count
+    bar.refresh()
 
 
 def try_roots(
@@ -133,19 +160,21 @@ def try_roots(
     tokenizer: PreTrainedTokenizerBase,
     samples: Mapping[str, Sample],
     groups: Sequence[Sequence[str]],
-    raw: Mapping[str, Mapping[str, list[Any]]],
+    raw: Readings,
     settings: ProbeSettings,
     num_errors: float,
     bar: tqdm,
 ) -> list[Trial]:
     """Tries one root for all tasks, and then one for what each group has left that did not get it.
 
+    A common pilot draws from all rows alike, as a root does: a task with few rows is seen less often than by its own pilot.
+
     Args:
         model: frozen; left as it was.
         tokenizer: its.
         samples: of the tasks, two or more.
         groups: of some of them.
-        raw: what `measure` gave: through the backbone, and through each task's own pilot.
+        raw: through the backbone, and through each task's own pilot.
         settings: how much is measured.
         num_errors: see `try_root`.
         bar: counts the tasks of each trial.
@@ -160,8 +189,7 @@ def try_roots(
         group = [task for task in wanted if task in left]
         if len(group) < 2 or any(trial.tasks == tuple(group) for trial in trials):
             continue
-        if trials:
-            bar.total += len(group)
+        _more(bar, len(group))
         bar.set_description(f"one pilot for {len(group)} tasks")
         rows = [row for task in group for row in samples[task].pilot]
         steps = settings.pilot_steps * len(group)

@@ -104,8 +104,6 @@ def learn(
 # Setting -> hierarchy for a seed, and what differs from the full method.
 SETTINGS = {
     "full": (lambda seed: TREE, {}),
-    # The same; the cells of `full` and of all others were run when gates on a task's own node and page learnt, too.
-    "inherited_gates": (lambda seed: TREE, {}),
     "no_memory": (lambda seed: TREE, {"memory_config": {"read": "off"}}),
     "no_gates": (lambda seed: TREE, {"gating_config": {"trainable": False}}),
     "flat": (lambda seed: {task: [] for task in TREE}, {}),

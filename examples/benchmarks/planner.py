@@ -12,6 +12,7 @@ steps.
 found: the ablation's training on the planner's hierarchy, in as many steps as its settings full, flat and reversed.
 estimate: what `hft plan` promises for a training against what happens, each in a process of its own.
 fourteen: the seconds of a plan of all fourteen tasks.
+six: the plan of the six tasks of quality.py, from the same rows.
 """
 
 import json
@@ -43,7 +44,7 @@ from harness import (
     with_roots,
 )
 from planner_measures import as_cells, by_pair, exchanged, in_other_words, measure_all, overlaps_between
-from quality import CL14
+from quality import BUDGETS, CL14, FAMILY, read_shuffled
 from transformers import TrainerCallback
 
 from hft.trainers import plan_hierarchy
@@ -175,7 +176,7 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "planner.jsonl")
     pairs = [f"{parent}>{child}" for parent, child in PAIRS]
     alone = [f"alone: {task}" for task in CHILDREN]
-    settings = ["measures", "words", *alone, *pairs, "families", "found", *ESTIMATED, "fourteen"]
+    settings = ["measures", "words", *alone, *pairs, "families", "found", *ESTIMATED, "fourteen", "six"]
     arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
     arguments.add_argument("--child", choices=["promise", "train"], help="a process of an `estimate`")
     args = arguments.parse_args()
@@ -211,6 +212,13 @@ def main() -> None:
                 result.update(value=seconds, hierarchy=found.parents, families=found.families)
                 result.update(trials=as_cells(found.trials))
                 result.update(threads=torch.get_num_threads())
+            elif setting == "six":
+                its = {task: read_shuffled(args.data, task, "train", tokenizer, BUDGETS["small"]) for task in FAMILY}
+                data = {task: sample(its[task], SAMPLES, seed, with_options=True) for task in FAMILY}
+                model = new_model(backbone, {})
+                found = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, progress=False)
+                result.update(value=len(found.families), hierarchy=found.parents, families=found.families)
+                result.update(trials=as_cells(found.trials))
             elif setting in ESTIMATED:
                 command = [
                     sys.executable,

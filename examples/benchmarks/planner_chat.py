@@ -5,8 +5,8 @@
 `hft plan` and `hft train` read a folder of data as messages, in the backbone's chat template; the other benchmarks have
 plain text. `--tasks alike` are the seven cl14 tasks of the ablation; `unlike` are three of them and three of reasoning-gym,
 whose answers are free. `plan` is the planner's hierarchy; the other settings train on one: the planner's (found), the
-ablation's chains, one root a hand-made family, one root for all, or none (flat). Scores: accuracies on validation rows,
-options by likelihood; of free answers those that get reasoning-gym's full marks.
+ablation's chains, one root for all, one a hand-made family, one a group whose gradients overlap, or none (flat). Scores:
+accuracies on validation rows, options by likelihood; of free answers those that get reasoning-gym's full marks.
 """
 
 from collections.abc import Mapping
@@ -46,6 +46,7 @@ FAMILIES = {
     "alike": {"sentiment": ["sst2", "yelp", "amazon"], "inference": ["rte", "mnli", "cb"]},
     "unlike": {"labels": ["sst2", "rte", "agnews"], "exercises": list(EXERCISES)},
 }
+GRADIENTS = {"family1": ["agnews", "amazon", "yelp"], "family2": ["cb", "mnli", "rte"]}  # of `alike`; of `unlike` none
 ORDER = {"alike": list(TREE), "unlike": ["sst2", "rte", "agnews", *EXERCISES]}
 
 
@@ -58,9 +59,9 @@ def on_roots(tasks: list[str], families: Mapping[str, list[str]]) -> dict[str, l
 def hierarchies(tasks: str) -> dict[str, tuple[dict[str, list[str]], dict[str, list[str]]]]:
     """Setting -> its hierarchy and families; of `found` the cell `plan` with seed 0 knows them."""
     order, families = ORDER[tasks], FAMILIES[tasks]
-    chains = {"chains": (TREE, {})} if tasks == "alike" else {}
+    alike = {"chains": (TREE, {}), "gradients": (on_roots(order, GRADIENTS), GRADIENTS)}
     return {
-        **chains,
+        **(alike if tasks == "alike" else {}),
         "families": (on_roots(order, families), families),
         "root": (on_roots(order, {"all": order}), {"all": order}),
         "flat": ({task: [] for task in order}, {}),

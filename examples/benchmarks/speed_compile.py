@@ -40,11 +40,11 @@ def serve(backbone: str, rounds: int, length: int, cached: int) -> dict:
     room = cached + length * (4 * rounds + 8)  # each pass adds to the cache
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=room) if cached else None
     positions = torch.arange(cached, cached + length, device=model.device)[None]
-    options = {"past_key_values": cache, "position_ids": positions, "use_cache": cached > 0, "logits_to_keep": 1}
+    options = {"cache": cache, "position_ids": positions, "use_cache": cached > 0, "logits_to_keep": 1}
     results, seconds = {}, {}
     with torch.no_grad():
         if cache is not None:
-            model(prompts(model, 1, cached), task="a", past_key_values=cache)
+            model(prompts(model, 1, cached), task="a", cache=cache)
         for task in ("a", "b"):
             model.fold(task, rank=rank)
             begin = time.perf_counter()

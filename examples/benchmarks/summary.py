@@ -41,14 +41,20 @@ def mean_loss(cell: Mapping[str, dict]) -> float:
 
 
 def ablation() -> dict[str, float]:
-    """Full method minus each setting, in accuracy points, 200 training samples a task."""
-    from table import ABLATION
+    """Full method minus each setting, in accuracy points, 200 training samples a task.
+
+    `own_gates_full_minus_...`: both with gates on a task's own node that learn, too.
+    """
+    from table import ABLATION, OWN_GATES, ablation_base
 
     cells, figures = read("ablation-200"), {}
     for setting in (name for name in ABLATION if name != "full"):
-        if found := difference(cells, "full", setting):
-            figures[f"ablation.full_minus_{setting}"] = round(found[0], 3)
-            figures[f"ablation.full_minus_{setting}_se"] = round(found[1], 3)
+        base = ablation_base(setting)
+        if found := difference(cells, base, setting):
+            other = setting if base == "full" else setting.removesuffix(OWN_GATES)
+            name = f"ablation.{'' if base == 'full' else 'own_gates_'}full_minus_{other.replace('full+', '')}"
+            figures[name] = round(found[0], 3)
+            figures[f"{name}_se"] = round(found[1], 3)
     return figures
 
 
