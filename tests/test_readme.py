@@ -324,7 +324,7 @@ def test_the_routers_numbers():
     test = next(cell for cell in cells if (cell["name"], cell["method"]) == ("quality-short-cl14", "hft_chains"))[
         "test"
     ]
-    assert f"was {test['ap']:.1f} with the task given and {test['routed']['ap']:.1f} routed" in README
+    assert f"was {test['ap']:.1f} with the task given and {test['routed']['ap']:.1f} routed" in PROSE
 
 
 def test_the_ggufs_numbers():
