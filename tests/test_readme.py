@@ -147,7 +147,10 @@ def test_the_planners_estimates():
     assert f"(the process held {first['real']['bytes'] / 1e9:.1f} GB, libraries included)" in PROSE
     for cell in others:
         seconds, size = cell["errors"]["seconds"], cell["errors"]["bytes"]
-        assert f"{100 * seconds:.1f} % too much time and {100 * size:.1f} % too much memory" in PROSE
+        words = [f"{abs(100 * its):.1f} % too {'much' if its > 0 else 'little'}" for its in (seconds, size)]
+        assert f"{words[0]} time and {words[1]} memory" in PROSE
+    worst, median, _ = others[-1]["runs"]
+    assert median == others[-1]["value"] and f"beside it {-100 * worst:.1f} % too little time" in PROSE
 
 
 def test_the_sentences_on_decoding():
