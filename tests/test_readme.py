@@ -286,6 +286,10 @@ def test_the_sentences_on_gates(figures):
     )
     assert f"the accuracy is {own} lower than with the old rule, the loss the same" in PROSE
     assert f"with all at 1 the accuracy is {none} higher, in each seed" in PROSE
+    memory = [figures[f"ablation.full_minus_no_memory{se}"] for se in ("", "_se")]
+    by = {(cell["setting"], cell["seed"]): cell for cell in read_cells("ablation.jsonl")}
+    lower = mean_se([mean_loss(by["no_memory", seed]) - mean_loss(by["full", seed]) for seed in range(3)], 3)
+    assert f"by {lower} nats, and leaves the accuracy as it is ({memory[0]:.1f} ± {memory[1]:.1f} points)" in PROSE
     cells = {(cell["setting"], cell["seed"]): cell["value"] for cell in read_cells("ablation.jsonl")}
     assert all(cells["no_gates", seed] > cells["full", seed] for seed in range(3))
 
