@@ -418,8 +418,19 @@ def test_the_planners_hierarchy_is_measured_on_messages(backbones, tmp_path):
     plan, found, families = cells_of("planner_chat.py", tmp_path, backbones, "--settings", "plan,found,families")
     assert found["hierarchy"] == plan["hierarchy"] and set(found["tasks"]) == set(families["tasks"]) == set(TREE)
     assert (
-        families["hierarchy"]["cb"] == ["inference"] and families["hierarchy"].keys() - TREE.keys() == FAMILIES.keys()
+        families["hierarchy"]["cb"] == ["inference"]
+        and families["hierarchy"].keys() - TREE.keys() == FAMILIES["alike"].keys()
     )
+
+
+@pytest.mark.slow
+def test_tasks_with_little_in_common_are_planned_and_learnt(backbones, tmp_path):
+    from planner_chat import ORDER
+
+    write_tasks(tmp_path / "data", ["sst2", "rte", "agnews"])
+    plan, root = cells_of("planner_chat.py", tmp_path, backbones, "--tasks", "unlike", "--settings", "plan,root")
+    assert set(root["tasks"]) == set(ORDER["unlike"]) == plan["hierarchy"].keys() - plan["families"].keys()
+    assert set(plan["trials"][0]["tasks"]) == {"find", "reverse", "add"}  # of the others there are too few rows
 
 
 @pytest.mark.slow

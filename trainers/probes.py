@@ -36,8 +36,8 @@ def plan_hierarchy(
 ) -> Plan:
     """Finds a hierarchy for tasks, or the parents of new tasks among those that a model has learnt.
 
-    All tasks become one family, which stands on a root that learns from the rows of all of them, unless a common pilot
-    shows that they learn worse together than each by itself (see `try_roots`); then those whose gradients overlap are tried
+    Tasks become one family, which stands on a root that learns from the rows of all of them, but for those that clearly
+    learn worse by a common pilot than by their own (see `try_root`); of these, groups whose gradients overlap are tried, too
     (see `measure_overlaps`, `find_families`). Edges come from pilots: low-rank nodes, learnt for a few steps from the plain
     backbone, that stand for what a task has to give. The gain of task j from task i is how much lower j's losses are through
     i's pilot than through the backbone (or the middle one of the pilots, see `TaskProbe.base`), on rows that neither has
