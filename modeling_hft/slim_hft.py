@@ -180,9 +180,7 @@ def files_left(folder: str | os.PathLike, config: HFTConfig) -> list[Path]:
 
 def check_keeps_others(config: HFTConfig, folder: str | os.PathLike) -> None:
     """Raises ValueError if a folder holds tasks that this part of a model was loaded without."""
-    if not config.left_out or not os.path.isfile(os.path.join(folder, "config.json")):
-        return
-    saved, _ = PreTrainedConfig.get_config_dict(folder)
+    saved = _config_in(folder) if config.left_out else {}
     if lost := sorted(task["name"] for task in saved.get("tasks", []) if task["name"] in config.left_out):
         raise ValueError(
             f"'{folder}' also holds {', '.join(lost)}, which this model was loaded without and which would be lost; save "
@@ -192,10 +190,13 @@ def check_keeps_others(config: HFTConfig, folder: str | os.PathLike) -> None:
 
 def holds_slim(folder: str | os.PathLike) -> bool:
     """Whether there is a slim HFT model in a folder."""
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        return False
-    saved, _ = PreTrainedConfig.get_config_dict(folder)
+    saved = _config_in(folder)
     return saved.get("model_type") == HFTConfig.model_type and bool(saved.get("slim", True))
+
+
+def _config_in(folder: str | os.PathLike) -> dict[str, Any]:
+    """The config.json of whatever model is in a folder; empty if there is none."""
+    return PreTrainedConfig.get_config_dict(folder)[0] if os.path.isfile(os.path.join(folder, "config.json")) else {}
 
 
 def read_config(repo: str, **download: Any) -> HFTConfig:

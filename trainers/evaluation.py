@@ -186,9 +186,14 @@ def score_options(
                 "rows with a list `options` that holds the answer."
             )
     found = option_likelihoods(model, tokenizer, rows, task, batch_size)
-    answers = [row["options"].index(reference(row)) for row in rows]
+    answers = right_options(rows)
     right = [float(its.index(max(its)) == answer) for its, answer in zip(found, answers, strict=True)]
     return right, [-its[answer] for its, answer in zip(found, answers, strict=True)]
+
+
+def right_options(rows: Sequence[Row]) -> list[int]:
+    """The place of each row's answer among its options."""
+    return [row["options"].index(reference(row)) for row in rows]
 
 
 @torch.inference_mode()

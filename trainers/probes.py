@@ -16,8 +16,8 @@ from hft.hierarchy_hft import BACKBONE
 from hft.refresh_hft import frozen
 
 from .calibration import calibrated_losses
-from .evaluation import Row, option_likelihoods, prompt_ids, reference
-from .families import Trial, find_families, try_root
+from .evaluation import Row, option_likelihoods, prompt_ids, reference, right_options
+from .families import Overlaps, Trial, find_families, try_root
 from .overlap import measure_overlaps
 from .pilots import ProbeSettings, Sample, pilot, take_sample
 from .planner import Plan, TaskProbe, make_plan
@@ -70,29 +70,29 @@ def plan_hierarchy(
             )
     samples = {task: take_sample(task, rows, processing_class, settings) for task, rows in datasets.items()}
     existing = model.hierarchy if len(model.hierarchy) else None
-    overlaps, groups, trials = None, [], []
+    overlaps: Overlaps | None = None
+    trials: list[Trial] = []
     wants_families = families and existing is None
     with frozen(model), tqdm(total=(2 + wants_families) * len(samples), disable=not progress) as bar:
-        near = nearest_tasks(model, processing_class, samples, settings.max_candidates)
-        readers = {source: [source] for source in samples}
         if wants_families:
             overlaps = measure_overlaps(model, samples, settings, bar)
-        if overlaps is None or len(overlaps.of) < 2:
-            readers = {source: [task for task in samples if source in (task, *near[task])] for source in samples}
         raw = read_plain(model, processing_class, samples, bar)
-        read_pilots(model, processing_class, samples, readers, raw, settings, bar)
         if overlaps is not None and len(overlaps.of) > 1:
+            read_pilots(model, processing_class, samples, {task: [task] for task in samples}, raw, settings, bar)
             tried = {task: samples[task] for task in sorted(overlaps.of)}
             found = find_families(overlaps, num_errors)
             trials = try_roots(model, processing_class, tried, found, raw, settings, num_errors, bar)
-            groups = [list(trial.family) for trial in trials if trial.family]
-            left = set(samples).difference(*groups)
-            readers = {
-                source: [task for task in samples if task in left and source in near[task]] for source in samples
+        groups = [list(trial.family) for trial in trials if trial.family]
+        if left := set(samples).difference(*groups):
+            near = nearest_tasks(model, processing_class, samples, settings.max_candidates)
+            missing = {  # whose pilot -> who was not read through it yet and is to be
+                source: [t for t in samples if t in left and source in (t, *near[t]) and source not in raw[t]]
+                for source in samples
             }
-            readers = {source: its for source, its in readers.items() if its}
-            _more(bar, len(readers))
-            read_pilots(model, processing_class, samples, readers, raw, settings, bar)
+            missing = {source: tasks for source, tasks in missing.items() if tasks}
+            if trials:
+                _more(bar, len(missing))
+            read_pilots(model, processing_class, samples, missing, raw, settings, bar)
     probes = {task: as_probe(task, sample, raw[task]) for task, sample in samples.items()}
     return make_plan(
         probes,
@@ -207,7 +207,7 @@ def answer_losses(sample: Sample, raw: Sequence[Any]) -> list[float]:
     """The loss of each row's answer from what `read` gave, in nats: among its options, if it has some."""
     if not sample.has_options:
         return list(raw)
-    places = [row["options"].index(reference(row)) for row in sample.probe]
+    places = right_options(sample.probe)
     rows = [torch.tensor(its, dtype=torch.float64).log_softmax(0) for its in raw]
     return [-float(its[place]) for its, place in zip(rows, places, strict=True)]
 
@@ -232,7 +232,7 @@ def as_probe(task: str, sample: Sample, raw: Mapping[str, list[Any]]) -> TaskPro
     others = [source for source in raw if source not in (task, BACKBONE)]
     if sample.has_options:
         options = [row["options"] for row in sample.probe]
-        answers = [row["options"].index(reference(row)) for row in sample.probe]
+        answers = right_options(sample.probe)
         losses = {source: calibrated_losses(its, answers, options) for source, its in raw.items()}
         guess = calibrated_losses([[0.0] * len(row) for row in options], answers, options)
         own = losses.pop(task)

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from harness import (
+    accuracy,
     attention,
     cell,
     mean_accuracy,
@@ -27,6 +28,7 @@ from harness import (
 
 from hft.trainers import HFTTrainer
 from hft.trainers.curriculum import BlockSampler
+from hft.trainers.evaluation import EvalSet, score_task
 
 
 TREE = {
@@ -92,12 +94,18 @@ def learn(
     rows: Mapping[str, list[dict]],
     validation: dict[str, list[dict]],
     seed: int,
+    tests: Mapping[str, EvalSet] | None = None,
 ) -> dict[str, Any]:
-    """Scores of the tasks after one epoch of `SAMPLES` rows each on a hierarchy, roots of families included, for a cell."""
-    train = {task: sample(rows[task], SAMPLES, seed) for task in TREE}
+    """Scores of the tasks after one epoch of `SAMPLES` rows each on a hierarchy, roots of families included, for a cell.
+
+    Those of `validation` choose among options; those of `tests` answer freely, and full marks count.
+    """
+    train = {task: sample(its, SAMPLES, seed) for task, its in rows.items()}
     train, training = with_roots(train, families, TRAINING)
     model = train_hft(backbone, tokenizer, tree, train, seed, training)
     tasks = score(model, tokenizer, validation, lambda task: task)
+    for task, data in (tests or {}).items():
+        tasks[task] = accuracy([float(mark == 1) for mark in score_task(model, tokenizer, data, task)])
     return {"value": mean_accuracy(tasks), "tasks": tasks, "hierarchy": dict(tree)}
 
 

@@ -43,7 +43,7 @@ from harness import (
     train_hft,
     with_roots,
 )
-from planner_measures import as_cells, by_pair, exchanged, in_other_words, measure_all, overlaps_between
+from planner_measures import by_pair, exchanged, in_other_words, measure_all, of_plan, overlaps_between
 from quality import BUDGETS, CL14, FAMILY, read_shuffled
 from transformers import TrainerCallback
 
@@ -209,16 +209,13 @@ def main() -> None:
                 begin = time.perf_counter()
                 found = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, progress=False)
                 seconds = round(time.perf_counter() - begin, 1)
-                result.update(value=seconds, hierarchy=found.parents, families=found.families)
-                result.update(trials=as_cells(found.trials))
-                result.update(threads=torch.get_num_threads())
+                result.update(value=seconds, **of_plan(found), threads=torch.get_num_threads())
             elif setting == "six":
                 its = {task: read_shuffled(args.data, task, "train", tokenizer, BUDGETS["small"]) for task in FAMILY}
                 data = {task: sample(its[task], SAMPLES, seed, with_options=True) for task in FAMILY}
                 model = new_model(backbone, {})
                 found = plan_hierarchy(model, data, processing_class=tokenizer, settings=settings, progress=False)
-                result.update(value=len(found.families), hierarchy=found.parents, families=found.families)
-                result.update(trials=as_cells(found.trials))
+                result.update(value=len(found.families), **of_plan(found))
             elif setting in ESTIMATED:
                 command = [
                     sys.executable,
@@ -236,7 +233,8 @@ def main() -> None:
                 tasks, need = learn_alone(backbone, tokenizer, task, rows[task], validation[task], seed)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, need=need)
             elif setting == "found":
-                result.update(learn(backbone, tokenizer, plan["hierarchy"], plan["families"], rows, validation, seed))
+                its, checks = ({task: split[task] for task in TREE} for split in (rows, validation))
+                result.update(learn(backbone, tokenizer, plan["hierarchy"], plan["families"], its, checks, seed))
             else:
                 families = plan["families"] if setting == "families" else {}
                 tree = truth_tree(setting, families)

@@ -12,28 +12,13 @@ accuracies on validation rows, options by likelihood; of free answers those that
 from collections.abc import Mapping
 from typing import Any
 
-from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, SAMPLES, TRAINING, TREE
-from harness import (
-    accuracy,
-    attention,
-    cell,
-    find_cell,
-    mean_accuracy,
-    new_model,
-    parser,
-    prepare,
-    read_tasks,
-    sample,
-    score,
-    todo,
-    train_hft,
-    with_roots,
-)
-from planner_measures import as_cells, as_chat, by_pair
+from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, SAMPLES, TRAINING, TREE, learn
+from harness import attention, cell, find_cell, new_model, parser, prepare, read_tasks, todo
+from planner_measures import as_chat, by_pair, of_plan
 
 from hft.trainers import plan_hierarchy
 from hft.trainers.demo import TASKS, TEST_SEED, TRAIN_SEED, make_rows
-from hft.trainers.evaluation import EvalSet, score_task
+from hft.trainers.evaluation import EvalSet
 from hft.trainers.families import Overlaps
 from hft.trainers.metrics import find_metric
 from hft.trainers.pilots import ProbeSettings
@@ -105,18 +90,13 @@ def main() -> None:
                 found = plan_hierarchy(
                     new_model(backbone, {}), rows, processing_class=tokenizer, settings=probes, progress=False
                 )
-                result.update(value=len(found.families), hierarchy=found.parents, families=found.families)
-                result.update(overlaps=by_pair(found.overlaps or Overlaps({})), trials=as_cells(found.trials))
+                result.update(value=len(found.families), **of_plan(found))
+                result.update(overlaps=by_pair(found.overlaps or Overlaps({})))
                 result.update(reasons={f"{edge.parent}>{edge.child}": str(edge) for edge in found.edges})
                 continue
             tree, families = (plan["hierarchy"], plan["families"]) if setting == "found" and plan else trees[setting]
-            train = {task: sample(rows[task], SAMPLES, seed) for task in ORDER[args.tasks]}
-            train, training = with_roots(train, families, TRAINING)
-            model = train_hft(backbone, tokenizer, tree, train, seed, training)
-            scored = score(model, tokenizer, validation, lambda task: task)
-            for task, data in tests.items():
-                scored[task] = accuracy([float(mark == 1) for mark in score_task(model, tokenizer, data, task)])
-            result.update(value=mean_accuracy(scored), tasks=scored, hierarchy=dict(tree), attention=attention())
+            result.update(learn(backbone, tokenizer, tree, families, rows, validation, seed, tests))
+            result.update(attention=attention())
 
 
 if __name__ == "__main__":

@@ -4,19 +4,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
 import hft
 from hft.hierarchy_hft import BACKBONE
 from hft.refresh_hft import frozen
 from hft.trainers.calibration import calibrated_losses
-from hft.trainers.evaluation import option_likelihoods, reference
-from hft.trainers.families import Overlaps, Trial, find_families
+from hft.trainers.evaluation import option_likelihoods, right_options
+from hft.trainers.families import Overlaps, find_families
 from hft.trainers.overlap import measure_overlaps
 from hft.trainers.pilots import ProbeSettings, Sample, pilot, take_sample
-from hft.trainers.planner import TaskProbe, make_plan
-from hft.trainers.probes import as_probe, try_roots
+from hft.trainers.planner import Plan, TaskProbe, make_plan
+from hft.trainers.probes import answer_losses, as_probe, try_roots
 
 
 MEASURES = ("calibrated", "options", "tokens", "gradient")  # of help; the planner goes by the first and the last
@@ -43,11 +42,14 @@ def measure_all(
         trials = try_roots(model, tokenizer, samples, find_families(overlaps), raw, settings, 2.0, bar)
     probes = {task: as_probe(task, its, raw[task]) for task, its in samples.items()}
     families = [list(trial.family) for trial in trials if trial.family]
-    plan, of_all = make_plan(probes, groups=families), make_plan(probes)  # edges of families' members, too
+    plan, of_all = (
+        make_plan(probes, groups=families, trials=trials),
+        make_plan(probes),
+    )  # edges of families' members, too
     help_by: dict[str, dict[str, float]] = {measure: {} for measure in MEASURES}
     complexity: dict[str, dict[str, float]] = {}
     for child, its in samples.items():
-        losses = {source: losses_of(likelihoods, its.probe) for source, likelihoods in raw[child].items()}
+        losses = {source: losses_of(likelihoods, its) for source, likelihoods in raw[child].items()}
         complexity[child] = complexities(plan.probes[child], losses, its, child)
         for parent in samples.keys() - {child}:
             pair = f"{parent}>{child}"
@@ -59,9 +61,7 @@ def measure_all(
     for edge in of_all.edges:  # the planner's own gains, which go against the middle pilot
         help_by["calibrated"][f"{edge.parent}>{edge.child}"] = round(edge.gain, 4)
     return {
-        "hierarchy": plan.parents,
-        "families": plan.families,
-        "trials": as_cells(trials),
+        **of_plan(plan),
         "overlap_errors": {
             f"{one}>{other}": round(error, 4) for one, its in overlaps.of.items() for other, (_, error) in its.items()
         },
@@ -126,27 +126,26 @@ def by_pair(overlaps: Overlaps) -> dict[str, list[float]]:
     }
 
 
-def as_cells(trials: Sequence[Trial]) -> list[dict[str, Any]]:
-    """The roots that were tried, for a cell."""
-    return [
+def of_plan(plan: Plan) -> dict[str, Any]:
+    """The hierarchy that was found, its families, and the roots that were tried, for a cell."""
+    trials = [
         {
             "tasks": list(trial.tasks),
             "excess": round(trial.excess, 4),
             "error": round(trial.error, 4),
             "family": list(trial.family),
         }
-        for trial in trials
+        for trial in plan.trials
     ]
+    return {"hierarchy": plan.parents, "families": plan.families, "trials": trials}
 
 
-def losses_of(likelihoods: Sequence[Sequence[float]], probe: Sequence[dict]) -> dict[str, list[float]]:
+def losses_of(likelihoods: Sequence[Sequence[float]], sample: Sample) -> dict[str, list[float]]:
     """Three losses a row: over the options, calibrated and not, and of the answer's tokens as they are."""
-    options = [row["options"] for row in probe]
-    answers = [row["options"].index(reference(row)) for row in probe]
-    over = [torch.tensor(its, dtype=torch.float64).log_softmax(0).tolist() for its in likelihoods]
+    answers = right_options(sample.probe)
     return {
-        "calibrated": calibrated_losses(likelihoods, answers, options),
-        "options": [-its[answer] for its, answer in zip(over, answers, strict=True)],
+        "calibrated": calibrated_losses(likelihoods, answers, [row["options"] for row in sample.probe]),
+        "options": answer_losses(sample, likelihoods),
         "tokens": [-its[answer] for its, answer in zip(likelihoods, answers, strict=True)],
     }
 

@@ -51,8 +51,10 @@ def ablation() -> dict[str, float]:
     for setting in (name for name in ABLATION if name != "full"):
         base = ablation_base(setting)
         if found := difference(cells, base, setting):
-            other = setting if base == "full" else setting.removesuffix(OWN_GATES)
-            name = f"ablation.{'' if base == 'full' else 'own_gates_'}full_minus_{other.replace('full+', '')}"
+            if base == "full":
+                name = f"ablation.full_minus_{setting.removeprefix('full+')}"
+            else:
+                name = f"ablation.own_gates_full_minus_{setting.removesuffix(OWN_GATES)}"
             figures[name] = round(found[0], 3)
             figures[f"{name}_se"] = round(found[1], 3)
     return figures
