@@ -76,14 +76,13 @@ class TestMaths:
         }
         found = overlaps(a_b=0.8, a_c=0, b_c=0, a_d=0, b_d=0, c_d=0)
         trial = Trial(("a", "b", "d"), ("a", "b"), 0.1, 0.02, {"a": 0.8, "b": 0.4, "d": 0.0})
-        plan = make_plan(probes, groups=[["b", "a"]], overlaps=found, trials=[trial])
-        assert plan.families == {"family1": ["b", "a"]}
+        plan = make_plan(probes, trials=[trial], overlaps=found)
+        assert plan.families == {"family1": ["a", "b"]}
         assert plan.parents == {"family1": [], "c": [], "b": ["family1"], "a": ["family1"], "d": ["a"]}
         reason = {(edge.parent, edge.child): edge.reason for edge in plan.edges}
         assert reason["a", "d"] == "it helps most" and {child for _, child in reason} == {"c", "d"}
         assert plan.share("a", "family1") == pytest.approx(0.8) and plan.hierarchy().level("d") == 3
         assert make_plan(probes).families == {} and make_plan(probes).parents["b"] == ["c"]
-        assert make_plan(probes, groups=[["a", "b"]]).share("a", "family1") == 0
 
     def test_a_root_is_taken_unless_it_is_worse_beyond_its_errors(self):
         own = {"a": [0.5, 0.7, 0.5, 0.7] * 2, "b": [2.0, 2.2, 1.8, 2.0] * 2}

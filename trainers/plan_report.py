@@ -82,8 +82,6 @@ def reasons(plan: Plan, task: str) -> list[str]:
 def _root(plan: Plan, root: str) -> str:
     trial = plan.trial(root)
     text = f"learns from the rows of {', '.join(plan.families[root])}"
-    if trial is None:
-        return text
     if trial.family != trial.tasks:
         return f"{text}, of whom none clearly loses by it (see `no root for`)"
     return f"{text}: {trial}{', which may be chance; in doubt tasks share' if not trial.excess <= 0 else ''}"

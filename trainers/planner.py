@@ -101,18 +101,17 @@ class Plan:
         """What was considered for one task, taken edges first, then by gain."""
         return sorted((edge for edge in self.edges if edge.child == child), key=lambda edge: not edge.taken)
 
-    def trial(self, root: str) -> Trial | None:
-        """What was measured of a family's root; None if nothing was."""
-        return next((trial for trial in self.trials if list(trial.family) == sorted(self.families[root])), None)
+    def trial(self, root: str) -> Trial:
+        """What was measured of a family's root."""
+        return next(trial for trial in self.trials if list(trial.family) == self.families[root])
 
     def share(self, child: str, parent: str) -> float:
-        """How much of the child's loss its parent takes away, 0 to 1; 0 for a root of which nothing was measured.
+        """How much of the child's loss its parent takes away, 0 to 1.
 
         For a parent by `TaskProbe.losses`, against `TaskProbe.base`; for a root see `Trial.helps`.
         """
         if parent in self.families:
-            trial = self.trial(parent)
-            return trial.helps[child] if trial is not None else 0.0
+            return self.trial(parent).helps[child]
         edge = next(edge for edge in self.edges if (edge.child, edge.parent) == (child, parent))
         base = _mean(self.probes[child].base())
         return min(max(edge.gain / base, 0.0), 1.0) if base > 0 else 0.0
@@ -128,9 +127,8 @@ def make_plan(
     max_parents: int = 2,
     num_errors: float = 2.0,
     existing: Hierarchy | None = None,
-    groups: Sequence[Sequence[str]] = (),
-    overlaps: Overlaps | None = None,
     trials: Sequence[Trial] = (),
+    overlaps: Overlaps | None = None,
 ) -> Plan:
     """Gives families their roots, and picks parents.
 
@@ -146,8 +144,8 @@ def make_plan(
         max_parents: of one task, at most; 1 or more.
         num_errors: how many standard errors a gain must be above 0; 0 or more.
         existing: tasks that are learnt already and may become parents, whatever their complexity; they stay as they are.
-        groups: the families, see `try_root`.
-        overlaps, trials: what they were found by, for the report.
+        trials: what `try_root` found; the families are those of them that got a root.
+        overlaps: what was tried by, for the report.
 
     Raises:
         ValueError: no tasks, a number out of its range, or a task that is new and existing at once.
@@ -156,7 +154,7 @@ def make_plan(
     parents = {task: list(existing.parents(task)) for task in existing.names} if existing is not None else {}
     old = set(parents)
     order = sorted(probes, key=lambda task: (probes[task].complexity, task))
-    families = family_names(groups, (*parents, *order))
+    families = family_names([list(trial.family) for trial in trials if trial.family], (*parents, *order))
     root_of = {task: root for root, members in families.items() for task in members}
     parents.update({root: [] for root in families})
     parents.update({task: [root_of[task]] if task in root_of else [] for task in order})

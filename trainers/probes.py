@@ -82,8 +82,7 @@ def plan_hierarchy(
             tried = {task: samples[task] for task in sorted(overlaps.of)}
             found = find_families(overlaps, num_errors)
             trials = try_roots(model, processing_class, tried, found, raw, settings, num_errors, bar)
-        groups = [list(trial.family) for trial in trials if trial.family]
-        if left := set(samples).difference(*groups):
+        if left := set(samples).difference(*(trial.family for trial in trials)):
             near = nearest_tasks(model, processing_class, samples, settings.max_candidates)
             missing = {  # whose pilot -> who was not read through it yet and is to be
                 source: [t for t in samples if t in left and source in (t, *near[t]) and source not in raw[t]]
@@ -95,13 +94,7 @@ def plan_hierarchy(
             read_pilots(model, processing_class, samples, missing, raw, settings, bar)
     probes = {task: as_probe(task, sample, raw[task]) for task, sample in samples.items()}
     return make_plan(
-        probes,
-        max_parents=max_parents,
-        num_errors=num_errors,
-        existing=existing,
-        groups=groups,
-        overlaps=overlaps,
-        trials=trials,
+        probes, max_parents=max_parents, num_errors=num_errors, existing=existing, trials=trials, overlaps=overlaps
     )
 
 

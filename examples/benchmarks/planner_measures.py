@@ -41,11 +41,8 @@ def measure_all(
                     raw[task][source] = option_likelihoods(model, tokenizer, other.probe, name)
         trials = try_roots(model, tokenizer, samples, find_families(overlaps), raw, settings, 2.0, bar)
     probes = {task: as_probe(task, its, raw[task]) for task, its in samples.items()}
-    families = [list(trial.family) for trial in trials if trial.family]
-    plan, of_all = (
-        make_plan(probes, groups=families, trials=trials),
-        make_plan(probes),
-    )  # edges of families' members, too
+    plan = make_plan(probes, trials=trials)
+    of_all = make_plan(probes)  # edges of families' members, too
     help_by: dict[str, dict[str, float]] = {measure: {} for measure in MEASURES}
     complexity: dict[str, dict[str, float]] = {}
     for child, its in samples.items():
