@@ -1,6 +1,7 @@
 """The configuration of an HFT model: a picture of its hierarchy, readable in config.json."""
 
 import copy
+import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -209,8 +210,9 @@ class HFTConfig(PreTrainedConfig):
             config_dict = {**config_dict, "text_config": {**config_dict["text_config"], **own}}
         if kwargs.get("backbone") is not None:
             config_dict = {**config_dict, "backbone_revision": None}
+            kwargs["backbone"] = os.fspath(kwargs["backbone"])
         chosen = kwargs.get("tasks")
-        if not isinstance(chosen, str) and not (chosen and all(isinstance(task, str) for task in chosen)):
+        if not isinstance(chosen, str) and (chosen is None or not all(isinstance(task, str) for task in chosen)):
             return super().from_dict(config_dict, **kwargs)
         del kwargs["tasks"]
         made = super().from_dict(config_dict, **kwargs)

@@ -1,10 +1,11 @@
 """The slim form on disk: a safetensors file a task, a page, and one for the rest; never a half-written folder."""
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from transformers.utils import cached_file
 SHARED_FILE = "model.safetensors"  # all tasks' gates
 
 ROUTER_FILE = "router.safetensors"  # what the router knows, of a size that does not grow with the data
+
+WRITING, WRITTEN = (
+    ".writing-",
+    ".written-",
+)  # folders of files on their way: not whole yet, and to be moved to their places
+_PLAN = ".plan.json"  # which they are, and what to remove
 
 
 def task_file(task: str) -> str:
@@ -33,8 +40,9 @@ def page_file(page_id: int) -> str:
 def replacing(directory: str | os.PathLike, last: str = "config.json", stale: Iterable[str] = ()) -> Iterator[Path]:
     """A new empty folder to write into, whose files replace those in `directory` when the block ends without an error.
 
-    Each file appears under its name whole or not at all; `last` comes last, so that a reader that goes by it never meets
-    a file that is not there yet. Files that the block did not write stay.
+    All of them do, or none: what the block wrote is whole once its folder has another name, and moves from there. If that is
+    cut off, `finish_writing` does the rest, before anything is read or written next. Each file appears under its name
+    whole, `last` after all others. Files that the block did not write stay.
 
     Args:
         directory: the folder to write to; made if missing.
@@ -47,23 +55,50 @@ def replacing(directory: str | os.PathLike, last: str = "config.json", stale: It
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=".writing-", dir=directory))
+        finish_writing(directory)
+        staging = Path(tempfile.mkdtemp(prefix=WRITING, dir=directory))
     except OSError as error:
         raise OSError(
             f"Cannot write to the folder '{directory}' ({error.strerror}); choose another one or change its permissions."
         ) from error
     try:
         yield staging
-        written = sorted(path.relative_to(staging) for path in staging.rglob("*") if path.is_file())
-        for name in sorted(written, key=lambda path: path == Path(last)):
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / name, directory / name)
-        for pattern in stale:
-            for path in directory.glob(pattern):
-                if path.relative_to(directory) not in written:
-                    path.unlink()
+        files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+        plan = {"files": sorted(files, key=lambda name: name == last), "stale": list(stale)}
+        (staging / _PLAN).write_text(json.dumps(plan))
+        os.rename(staging, directory / staging.name.replace(WRITING, WRITTEN))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    finish_writing(directory)
+
+
+def finish_writing(directory: str | os.PathLike) -> bool:
+    """Moves to their places the files of a `replacing` that was cut off once all was written.
+
+    Args:
+        directory: any folder. Another process may be doing the same.
+
+    Returns:
+        Whether there were any.
+
+    Raises:
+        OSError: they cannot be moved; they will be next time.
+    """
+    directory, unfinished = Path(directory), []
+    for written in sorted(Path(directory).glob(f"{WRITTEN}*")):
+        if (written / _PLAN).is_file():  # else all has been moved
+            unfinished.append(written)
+            plan = json.loads((written / _PLAN).read_text())
+            for name in plan["files"]:
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileNotFoundError):  # moved already
+                    os.replace(written / name, directory / name)
+            for pattern in plan["stale"]:
+                for path in directory.glob(pattern):
+                    if path.relative_to(directory).as_posix() not in plan["files"]:
+                        path.unlink(missing_ok=True)
+        shutil.rmtree(written, ignore_errors=True)
+    return bool(unfinished)
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -63,7 +63,7 @@ class HFTFolding:
         self._folded, self._folded_path, self._unmerged = None, None, None
 
     def widest_rank(self) -> int:
-        """The R that holds each task's path, also once the stages that are still open have written their pages."""
+        """The R that holds each task's path, also once the stages that are open, one a level, have written their pages."""
         sealed = self.config.sealed_tasks()
         num_open = sum(any(task not in sealed for task in level) for level in self.hierarchy.levels())
         pages = sum(page["slots"] for page in self.config.pages) + self.config.memory_config.slots * num_open

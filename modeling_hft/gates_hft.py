@@ -3,13 +3,14 @@
 L layers, N sources that a task reads: nodes, then pages.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers import initialization as init
 
+from .nodes_hft import never_narrower
 from .path_hft import HFTSources
 
 
@@ -84,6 +85,9 @@ class HFTGates(nn.Module):
         gates_LN = self.of(task)
         chosen_LM = gates_LN[:, list(columns)]
         gates_LN[:, list(columns)] = chosen_LM.sign() * (chosen_LM.abs() - amount).clamp(min=0)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
+        return super()._apply(never_narrower(fn), recurse)
 
     def extra_repr(self) -> str:
         return f"num_layers={self.num_layers}, tasks={self.tasks()}"

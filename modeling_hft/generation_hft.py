@@ -5,7 +5,7 @@ B batch, T tokens.
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import logging
 
 from .hierarchy_hft import BACKBONE
-from .path_hft import generating
+from .path_hft import active_path, generating
 from .router_hft import HFTRoute
 
 
@@ -61,11 +61,16 @@ class HFTGenerationMixin(GenerationMixin):
         task = self._folded if task is None else task
         prompts = inputs if inputs is not None else kwargs.get("input_ids")
         num_rows = num_rows_of(prompts, kwargs.get("inputs_embeds"))
-        if task is not None:
+        active = active_path() if task is None else None
+        if active is not None:  # `activate` around this call
+            active.check(num_rows)
+            routes = [HFTRoute(name or BACKBONE, (), (), 0.0, "active around the call") for name in active.names()]
+        elif task is not None:
             rows = self._rows(task, num_rows)
             routes = [HFTRoute(row or BACKBONE, (), (), 0.0, "named by the caller") for row in rows]
         elif prompts is not None and self.hft_router.tasks():
-            routes = self.route(prompts, kwargs.get("attention_mask"))
+            mask = kwargs.get("attention_mask")
+            routes = self.route(prompts, self._mask_of_pads(prompts, kwargs) if mask is None else mask)
             for i, route in enumerate(routes):
                 logger.info(f"Prompt {i} is answered by {route.task}: {route.reason}.")
         else:
@@ -79,7 +84,7 @@ class HFTGenerationMixin(GenerationMixin):
                 )
             around = names[0]
         elif len(set(names)) == 1:  # a name needs no copying for each beam
-            if names[0] != BACKBONE or task is not None:
+            if active is None and (names[0] != BACKBONE or task is not None):
                 kwargs["task"] = names[0]
         else:  # ids [B], which generate repeats for each beam
             known = self.config.task_names()
@@ -88,6 +93,15 @@ class HFTGenerationMixin(GenerationMixin):
         with generating(), self._one_pass(around, num_rows):
             output = super().generate(inputs, **kwargs)
         return (output, routes * (num_rows or 1) if len(routes) == 1 else routes) if return_route else output
+
+    def _mask_of_pads(self, prompts: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+        """The mask that transformers takes where none is given: without pads, if the end of text is not one, too."""
+        config = kwargs.get("generation_config") or self.generation_config
+        pad, ends = (kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+            return None
+        mask_BT = (prompts != pad).long()
+        return mask_BT if mask_BT.any() else None
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any

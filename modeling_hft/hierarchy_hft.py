@@ -106,9 +106,11 @@ class Hierarchy:
         seen: dict[str, None] = {}
 
         def visit(node: str) -> None:
+            if node in seen:
+                return
             for parent in self._parents[node]:
                 visit(parent)
-            seen.setdefault(node)
+            seen[node] = None
 
         visit(task)
         return tuple(seen)

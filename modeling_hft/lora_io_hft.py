@@ -166,7 +166,7 @@ def read_lora(repo: str | os.PathLike, model: PreTrainedModel, **download: Any) 
     if base and ours and not _same_backbone(base, ours):
         raise ValueError(f"'{repo}' is an adapter of '{base}', and this model stands on '{ours}'.")
     tensors = load_file(_file(repo, "adapter_model.safetensors", download))
-    decoder = f"base_model.model.{model.backbone.base_model_prefix}."
+    decoder = f"base_model.model.{(prefix := model.backbone.base_model_prefix)}."
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.removesuffix(".weight").rpartition(".lora_")
@@ -185,7 +185,7 @@ def read_lora(repo: str | os.PathLike, model: PreTrainedModel, **download: Any) 
                 f"'{repo}' has factors {list(pair['A'].shape)} and {list(pair['B'].shape)} at {linear!r}, which is "
                 f"{nodes.in_features} -> {nodes.out_features} here. Is it an adapter of another backbone?"
             )
-        alpha = _of_pattern(config.get("alpha_pattern"), linear, config["lora_alpha"])
+        alpha = _of_pattern(config.get("alpha_pattern"), f"{prefix}.{linear}", config["lora_alpha"])
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         factors[linear] = (pair["A"], pair["B"] * scaling)
     return factors
@@ -205,6 +205,12 @@ def _check_plain(repo: str | os.PathLike, config: dict[str, Any]) -> None:
     ):
         if config.get(key):
             raise ValueError(f"'{repo}' has {what}; only plain LoRA can become a node.")
+    start = str(config.get("init_lora_weights")).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq")):
+        raise ValueError(
+            f"'{repo}' began as {start!r}, which changes the backbone's own weights; save it with PEFT's "
+            "`path_initial_model_for_weight_conversion`, which makes a plain LoRA of it."
+        )
     if config.get("bias", "none") != "none":
         raise ValueError(f"'{repo}' trained biases (`bias` is {config['bias']!r}); only plain LoRA can become a node.")
 

@@ -31,7 +31,7 @@ from .hierarchy_hft import BACKBONE, Hierarchy, nearest
 from .kept_hft import HFTKept
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, beside, flat
-from .path_hft import HFTPath, HFTTaskPath, Pair, keep_path, made_paths, on_path
+from .path_hft import HFTPath, HFTTaskPath, Pair, active_path, keep_path, made_paths, on_path
 from .refresh_hft import HFTRefreshing
 from .router_hft import HFTRouter
 from .routing_hft import HFTRouting
@@ -69,6 +69,11 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         for name in adapted_linears(self.base_model, memory.target_modules) if memory.read != "off" else ():
             if nodes := beside(self.hft_nodes, name):
                 self.hft_memory[flat(name)] = HFTMemory(nodes.in_features, nodes.out_features, nodes.layer)
+        if memory.read != "off" and not self.hft_memory:
+            raise ValueError(
+                f"The memory's `target_modules` ({memory.target_modules}) are none of those that carry nodes "
+                f"({config.target_modules}); name some of these, or switch the memory off: memory_config={{'read': 'off'}}."
+            )
         starts = (config.gating_config.init, memory.init, memory.root_init)
         self.hft_gates = HFTGates(1 + max(self._layer_of.values()), *starts)
         self.hft_router = HFTRouter(
@@ -106,16 +111,22 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
                 inside meets the same graph for every task (see `fold`). Parameters must not change within the block.
 
         Raises:
-            ValueError: an unknown name, or as many names as there are not rows; or a rank that is too small.
+            ValueError: an unknown name, or as many names as there are not rows; a rank that is too small, or given while a
+                task is folded.
         """
         if rank is not None and isinstance(task, str) and self._rows(task, num_rows) != [None]:
+            self._check_unfolded()
             return on_path(self._ready_path(task, rank)[0])
         return nullcontext() if task is None else on_path(self._path(task, num_rows))
 
     def _one_pass(self, task: Task | None, num_rows: int | None) -> AbstractContextManager[None]:
         """As `activate`, for a single pass: parameters do not change within it, so what is right when it begins stays so."""
         if task is None:
-            return nullcontext() if self._folded_path is None else on_path(self._folded_path)
+            if self._folded_path is not None:
+                return on_path(self._folded_path)
+            if (path := active_path()) is not None:
+                path.check(num_rows)
+            return nullcontext()
         made = None if torch.compiler.is_compiling() else made_paths()
         if made is None:
             return on_path(self._path(task, num_rows, is_one_pass=True))

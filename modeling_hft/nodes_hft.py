@@ -4,7 +4,7 @@ I/O in and out features, R rank.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -66,12 +66,28 @@ class HFTFactors(nn.Module):
         init.kaiming_uniform_(down_RI, a=math.sqrt(5))
         init.zeros_(up_OR)
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
+        return super()._apply(never_narrower(fn), recurse)
+
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, layer={self.layer}, names={self.names()}"
 
 
 class HFTNodes(HFTFactors):
     """All tasks' nodes beside one linear: node n adds B_n A_n x. A is [R, I], B is [O, R]."""
+
+
+def never_narrower(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `Module.to` does to a tensor, but for a dtype with fewer bits: what a task has learnt is rounded by sealing only.
+
+    Factors are cast where they are used; gates always compute in float32.
+    """
+
+    def moved(tensor: torch.Tensor) -> torch.Tensor:
+        other = fn(tensor)
+        return tensor.to(other.device) if other.element_size() < tensor.element_size() else other
+
+    return moved
 
 
 def adapted_linears(decoder: nn.Module, target_modules: str | Sequence[str]) -> dict[str, int]:
@@ -102,7 +118,8 @@ def adapted_linears(decoder: nn.Module, target_modules: str | Sequence[str]) -> 
     if target_modules == "all-linear":
         return layer_of
     known = sorted({name.rsplit(".", 1)[-1] for name in layer_of})
-    for target in [target_modules] if isinstance(target_modules, str) else target_modules:
+    target_modules = [target_modules] if isinstance(target_modules, str) else target_modules
+    for target in target_modules:
         if target not in known:
             raise ValueError(f"`target_modules` names {target!r}, which this backbone lacks. {nearest(target, known)}")
     return {name: layer for name, layer in layer_of.items() if name.rsplit(".", 1)[-1] in target_modules}

@@ -88,6 +88,19 @@ class HFTPath:
     in_order: bool = False
     wide_stacks: dict[str, Pair] | None = None
 
+    def names(self) -> list[str | None]:
+        """The task of each row, None for the plain backbone; one name if it is one for all rows."""
+        names = [*(task.task for task in self.tasks), None]
+        return names[:1] if self.task_of_row_B is None else [names[place] for place in self.task_of_row_B.tolist()]
+
+    def check(self, num_rows: int | None) -> None:
+        """Raises ValueError if the path is of another number of rows than a pass has."""
+        if self.task_of_row_B is not None and num_rows not in (None, len(self.task_of_row_B)):
+            raise ValueError(
+                f"The active path names tasks for {len(self.task_of_row_B)} rows, and the pass has {num_rows}; activate one "
+                "name, or one a row."
+            )
+
     def with_wide_factors(self) -> "HFTPath":
         """The same paths with room for factors in float32."""
         return replace(self, tasks=tuple(replace(task, wide={}) for task in self.tasks), wide_stacks={})

@@ -184,7 +184,19 @@ class HFTRefreshing:
 
         Returns:
             A scalar a row, in nats a token.
+
+        Raises:
+            ValueError: a row of fewer than two tokens, or with as many labels as it has not tokens.
+            TypeError: a decoder without a head.
         """
+        if not self.can_generate():
+            raise TypeError(f"{type(self).__name__} has no head to compute a loss with; load HFTForCausalLM.")
+        for row in rows:
+            if len(row["input_ids"]) < 2 or len(row["labels"]) != len(row["input_ids"]):
+                raise ValueError(
+                    f"A row of task {task!r} has {len(row['input_ids'])} tokens and {len(row['labels'])} labels; give two "
+                    "tokens or more, and a label for each."
+                )
         device = self.get_input_embeddings().weight.device
         ids_BT, mask_BT = left_padded([row["input_ids"] for row in rows], device)
         labels_BT, _ = left_padded([row["labels"] for row in rows], device, filler=-100)

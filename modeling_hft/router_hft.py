@@ -83,8 +83,10 @@ class HFTRouter:
 
     def expand(self, f_BD: torch.Tensor) -> torch.Tensor:
         """phi: [B, D] -> [B, M], float64."""
-        f_BD = torch.nn.functional.layer_norm(f_BD.double().cpu(), (self.hidden_size,))
-        return (f_BD @ self.projection_DM.double()).relu()
+        return (self._normalised(f_BD) @ self.projection_DM.double()).relu()
+
+    def _normalised(self, f_BD: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(f_BD.double().cpu(), (self.hidden_size,))
 
     def add(self, task: str, f_BD: torch.Tensor, held_out_ND: torch.Tensor) -> None:
         """Adds a task's sums; more prompts of a task that is known add to its own.
@@ -92,20 +94,30 @@ class HFTRouter:
         Args:
             task: its name.
             f_BD: features of prompts.
-            held_out_ND: features of other prompts of the task, to calibrate on; kept as they are, at most 64 of them.
+            held_out_ND: features of other prompts of the task, to calibrate on; kept normalised, at most 64 of them.
 
         Raises:
-            ValueError: no prompts.
+            ValueError: no prompts, or features that are not finite; then nothing has changed.
         """
         if not len(f_BD) or not len(held_out_ND):
             raise ValueError(f"The router got no prompts of task {task!r}; give two or more.")
+        if not (f_BD.isfinite().all() and held_out_ND.isfinite().all()):
+            raise ValueError(
+                f"Hidden states of prompts of task {task!r} are not finite; the router learns nothing of them."
+            )
         phi_BM = self.expand(f_BD)
         self.gram_MM = self.gram_MM + phi_BM.T @ phi_BM
         self.cross_M[task] = self.cross_M.get(task, 0) + phi_BM.sum(0)
-        before = self.held_out_ND.get(task, held_out_ND[:0].half().cpu())
-        self.held_out_ND[task] = torch.cat([before, held_out_ND.half().cpu()])[:64]
+        held_out_ND = self._normalised(held_out_ND).half()  # as they are, some models' would overflow
+        before = self.held_out_ND.get(task, held_out_ND[:0])
+        self.held_out_ND[task] = torch.cat([before, held_out_ND])[:64]
         self.config.tasks = list(self.tasks())
         self._solved = None
+
+    def clear(self) -> None:
+        """Forgets all tasks and what their prompts added."""
+        self.cross_M, self.held_out_ND, self.config.tasks, self._solved = {}, {}, [], None
+        self.gram_MM = torch.zeros_like(self.gram_MM)
 
     def remove(self, task: str) -> None:
         """Forgets a task's name; what G has of its prompts stays."""

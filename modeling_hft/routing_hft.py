@@ -54,11 +54,13 @@ class HFTRouting:
             batch_size: prompts at once.
 
         Raises:
-            ValueError: an unknown task, or fewer than two prompts.
+            ValueError: an unknown task, fewer than two prompts, an empty one, or one whose hidden states are not finite.
         """
         self.hierarchy.check(task)
         if len(prompts) < 2:
             raise ValueError(f"The router got {len(prompts)} prompts of task {task!r}; give two or more.")
+        if empty := [place for place, prompt in enumerate(prompts) if not len(prompt)]:
+            raise ValueError(f"Prompt {empty[0]} of task {task!r} has no tokens ({len(empty)} such); leave it out.")
         features_ND = self.features_of(prompts, batch_size)
         held_out_N = torch.arange(len(prompts)) % 4 == 0
         self.hft_router.add(task, features_ND[~held_out_N], features_ND[held_out_N])

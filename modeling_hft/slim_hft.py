@@ -11,7 +11,15 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .configuration_hft import HFTConfig
-from .files_hft import ROUTER_FILE, SHARED_FILE, page_file, read_tensors, task_file, write_tensors
+from .files_hft import (
+    ROUTER_FILE,
+    SHARED_FILE,
+    finish_writing,
+    page_file,
+    read_tensors,
+    task_file,
+    write_tensors,
+)
 from .gates_hft import HFTGateTable
 from .nodes_hft import beside
 from .path_hft import HFTSources
@@ -31,7 +39,6 @@ class HFTSlimFiles:
         names = [task["name"] for task in tasks]
         parts = {task_file(task): self._node_tensors(task) for task in names}
         parts.update({page_file(page["id"]): self._page_tensors(page["id"]) for page in pages})
-        # The shared file may know of a task more than the config, if a kill came between the two.
         parts[SHARED_FILE] = self._gate_tensors(names)
         read = {
             file: read_tensors(repo, file, own, may_hold_more=file == SHARED_FILE, **download)
@@ -111,8 +118,7 @@ class HFTSlimFiles:
             OSError: if a file is missing or cut short.
         """
         self._check_unfolded()
-        saved = HFTConfig.from_pretrained(folder)
-
+        saved = read_config(os.fspath(folder))
         sealed = saved.sealed_tasks()
 
         def shape(config: HFTConfig) -> list[tuple[Any, ...]]:
@@ -132,6 +138,7 @@ class HFTSlimFiles:
         self.config.pages = list(pages_by_id.values())
         self._make_room()
         self._read_tasks(folder, taken, pages)
+        self.hft_router.clear()
         self.hft_router.config.tasks = list(saved.router_config.tasks)
         self._read_router(folder)
         self.set_trainable(self.config.open_tasks())
@@ -201,6 +208,7 @@ def _config_in(folder: str | os.PathLike) -> dict[str, Any]:
 
 def read_config(repo: str, **download: Any) -> HFTConfig:
     """The config of an HFT model; OSError if there is none, ValueError if it is another kind of model."""
+    finish_writing(repo)
     files, _ = PreTrainedConfig.get_config_dict(repo, **download)
     if not files:
         raise OSError(f"'{repo}' holds no model (no config.json).")

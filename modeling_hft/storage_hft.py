@@ -16,7 +16,7 @@ from transformers.utils.hub import resolve_revision
 
 from .attention_hft import best_attention, without_weights
 from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig
-from .files_hft import SHARED_FILE, replacing
+from .files_hft import SHARED_FILE, WRITING, WRITTEN, finish_writing, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
 from .slim_hft import HFTSlimFiles, check_keeps_others, files_left, holds_slim, read_config
@@ -136,6 +136,11 @@ class HFTStorage(HFTSlimFiles):
                 f"'{repo}' does not fit its config.json: its weights lack {missing[0]!r} ({len(missing)} such). "
                 "Copy or download it again, or is it another model?"
             )
+        if offloaded := [name for name, p in model.named_parameters() if "hft_" in name and p.device.type == "meta"]:
+            raise ValueError(
+                f"`device_map` puts what HFT owns ({offloaded[0]}, {len(offloaded)} such) where it cannot be computed with; "
+                "give hft_nodes, hft_memory and hft_gates a device, and offload parts of the backbone instead."
+            )
         model._finish()
         return model, info
 
@@ -161,13 +166,16 @@ class HFTStorage(HFTSlimFiles):
 
         Raises:
             OSError: if a file is missing or cut short, or the backbone cannot be found.
-            ValueError: if files do not fit the config, the repository is not an HFT model, or `tasks` names an unknown or
-                open one.
+            ValueError: if files do not fit the config, the repository is not an HFT model, `tasks` names an unknown or
+                open one, or `device_map` offloads what HFT owns.
         """
         repo = os.fspath(pretrained_model_name_or_path)
         kwargs.pop("adapter_kwargs", None)  # carries this repository's commit, which is not the backbone's
         download = _download(kwargs)
         info = kwargs.pop("output_loading_info", False)
+        if finish_writing(repo) and config is not None:  # read before that
+            left_out, config = config.left_out, read_config(repo, **download)
+            tasks = [name for name in config.task_names() if name not in left_out] if left_out else tasks
         if config is None:
             config = read_config(repo, **download)
         if tasks is not None:
@@ -181,6 +189,8 @@ class HFTStorage(HFTSlimFiles):
         entries, config.tasks, pages, config.pages = config.tasks, [], config.pages, []
         if backbone is not None:
             config.backbone, config.backbone_revision = os.fspath(backbone), None
+        if os.path.isdir(config.backbone):
+            config.backbone = os.path.abspath(config.backbone)  # a relative name would mean another folder elsewhere
         source = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
         if config.backbone_revision is not None:
             source["revision"] = config.backbone_revision
@@ -214,7 +224,7 @@ class HFTStorage(HFTSlimFiles):
     ) -> None:
         """Saves the model with its code, so that it loads where this package is not installed.
 
-        Every file is written under a temporary name first: what is on disk stays whole whatever happens.
+        All files change, or none, whatever happens: see `replacing`.
 
         Args:
             save_directory: a folder; made if missing.
@@ -226,8 +236,8 @@ class HFTStorage(HFTSlimFiles):
 
         Raises:
             OSError: if the folder cannot be written.
-            ValueError: a slim form that could not name its backbone, would overwrite it, or is to be a variant; a variant
-                in the folder of a slim model; or a part of a model in the place of the whole.
+            ValueError: a slim form that could not name its backbone, or is to be a variant; the backbone's own folder; a
+                variant in the folder of a slim model; or a part of a model in the place of the whole.
             TypeError: an unknown argument.
         """
         self._check_unmerged()
@@ -249,7 +259,7 @@ class HFTStorage(HFTSlimFiles):
                 "This model was not built on a saved backbone, so a slim form could not name one; save it whole: "
                 "save_pretrained(..., slim=False)."
             )
-        if slim and os.path.realpath(save_directory) == os.path.realpath(self.config.backbone):
+        if os.path.realpath(save_directory) == os.path.realpath(self.config.backbone or ""):
             raise ValueError(
                 f"'{save_directory}' is the backbone's own folder, which would be overwritten; choose another."
             )
@@ -349,7 +359,7 @@ def upload(
         folder_path=folder,
         commit_message=commit_message,
         revision=revision,
-        ignore_patterns=["stage-*", ".writing-*", *removed],
+        ignore_patterns=["stage-*", f"{WRITING}*", f"{WRITTEN}*", *removed],
         delete_patterns=["tasks/*.safetensors", "pages/*.safetensors"],  # of tasks that were removed
     )
 

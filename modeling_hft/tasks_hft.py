@@ -1,4 +1,4 @@
-"""The life of a task: added, started with its stage, trained, sealed. What it reads, and what it owns."""
+"""The life of a task: added, started with its stage, trained, sealed; or removed."""
 
 import importlib
 import os
@@ -6,21 +6,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from .gates_hft import HFTGateTable
 from .hierarchy_hft import Hierarchy
 from .nodes_hft import flat
-from .path_hft import HFTSources
+from .owned_hft import HFTOwnership
 from .trimmed_hft import HFTTrim
 
 
-class HFTTasks:
-    """The part of `HFTPreTrainedModel` that knows which parameters are whose."""
-
-    def sources(self, task: str) -> HFTSources:
-        """What a task reads: the nodes on its path, those it borrows beside it, and memory pages."""
-        return HFTSources.of(self.config.task(task), self.hierarchy.path(task))
+class HFTTasks(HFTOwnership):
+    """The part of `HFTPreTrainedModel` that adds, starts, seals and removes tasks."""
 
     def gates(self, task: str) -> HFTGateTable:
         """A task's gates as a table: a row a layer, a column for each node and page that it reads.
@@ -45,11 +40,11 @@ class HFTTasks:
         self._check_unfolded()
         if name in self.hierarchy:
             raise ValueError(f"The task {name!r} is a duplicate: this model has one; choose another name.")
-        if name in self.config.left_out:
+        if name.lower() in map(str.lower, self.config.left_out):
             raise ValueError(f"The task {name!r} is in the whole of which this model is a part; choose another name.")
         rank = self.config.rank if rank is None else rank
-        if rank < 1:
-            raise ValueError(f"`rank` of task {name!r} is {rank}; a node needs a rank of 1 or more.")
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"`rank` of task {name!r} is {rank}; a node needs a whole rank of 1 or more.")
         self.hierarchy = Hierarchy(
             {**{task: self.hierarchy.parents(task) for task in self.hierarchy.names}, name: parents}
         )
@@ -128,10 +123,11 @@ class HFTTasks:
         """
         self._check_unfolded()
         self.hierarchy.check(name)
-        removed = [name]
-        for other in self.hierarchy.names:
-            if other != name and any(node in removed for node in self.sources(other).nodes):
-                removed.append(other)
+        removed, more = [], [name]
+        while more:  # a refreshed task may read a node of a deeper level
+            removed += more
+            others = (other for other in self.hierarchy.names if other not in removed)
+            more = [other for other in others if set(removed) & set(self.sources(other).nodes)]
         if len(removed) > 1 and not cascade:
             raise ValueError(
                 f"Task {name!r} cannot be removed: {', '.join(removed[1:])} depend on it. Remove them first, or all with "
@@ -186,12 +182,9 @@ class HFTTasks:
     def _has_learnt(self, task: str) -> bool:
         return any(nodes.pair(task)[1].any() for nodes in self.hft_nodes.values())
 
-    def _open_page(self, task: str) -> int | None:
-        """The page that an open task writes."""
-        for page in self.config.pages:
-            if task in page["writers"] and not page["sealed"]:
-                return page["id"]
-        return None
+    def _is_written(self, page: Mapping[str, Any]) -> bool:
+        values = [memory.pair(str(page["id"]))[1] for memory in self.hft_memory.values()]
+        return page["sealed"] or any(bool(up_OS.any()) for up_OS in values if up_OS.device.type != "meta")
 
     def _add_page(self, writers: Sequence[str]) -> None:
         page_id = 1 + max((page["id"] for page in self.config.pages), default=0)
@@ -220,9 +213,7 @@ class HFTTasks:
 
     def _reset_gates(self, task: str) -> None:
         parents = self.hierarchy.parents(task)
-        silent = [
-            page for memory in self.hft_memory.values() for page in memory.names() if not memory.pair(page)[1].any()
-        ]
+        silent = [str(page["id"]) for page in self.config.pages if not self._is_written(page)]
         self.hft_gates.reset_parameters(task, {name: self.sources(name) for name in (task, *parents)}, parents, silent)
 
     def _make_node(self, task: Mapping[str, Any]) -> None:
@@ -231,7 +222,7 @@ class HFTTasks:
             self.hft_nodes[flat(name)].add(task["name"], task["rank"], _dtype(task), device)
 
     def _make_gates(self, task: str) -> None:
-        self.hft_gates.add(task, len(self.sources(task)), self.backbone.get_input_embeddings().weight.device)
+        self.hft_gates.add(task, len(self.sources(task)), self._main_device())
 
     def _make_page(self, page: Mapping[str, Any]) -> None:
         for name, device in self._device_of().items():
@@ -253,55 +244,15 @@ class HFTTasks:
                 self._make_gates(task["name"])
 
     def _device_of(self) -> dict[str, torch.device]:
-        """Where the weight of each adapted linear is."""
-        default = self.backbone.get_input_embeddings().weight.device
+        """Where the weight of each adapted linear is, or what stands beside it should be."""
+        main = self._main_device()
         devices = {name: self.base_model.get_submodule(name).weight.device for name in self._layer_of}
-        # "meta": offloaded, or not loaded yet
-        return {name: default if device.type == "meta" else device for name, device in devices.items()}
+        return {name: main if device.type == "meta" else device for name, device in devices.items()}
 
-    def inherited(self, task: str) -> list[int]:
-        """The columns of a task's gates that stand for what it found, not for its own node or its own stage's page."""
-        own = {task, *(f"page:{page['id']}" for page in self.config.pages if task in page["writers"])}
-        return [column for column, label in enumerate(self.sources(task).labels()) if label not in own]
-
-    def learning_gates(self, task: str) -> list[int]:
-        """The columns of an open task's gates that learn with it: those on what it inherits, if gates learn at all.
-
-        The others keep their start: what they would scale is learning itself, its scale included.
-        """
-        return self.inherited(task) if self.config.gating_config.trainable else []
-
-    def _read_parameters(self, task: str) -> list[nn.Parameter]:
-        """All parameters that a task reads: its gates, and its sources' factors."""
-        sources = self.sources(task)
-        read = [self.hft_gates.of(task)]
-        for modules, names in ((self.hft_nodes, sources.nodes), (self.hft_memory, sources.pages)):
-            for factors in modules.values():
-                read += factors.pairs(names)
-        return read
-
-    def task_parameters(self, task: str) -> dict[str, nn.Parameter]:
-        """All that a task owns, its gates and its nodes, by the names of `named_parameters`."""
-        self.hierarchy.check(task)
-        own = {f"hft_gates.g_{task}": self.hft_gates.of(task)}
-        for key, nodes in self.hft_nodes.items():
-            own[f"hft_nodes.{key}.A_{task}"], own[f"hft_nodes.{key}.B_{task}"] = nodes.pair(task)
-        return own
-
-    def page_parameters(self, page_id: int) -> dict[str, nn.Parameter]:
-        """The keys and values of a memory page at all linears, by the names of `named_parameters`."""
-        self.config.page(page_id)
-        own = {}
-        for key, memory in self.hft_memory.items():
-            own[f"hft_memory.{key}.K_{page_id}"], own[f"hft_memory.{key}.V_{page_id}"] = memory.pair(str(page_id))
-        return own
-
-    def learning_parameters(self, task: str) -> dict[str, nn.Parameter]:
-        """All that an open task trains: its node, its gates if any of them learns, and the page that its stage writes."""
-        page_id, own = self._open_page(task), self.task_parameters(task)
-        if not self.learning_gates(task):
-            del own[f"hft_gates.g_{task}"]
-        return {**own, **(self.page_parameters(page_id) if page_id is not None else {})}
+    def _main_device(self) -> torch.device:
+        """That of the embeddings, else the first; "meta" (offloaded, or not loaded yet) only if all weights are there."""
+        weights = (self.backbone.get_input_embeddings().weight, *self.backbone.parameters())
+        return next((weight.device for weight in weights if weight.device.type != "meta"), weights[0].device)
 
     def set_trainable(self, tasks: Iterable[str]) -> None:
         """Makes what these tasks train trainable, and nothing else: see `learning_parameters`.
@@ -327,6 +278,8 @@ class HFTTasks:
         validation: Mapping[str, Iterable[Mapping[str, Sequence[int]]]] | None = None,
     ) -> list[HFTTrim]:
         """Ends the learning of these tasks for good: from here on, what they compute does not change any more.
+
+        Of tasks that are sealed already nothing changes.
 
         Their nodes and the page that they wrote are rounded to the backbone's dtype, in which they compute; gates stay
         float32.
@@ -370,6 +323,8 @@ class HFTTasks:
             *((self.config.task(task), self.task_parameters(task)) for task in tasks),
             *((page, self.page_parameters(page["id"])) for page in pages),
         ]:
+            if entry["sealed"]:
+                continue
             entry["sealed"] = True
             for name, parameter in parameters.items():
                 parameter.requires_grad_(False)

@@ -178,3 +178,9 @@ def test_the_memory_of_what_kept_factors_were_made_of_is_not_given_away():
     assert not memory.expired()
     kept.clear()
     assert memory.expired()
+
+
+def test_a_path_of_a_given_rank_is_refused_while_another_task_is_folded(sealed):
+    sealed.fold("a", merge=True)
+    with pytest.raises(ValueError, match="The model is folded for task 'a'; call unfold"):
+        sealed.activate("b", rank=sealed.widest_rank())

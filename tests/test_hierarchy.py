@@ -76,3 +76,9 @@ def test_an_edge_shows_how_much_flows():
         "      └· d",
         "         └─ e",
     ]
+
+
+def test_a_deep_diamond_is_walked_once():
+    """Two ways at each of sixty levels: 2^60 ways in all."""
+    tree = {"a0": [], "b0": []} | {f"{x}{i}": [f"a{i - 1}", f"b{i - 1}"] for i in range(1, 60) for x in "ab"}
+    assert len(Hierarchy(tree).path("a59")) == 119

@@ -154,6 +154,7 @@ def lora(backbones, folder, seed=0, **options):
         {"lora_alpha": 16, "use_rslora": True},
         {"target_modules": "all-linear", "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7}},
         {"lora_alpha": 8, "alpha_pattern": {"layers.0.self_attn.q_proj": 3}},
+        {"lora_alpha": 8, "alpha_pattern": {"model.layers.0.self_attn.q_proj": 32, "^model.layers.1.*.q_proj": 3}},
         {"layers_to_transform": [1]},
     ],
 )
@@ -198,6 +199,7 @@ def test_a_shelf_of_loras_becomes_one_routed_model(backbones, tmp_path):
         ({"use_dora": True}, "has DoRA, which scales the backbone's own weight; only plain LoRA can become a node."),
         ({"modules_to_save": ["lm_head"]}, "has whole modules beside the LoRA"),
         ({"peft_type": "OFT"}, "is a OFT adapter; only plain LoRA can become a node."),
+        ({"init_lora_weights": "pissa_niter_4"}, "began as 'pissa_niter_4', which changes the backbone's own weights"),
         ({"bias": "all"}, "trained biases (`bias` is 'all')"),
         ({"base_model_name_or_path": "other/backbone"}, "is an adapter of 'other/backbone', and this model stands on"),
     ],
@@ -276,6 +278,14 @@ def test_what_borrows_a_node_depends_on_it(sealed):
         ValueError, match=r"Task 'c' cannot be removed: e, f, d depend on it|e, d, f|e.*d.* depend on it"
     ):
         sealed.remove_task("c")
+
+
+def test_who_borrows_from_a_deeper_level_goes_with_it(sealed):
+    """`e`, a root, reads d; d depends on a."""
+    sealed._take_gates("e", borrows=["d"], pages=sealed.config.task("e")["pages"])
+    with pytest.raises(ValueError, match=r"Task 'a' cannot be removed: b, c, d, e, f depend on it"):
+        sealed.remove_task("a")
+    assert set(sealed.remove_task("a", cascade=True)) == set("abcdef") and not sealed.config.tasks
 
 
 def test_a_stage_goes_on_without_a_task_that_was_removed(backbones):

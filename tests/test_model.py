@@ -534,3 +534,79 @@ def test_embeddings_keep_their_size(model):
         message = f"has {size} embeddings and is frozen, so they cannot become {becomes}. Resize the plain"
         with pytest.raises(ValueError, match=message):
             model.resize_token_embeddings(wanted, multiple)
+
+
+def test_an_active_list_fits_the_rows_of_the_pass(model):
+    with model.activate(["a", "e"]), pytest.raises(ValueError, match="names tasks for 2 rows, and the pass has 4"):
+        model(prompts(4, 5))
+
+
+def test_a_change_of_dtype_rounds_nothing_that_was_learnt(model, tmp_path):
+    """Factors are cast where they are used; an open node is still float32, and so is every gate."""
+    model.seal(["a", "b", "c", "e", "f"])
+    before = snapshot(model)
+    model.to(torch.bfloat16)
+    assert model(prompts(1, 5), task="d").logits.dtype == torch.bfloat16
+    after = snapshot(model)
+    assert {name for name in before if before[name] != after[name]} == {name for name in before if "backbone" in name}
+    model.double()
+    assert model.hft_gates.of("d").dtype == torch.float64  # wider is no loss
+
+
+def test_sealing_again_changes_nothing(model):
+    model.seal(model.hierarchy.names)
+    before = snapshot(model)
+    model.backbone.to(torch.bfloat16)
+    model.add_task("new", ["d"])
+    model.start_stage(["new"])
+    model.seal(model.hierarchy.names)
+    after = snapshot(model)
+    assert all(before[name] == after[name] for name in before if name.startswith(("hft_nodes", "hft_memory")))
+    assert model.hft_nodes["layers_0_mlp_up_proj"].pair("new")[0].dtype == torch.bfloat16
+
+
+def test_a_silent_linear_does_not_make_a_sealed_page_new(model):
+    model.seal(model.hierarchy.names)
+    with torch.no_grad():
+        next(iter(model.hft_memory.values())).pair("1")[1].zero_()
+    model.config.memory_config.root_init = model.hft_gates.root_page_start = 0.25
+    model.add_task("new")
+    model.start_stage(["new"])
+    assert dict(model.gates("new").mean())["page:1"] == pytest.approx(0.25)
+
+
+def test_a_model_is_planned_without_weights(model):
+    with torch.device("meta"):
+        empty = hft.HFTForCausalLM(model.config)
+    assert {p.device.type for p in empty.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "E"}, "are duplicates"),
+        ({"name": "q", "rank": 2.5}, "`rank` of task 'q' is 2.5; a node needs a whole rank"),
+    ],
+)
+def test_a_task_that_is_refused_leaves_no_trace(model, arguments, message):
+    before = copy.deepcopy(model.config.tasks)
+    with pytest.raises(ValueError, match=message):
+        model.add_task(**arguments)
+    assert model.config.tasks == before and set(model.hierarchy.names) == {entry["name"] for entry in before}
+
+
+def test_a_target_is_a_whole_name(backbones):
+    """Not a part of one: "up_proj" is no "p_proj"."""
+    one, other = (
+        hft.HFTForCausalLM.from_backbone(
+            backbones["llama"], {"a": []}, target_modules=target, memory_config={"read": "off"}
+        )
+        for target in ("up_proj", ["up_proj"])
+    )
+    assert list(one.hft_nodes) == list(other.hft_nodes) == ["layers_0_mlp_up_proj", "layers_1_mlp_up_proj"]
+    with pytest.raises(
+        ValueError, match=r"The memory's `target_modules` \(\['v_proj'\]\) are none of those that carry"
+    ):
+        hft.HFTForCausalLM.from_backbone(
+            backbones["llama"], {"a": []}, target_modules=["q_proj"], memory_config={"target_modules": ["v_proj"]}
+        )

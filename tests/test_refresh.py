@@ -125,3 +125,16 @@ def test_wrong_refreshes(grown):
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             grown.refresh_gates(task, rows_like(grown, "f", rows))
+
+
+@pytest.mark.parametrize("row", [{"input_ids": [5], "labels": [5]}, {"input_ids": [5, 6, 7], "labels": [6, 7]}])
+def test_rows_without_a_loss_are_refused(grown, row):
+    message = f"A row of task 'a' has {len(row['input_ids'])} tokens and {len(row['labels'])} labels"
+    with pytest.raises(ValueError, match=message):
+        grown.row_losses("a", [{"input_ids": [5, 6], "labels": [5, 6]}, row])
+
+
+def test_without_a_head_there_is_no_loss(grown, tmp_path):
+    grown.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"HFTModel has no head to compute a loss with; load HFTForCausalLM."):
+        hft.HFTModel.from_pretrained(tmp_path).refresh_gates("a", rows_like(grown, "f"))

@@ -251,3 +251,51 @@ def test_odd_prompts(routed, backbones):
     assert [route.reason for route in nobody.route(x)] == ["the router knows no task"] * 2
     with pytest.raises(ValueError, match="`task` names 3 tasks for 2 rows"):
         routed.generate(x, task=["sst", "sst", "nli"])
+
+
+def test_what_is_not_finite_teaches_nothing(routed):
+    before = routed.hft_router.tensors()
+    with pytest.raises(ValueError, match=r"Prompt 1 of task 'sst' has no tokens \(1 such\); leave it out."):
+        routed.add_routes("sst", [[5, 6], [], [7, 8]])
+    bad = torch.randn(4, 32)
+    bad[2, 3] = torch.nan
+    for some, others in ((bad, bad[:2]), (bad[:2], bad)):
+        with pytest.raises(ValueError, match="Hidden states of prompts of task 'sst' are not finite"):
+            routed.hft_router.add("sst", some, others)
+    after = routed.hft_router.tensors()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_large_hidden_states_do_not_overflow():
+    """Some decoders' residual streams leave the range of float16, in which held-out features are kept."""
+    router, small = (hft.HFTRouter(hft.HFTRouterConfig(num_features=64), 32, 8) for _ in range(2))
+    f_ND = torch.randn(32, 32)
+    f_ND[:, 0] += 3
+    small.add("a", f_ND[:24], f_ND[24:])
+    router.add("a", 3e4 * f_ND[:24], 3e4 * f_ND[24:])
+    solved = router._solve()
+    assert solved.most_leverage == pytest.approx(small._solve().most_leverage, rel=1e-3)
+
+
+def test_pads_do_not_count_where_no_mask_is_given(routed):
+    """As in transformers, which infers the mask of the very same call."""
+    x = typical(0, 100)[:1]
+    padded = torch.cat([torch.full((1, 7), routed.config.get_text_config().pad_token_id), x], 1)
+    answers = [routed.generate(ids, max_new_tokens=3, return_route=True) for ids in (x, padded)]
+    (one,), (other,) = (routes for _, routes in answers)
+    assert one.task == other.task == "sst" and one.novelty == pytest.approx(other.novelty)
+    assert torch.equal(answers[0][0][:, -3:], answers[1][0][:, -3:])
+
+
+def test_an_active_task_is_not_asked_for(routed):
+    x = torch.cat([typical(0, 100)[:1], prompts(1, 12)])  # of the second the router knows nothing
+    named = routed.generate(x, task="nli", max_new_tokens=3)
+    rows = routed.generate(x, task=["nli", None], max_new_tokens=3, num_beams=2)
+    with routed.activate("nli"):
+        answer, routes = routed.generate(x, max_new_tokens=3, return_route=True)
+        plain = routed.generate(x, task="backbone", max_new_tokens=3)
+    assert torch.equal(answer, named) and [route.task for route in routes] == ["nli", "nli"]
+    assert torch.equal(plain, routed.generate(x, task="backbone", max_new_tokens=3))
+    with routed.activate(["nli", None]):
+        answer, routes = routed.generate(x, max_new_tokens=3, num_beams=2, return_route=True)
+    assert torch.equal(answer, rows) and [route.task for route in routes] == ["nli", "backbone"]

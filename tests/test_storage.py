@@ -1,6 +1,7 @@
 """Saving and loading: invariant 7, and what is on disk stays whole."""
 
 import copy
+import functools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -354,40 +356,62 @@ def test_a_write_that_fails_leaves_what_was_there(saved, model, monkeypatch):
     assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
 
 
-def test_a_kill_between_any_two_renames_leaves_a_model(model, backbones, tmp_path, monkeypatch):
-    """What was there when a task was added, or what is there now; never something between that cannot be read."""
-    x = prompts(1, 5)
-    replace = os.replace
-    for kill in range(60):
+def trim_and_grow(model):
+    rows = [{"input_ids": list(range(5, 9 + i)), "labels": list(range(5, 9 + i))} for i in range(2)]
+    model.start_stage(["b"])
+    fill(model, only_trainable=True)
+    model.seal(["b"], rank_tolerance=100.0, validation={"b": rows})
+    model.add_routes("b", [[5, 6, 7 + i] for i in range(8)])
+    model.add_task("c", ["b"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        trim_and_grow,
+        lambda model: model.remove_task("b"),
+        lambda model: model._take_gates("a", borrows=[], pages=[]),  # as a refresh may
+    ],
+    ids=["trim and grow", "remove", "refresh"],
+)
+def test_a_kill_between_any_two_renames_leaves_a_model(backbones, tmp_path, monkeypatch, change):
+    """All that was there, or all that is there now: files, and what a reader makes of them."""
+    x, rename, replace, seen = prompts(1, 5), os.rename, os.replace, []
+    for kill in (0, 1, 2, *range(3, 60, 5)):
         folder = tmp_path / str(kill)
-        before = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": ["a"]}, rank=3)
-        before.start_stage(["a"])
-        fill(before, only_trainable=True)
-        before.seal(["a"])
-        before.save_pretrained(folder)  # b is open, and has no page yet
-        expected = bits(before(x, task="a").logits)
-        before.start_stage(["b"])
-        before.add_task("c", ["b"])
-        done = []
+        model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": ["a"]}, rank=3)
+        model.start_stage(["a"])
+        fill(model, only_trainable=True)
+        model.seal(["a"])
+        model.add_routes("a", [[50, 60, 70 + i] for i in range(8)])
+        model.save_pretrained(folder)  # b is open, and has no page yet
+        before = snapshot(model), model.hft_router.tensors()["gram"]
+        change(model)
+        after = snapshot(model), model.hft_router.tensors()["gram"]
+        calls = []
 
-        def killed(source, target, done=done, kill=kill):
-            if len(done) == kill:
+        def killed(source, target, original, calls=calls, kill=kill):
+            if len(calls) == kill:
                 raise KeyboardInterrupt
-            done.append(target)
-            replace(source, target)
+            calls.append(target)
+            original(source, target)
 
-        monkeypatch.setattr(os, "replace", killed)
+        monkeypatch.setattr(os, "rename", functools.partial(killed, original=rename))
+        monkeypatch.setattr(os, "replace", functools.partial(killed, original=replace))
         try:
-            before.save_pretrained(folder)
-            finished = True
+            model.save_pretrained(folder)
         except KeyboardInterrupt:
-            finished = False
-        monkeypatch.setattr(os, "replace", replace)
+            calls.append(None)
+        monkeypatch.undo()
         loaded = AutoModelForCausalLM.from_pretrained(folder)
-        assert bits(loaded(x, task="a").logits) == expected
-        assert not list(folder.glob(".writing-*"))
-        if finished:
-            assert kill > 10 and loaded.hierarchy.names == ("a", "b", "c")
+        state = snapshot(loaded), loaded.hft_router.tensors()["gram"]
+        is_new = state[0] == after[0]
+        assert torch.equal(state[1], (after if is_new else before)[1]) and (is_new or state[0] == before[0])
+        assert bits(loaded(x, task="a").logits) == bits(model(x, task="a").logits) or not is_new
+        assert not list(folder.glob(".writ*-*"))
+        seen.append(is_new)
+        if calls[-1] is not None:
+            assert kill > 10 and not seen.pop(0) and all(seen)  # the first rename is the one that counts
             return
     raise AssertionError("the save never came to its end")
 
@@ -559,3 +583,38 @@ def test_another_backbone_has_no_known_commit(saved):
     config = AutoConfig.from_pretrained(saved, backbone="somewhere/else")
     assert (config.backbone, config.backbone_revision) == ("somewhere/else", None)
     assert AutoConfig.from_pretrained(saved).backbone_revision == "0" * 40
+
+
+def test_a_config_that_was_read_before_a_save_was_finished_is_read_again(saved, model, monkeypatch):
+    """Auto classes read config.json themselves, before any code of ours runs."""
+    model.remove_task("d")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(os, "replace", lambda source, target: (_ for _ in ()).throw(KeyboardInterrupt))
+        model.save_pretrained(saved)
+    stale = AutoConfig.from_pretrained(saved)
+    assert "d" in stale.task_names()
+    assert "d" not in hft.HFTForCausalLM.from_pretrained(saved, config=stale).hierarchy
+
+
+def test_a_part_without_any_task_still_knows_the_others(saved, model):
+    model.add_routes("a", [[5, 6, 7 + i] for i in range(8)])
+    model.save_pretrained(saved)
+    part = AutoModelForCausalLM.from_pretrained(saved, tasks=[])
+    assert part.hierarchy.names == () and set(part.config.left_out) == set(model.hierarchy.names)
+    assert part.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=1, return_route=True)[1][0].task == "backbone"
+
+
+def test_what_hft_owns_cannot_be_offloaded(model, tmp_path):
+    model.save_pretrained(tmp_path, slim=False)
+    on_disk = {"backbone": "cpu", "hft_nodes": "cpu", "hft_memory": "cpu", "hft_gates": "disk"}
+    with pytest.raises(ValueError, match=r"`device_map` puts what HFT owns \(hft_gates.g_a, 6 such\)"):
+        hft.HFTForCausalLM.from_pretrained(tmp_path, device_map=on_disk, offload_folder=tmp_path / "off")
+
+
+def test_the_backbone_may_be_named_by_a_path_and_is_never_overwritten(saved, backbones, monkeypatch):
+    monkeypatch.chdir(backbones["llama"].parent)
+    model = AutoModelForCausalLM.from_pretrained(saved, backbone=Path(backbones["llama"].name))
+    assert model.config.backbone == str(backbones["llama"])
+    for slim in (True, False):
+        with pytest.raises(ValueError, match="is the backbone's own folder"):
+            model.save_pretrained(backbones["llama"], slim=slim)
