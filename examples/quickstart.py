@@ -39,7 +39,8 @@ def main() -> None:
         "two-more": rows("Is {} plus two even?", lambda n: "no" if n % 2 else "yes"),
     }
     training = HFTTrainingConfig(output_dir=args.out, max_steps=args.max_steps, num_train_epochs=1)
-    HFTTrainer(model, args=training, train_dataset=data, processing_class=tokenizer).train()
+    trainer = HFTTrainer(model, args=training, train_dataset=data, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=True)  # run again, it goes on where it stopped
 
     model = AutoModelForCausalLM.from_pretrained(args.out)  # elsewhere, without this package: trust_remote_code=True
     chat = [{"role": "user", "content": "Is 7 plus two even?"}]

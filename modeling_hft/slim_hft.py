@@ -139,7 +139,8 @@ class HFTSlimFiles:
         self._make_room()
         self._read_tasks(folder, taken, pages)
         self.hft_router.clear()
-        self.hft_router.config.tasks = list(saved.router_config.tasks)
+        for name in ("tasks", "prefix", "suffix"):  # all that it learns besides its sums
+            setattr(self.hft_router.config, name, list(getattr(saved.router_config, name)))
         self._read_router(folder)
         self.set_trainable(self.config.open_tasks())
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from hft import Hierarchy
-from hft.trainers.demo import NUM_TEST, TASKS, TEST_SEED, TRAIN_SEED, make_rows
+from hft.trainers.demo import NUM_TEST, TASKS, TEST_SEED, TRAIN_SEED, clear, make_rows
 from hft.trainers.metrics import find_metric
 
 
@@ -36,6 +36,22 @@ def test_questions_are_distinct_and_held_out_and_scored_by_their_family(name):
         assert score(f" {answer}\n", row) == 1.0
         assert score("", row) == 0.0
         assert score(f"The answer is {answer}, I think", row) == 0.0
+
+
+def test_a_demo_may_be_run_again_and_takes_nothing_elses_place(tmp_path):
+    folder = tmp_path / "model"
+    clear(folder)
+    for names, is_left in ((TASKS, False), ({"mine": None}, True)):
+        folder.mkdir()
+        (folder / "config.json").write_text(
+            json.dumps({"model_type": "hft", "tasks": [{"name": name} for name in names]})
+        )
+        if is_left:
+            with pytest.raises(ValueError, match="holds another model than the demo's; choose another folder"):
+                clear(folder)
+        else:
+            clear(folder)
+        assert folder.exists() == is_left
 
 
 @pytest.mark.slow

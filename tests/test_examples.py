@@ -24,10 +24,11 @@ def run(name: str, monkeypatch, *arguments: str) -> None:
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
-def test_quickstart(backbones, tmp_path, monkeypatch, capsys):
-    run(
-        "quickstart.py", monkeypatch, "--backbone", str(backbones["llama"]), "--out", str(tmp_path), "--max_steps", "2"
-    )
+@pytest.mark.parametrize("times", [1, 2])
+def test_quickstart(backbones, tmp_path, monkeypatch, capsys, times):
+    arguments = ["--backbone", str(backbones["llama"]), "--out", str(tmp_path), "--max_steps", "2"]
+    for _ in range(times):
+        run("quickstart.py", monkeypatch, *arguments)
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[-3:]] == [
         "backbone",
         "parity",

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 import hft
 from hft.lora_io_hft import path_factors, shrink_rank
 from hft.trainers.cli import main
+from hft.trainers.model_card import write_model_card
+from hft.trainers.run_record import RunRecord, write_json
 
 from .test_model import prompts
 from .tiny import BACKBONES, bits, fill, grow, snapshot
@@ -259,7 +261,15 @@ def test_removing_a_task_leaves_the_others_to_the_bit(sealed, tmp_path):
 
 
 def test_the_command_removes_a_task_and_its_files(sealed, tmp_path, capsys):
+    """And what the folder says of it."""
     sealed.save_pretrained(tmp_path)
+    score = {"score": 5.0, "se": 1.0, "rows": 2}
+    stage = {"level": 1, "tasks": ["a", "b"], "log": [], "scores": {"a": score, "b": score}}
+    its = RunRecord(data={"a": {"rows": 1}, "b": {"rows": 1}}, stages=[stage], machine="of the training")
+    write_json(tmp_path / "run.json", vars(its))
+    config, gates = hft.read_gates(tmp_path)
+    write_model_card(config, gates, tmp_path, its)
+    assert "| b |" in (tmp_path / "README.md").read_text()
     before = sealed(prompts(2, 5), task="a").logits
     assert main(["remove", str(tmp_path), "--task", "b"]) == 2
     assert "d depend on it" in capsys.readouterr().err and (tmp_path / "tasks/b.safetensors").exists()
@@ -270,6 +280,12 @@ def test_the_command_removes_a_task_and_its_files(sealed, tmp_path, capsys):
     assert {path.stem for path in (tmp_path / "tasks").iterdir()} == set(left.hierarchy.names)
     assert {"b", "d"}.isdisjoint(left.hierarchy.names)
     assert torch.equal(left(prompts(2, 5), task="a").logits, before)
+    record = RunRecord.load(tmp_path)
+    assert (
+        record.matrix() == [{"a": 5.0}] and record.data == {"a": {"rows": 1}} and record.machine == "of the training"
+    )
+    card = (tmp_path / "README.md").read_text()
+    assert 'task="b"' not in card and "| b |" not in card and "| a |" in card
 
 
 def test_what_borrows_a_node_depends_on_it(sealed):

@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hft
+from hft.slim_hft import read_gates
 from hft.trainers.cli import main
 from hft.trainers.merge import merge_models
+from hft.trainers.model_card import write_model_card
+from hft.trainers.run_record import RunRecord
 
 from .test_model import prompts
 from .test_router import typical
@@ -163,3 +166,21 @@ def test_the_router_that_has_learnt_says_how_it_looks(backbones, tokenizer, tmp_
     one.save_pretrained(tmp_path / "one")
     with pytest.raises(ValueError, match=re.escape("The two routers differ in `num_features` (64 and 32)")):
         merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "second")
+
+
+def test_the_union_is_described_as_what_it_is(grown_apart, tmp_path):
+    """Data of the tasks of both; no scores and no pictures of a model that is none of the two."""
+    for folder, own in (("one", "b"), ("other", "x")):
+        score = {"score": 5.0, "se": 1.0, "rows": 2}
+        stage = {"level": 1, "tasks": ["a", own], "log": [], "scores": {own: score}}
+        record = RunRecord(data={"a": {"rows": 3}, own: {"rows": 4}}, stages=[stage])
+        record.save(tmp_path / folder)
+        config, gates = read_gates(tmp_path / folder)
+        write_model_card(config, gates, tmp_path / folder, record)
+    merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "union", {"x": "new"})
+    record = RunRecord.load(tmp_path / "union")
+    assert record.data == {"a": {"rows": 3}, "b": {"rows": 4}, "new": {"rows": 4}} and record.matrix() == []
+    card = (tmp_path / "union/README.md").read_text()
+    assert "new" in card and "5.0" not in card
+    names = {path.name for path in (tmp_path / "union/pictures").iterdir()}
+    assert "hierarchy.svg" in names and "matrix.svg" not in names

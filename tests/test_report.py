@@ -170,7 +170,8 @@ def test_the_page_in_a_browser(page, tmp_path):
 
 
 def test_the_card(run, tmp_path):
-    write_model_card(run.model, tmp_path, RunRecord.load(run._root), "me/my-hft")
+    gates = {task: run.model.gates(task) for task in run.model.hierarchy.names}
+    write_model_card(run.model.config, gates, tmp_path, RunRecord.load(run._root), "me/my-hft")
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
     results = {result.dataset_name: result.metric_value for result in card.data.eval_results}

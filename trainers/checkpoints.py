@@ -10,6 +10,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from hft.files_hft import finish_writing
+
 from .curriculum import open_stages
 
 
@@ -28,25 +30,43 @@ class RunFolder:
         self.path = path
         self.writes = writes
 
+    def run(self) -> "RunFolder":
+        """The folder of the run, of which this may be a checkpoint."""
+        return RunFolder(self.path.parent.parent, self.writes) if self._is_checkpoint() else self
+
+    def is_same(self, other: "RunFolder") -> bool:
+        """Whether both are the same folder."""
+        return self.path.resolve() == other.path.resolve()
+
+    def _is_checkpoint(self) -> bool:
+        return self.path.name.startswith(PREFIX_CHECKPOINT_DIR)
+
     def begin(self, sealed: Collection[str] = ()) -> None:
         """From here on the folder describes a new run; a resume must never pick up another one's checkpoints.
+
+        Those of stages that the run's model has learnt are removed.
 
         Args:
             sealed: the tasks that the run's model has learnt already.
 
         Raises:
-            ValueError: if there are some, or the folder holds a model with learnt tasks that this one would overwrite, or a
-                config.json that cannot be read.
+            ValueError: if there are others, or the folder holds a model with learnt tasks that this one would overwrite, or
+                a config.json that cannot be read.
         """
         go_on = "go on with it by resume_from_checkpoint=True (`hft train --resume`), take another output_dir, or delete it"
-        if old := sorted(self.path.glob(f"stage-*/{PREFIX_CHECKPOINT_DIR}-*")):
-            first = old[0].relative_to(self.path)
+        finish_writing(self.path)
+        old = sorted(self.path.glob(f"stage-*/{PREFIX_CHECKPOINT_DIR}-*"))
+        done = [checkpoint for checkpoint in old if is_whole(checkpoint) and set(_tasks_in(checkpoint)) <= set(sealed)]
+        if others := [checkpoint for checkpoint in old if checkpoint not in done]:
+            first = others[0].relative_to(self.path)
             raise ValueError(f"'{self.path}' holds checkpoints of an earlier run ({first}); {go_on}.")
-        if lost := sorted(set(_sealed_in(self.path)) - set(sealed)):
+        if lost := sorted(set(_tasks_in(self.path, sealed_only=True)) - set(sealed)):
             raise ValueError(
                 f"'{self.path}' holds a model that has learnt {', '.join(lost)}, which this run's model has not and which "
                 f"would be lost; {go_on}."
             )
+        for checkpoint in done if self.writes else ():
+            shutil.rmtree(checkpoint)
         self._sweep()
 
     def _sweep(self) -> None:
@@ -70,13 +90,14 @@ class RunFolder:
         Raises:
             ValueError: a folder that holds no run, or a checkpoint that was cut off.
         """
-        if self.path.name.startswith(PREFIX_CHECKPOINT_DIR):
+        if self._is_checkpoint():
             if not is_whole(self.path):
                 raise ValueError(
                     f"'{self.path}' is no whole checkpoint (no trainer_state.json); give the run's folder instead."
                 )
             model.restore(self.path)
             return str(self.path)
+        finish_writing(self.path)
         if is_own:
             self._sweep()
         if (self.path / "config.json").exists():
@@ -90,8 +111,8 @@ class RunFolder:
         return found
 
 
-def _sealed_in(folder: Path) -> list[str]:
-    """The tasks that a saved HFT model in a folder has learnt."""
+def _tasks_in(folder: Path, sealed_only: bool = False) -> list[str]:
+    """The tasks of a saved HFT model in a folder: those that it has learnt, or all."""
     if not (folder / "config.json").is_file():
         return []
     try:
@@ -103,7 +124,7 @@ def _sealed_in(folder: Path) -> list[str]:
         ) from error
     if not isinstance(saved, dict) or saved.get("model_type") != "hft":
         return []
-    return [task["name"] for task in saved["tasks"] if task["sealed"]]
+    return [task["name"] for task in saved["tasks"] if task["sealed"] or not sealed_only]
 
 
 def last_checkpoint(folder: Path) -> str | None:

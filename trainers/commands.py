@@ -218,6 +218,9 @@ def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
     from hft.slim_hft import files_left
 
+    from .model_card import renew_model_card
+    from .run_record import RunRecord
+
     config, _gates = hft.read_gates(args.model)
     config.hierarchy().check(args.task)
     model = _load(str(args.model), load_in_4bit=False)
@@ -225,6 +228,7 @@ def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
     model.save_pretrained(args.model)
     for path in files_left(args.model, model.config):
         (args.model / path).unlink()  # after the config, which no longer names it
+    renew_model_card(args.model, RunRecord.load(args.model).without(removed))
     print(f"Removed {', '.join(removed)}; {len(model.config.tasks)} tasks are left in {args.model}")
 
 

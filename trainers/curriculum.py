@@ -58,13 +58,15 @@ class Mastery:
         self.accuracy = accuracy
         self.patience = patience
         self.mastered: dict[str, int] = {}  # task -> the step after which it was
+        self._last_step = dict.fromkeys(self.tasks, -1)
         self._best = dict.fromkeys(self.tasks, math.inf)
         self._since_best = dict.fromkeys(self.tasks, 0)
 
     def observe(self, task: str, step: int, loss: float, accuracy: float) -> str:
-        """Takes note of an evaluation; returns why the task is mastered now, or an empty string."""
-        if task in self.mastered:
+        """Takes note of an evaluation, of each step once; returns why the task is mastered now, or an empty string."""
+        if task in self.mastered or step <= self._last_step[task]:
             return ""
+        self._last_step[task] = step
         self._since_best[task] = 0 if loss < self._best[task] else self._since_best[task] + 1
         self._best[task] = min(loss, self._best[task])
         if self.accuracy is not None and accuracy >= self.accuracy:
@@ -75,6 +77,15 @@ class Mastery:
             return ""
         self.mastered[task] = step
         return reason
+
+    def observe_log(self, logs: Mapping[str, float]) -> tuple[str, str] | None:
+        """Takes note of a log entry of the Trainer's, if it is an evaluation; the task that is mastered now, and why."""
+        for task in self.tasks:
+            if f"eval_{task}_loss" in logs:
+                loss, accuracy = logs[f"eval_{task}_loss"], logs.get("eval_mean_token_accuracy", 0.0)
+                if reason := self.observe(task, int(logs["step"]), loss, accuracy):
+                    return task, reason
+        return None
 
     def all_mastered(self) -> bool:
         """Whether the stage can end."""

@@ -1,6 +1,7 @@
 """`hft demo`: six verifiable tasks in three levels, on a real 4-bit model, in minutes and without a network."""
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -14,7 +15,13 @@ import torch
 from datasets import Dataset
 from datasets.utils.logging import disable_progress_bar
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 from transformers.utils import logging
 
 import hft
@@ -88,11 +95,25 @@ def make_rows(task: DemoTask, count: int, seed: int, seen: set[str]) -> list[dic
     return rows
 
 
+def clear(folder: Path) -> None:
+    """Removes the model of an earlier demo, finished or not.
+
+    Raises:
+        ValueError: a folder that holds another model.
+    """
+    if not (folder / "config.json").exists():
+        return
+    tasks = PreTrainedConfig.get_config_dict(folder)[0].get("tasks") or []
+    if {task["name"] for task in tasks} != set(TASKS):
+        raise ValueError(f"'{folder}' holds another model than the demo's; choose another folder: hft demo --out DIR.")
+    shutil.rmtree(folder)
+
+
 def run_demo(out: Path) -> dict[str, Any]:
     """Trains, evaluates, saves and loads again; prints what it does.
 
     Args:
-        out: folder for `report.json` and the model.
+        out: folder for `report.json` and the model; those of an earlier demo are replaced.
 
     Returns:
         What is in `report.json`: `forgetting` and `mean_gain_points` in accuracy points, `seconds`,
@@ -100,6 +121,7 @@ def run_demo(out: Path) -> dict[str, Any]:
 
     Raises:
         ImportError: if a package of the extra `demo` is missing, or there is neither a hub nor the model's package.
+        ValueError: if the folder holds another model.
     """
     start = time.monotonic()
     try:
@@ -108,6 +130,7 @@ def run_demo(out: Path) -> dict[str, Any]:
         raise ImportError("`hft demo` needs reasoning-gym: pip install 'modeling-hft[demo]'.") from error
     with replacing(out):  # raises now if the folder cannot be written
         pass
+    clear(out / "model")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bar()

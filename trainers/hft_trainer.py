@@ -1,7 +1,7 @@
-"""`HFTTrainer`: TRL's SFTTrainer, once a stage, bottom-up."""
+"""`HFTTrainer`: TRL's SFTTrainer on a hierarchy: data, loss and optimizer of a stage. The loop over stages: `stages.py`."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,45 +10,39 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput
-from transformers.utils import logging
 from trl import SFTTrainer
 
 from hft.files_hft import replacing
 from hft.modeling_hft import HFTForCausalLM
-from hft.trimmed_hft import HFTTrim
+from hft.storage_hft import check_shareable
 
 from .answers_only import answers_only
-from .checkpoints import RunFolder
 from .compiled import CompiledDecoder
-from .curriculum import BlockSampler, Mastery, Stage, open_stages
+from .curriculum import BlockSampler, Mastery, Stage
 from .evaluation import EvalSet
 from .hft_config import HFTTrainingConfig, check_given
 from .processes import HFTProcesses
 from .progress import StagePrinter, StageProgress
 from .quantized import passing_as_unquantized
 from .rate_groups import group_by_rate, rate_of
-from .routes import learn_routes
 from .sharing import HFTSharing
 from .stage_callback import StageCallback
 from .stage_scores import check_sets
+from .stages import HFTStages
 from .task_data import (
     OneTaskCollator,
     TaskDatasets,
-    alone,
-    check_labels,
     check_messages,
     is_tagged,
+    learnable,
     open_sets,
     split_by_task,
     tag_rows,
 )
+from .token_means import TokenMeans
 
 
-logger = logging.get_logger(__name__)
-
-
-class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
+class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
     """Trains the open tasks of an HFT model level by level and seals each level.
 
     Unlike `SFTTrainer`, it takes a dataset a task; `train` runs one training a stage, with a fresh optimizer and schedule,
@@ -85,7 +79,9 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
     ):
         args = HFTTrainingConfig() if args is None else args
         if isinstance(model, str):
-            model = HFTForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            how = {**(args.model_init_kwargs or {}), "quantization_config": kwargs.pop("quantization_config", None)}
+            model = HFTForCausalLM.from_pretrained(model, **{k: v for k, v in how.items() if v is not None})
+            args.model_init_kwargs = None  # TRL would say that they were not used
         check_given(model, args, train_dataset, kwargs)
         self._task_names: list[str] = model.config.task_names()
         self._train_sets = open_sets(
@@ -101,6 +97,10 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
             for task in self._train_sets if wanted else ():
                 if task not in eval_sets:
                     raise ValueError(f"{names} is set, but `eval_dataset` has no rows of the task {task!r}.")
+                if args.rank_tolerance is not None and len(eval_sets[task]) < 2:
+                    raise ValueError(f"`rank_tolerance` needs two rows or more of task {task!r} in `eval_dataset`.")
+        if args.push_to_hub:
+            check_shareable(model.config)
         if args.should_save:
             with replacing(args.output_dir):  # raises now, not after hours, if the folder cannot be written
                 pass
@@ -112,6 +112,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         self._root = Path(args.output_dir)
         args.run_name = args.run_name or self._root.name  # trackers that start anew at each stage go on with it
         self._checked: set[str] = set()  # tasks whose gradients were seen to reach every parameter
+        self._means = TokenMeans()
         # TRL casts whatever is trainable on a 4-bit model to bfloat16; each stage makes its own trainable.
         model.set_trainable([])
         self._prepared: dict[str, Dataset] = {}
@@ -141,8 +142,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
     def _ready(self, task: str, rows: Dataset, tokenized: Dataset, args: Any, packing: bool = True) -> Dataset:
         """Tokenised rows of a task, checked, and each with the task's id."""
         tagged = tag_rows(tokenized, self._task_names.index(task))
-        check_labels(task, rows, tagged, args.max_length, packing)
-        return tagged
+        return learnable(task, rows, tagged, args.max_length, packing)
 
     def _join(self, prepared: dict[str, Dataset]) -> Dataset:
         self._prepared = prepared
@@ -195,100 +195,6 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
                 eval_dataset = {task: self._ready(task, rows, rows, self.args) for task, rows in eval_dataset.items()}
         return super().evaluate(eval_dataset=eval_dataset, **kwargs)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Trains every open stage, bottom-up, and seals it.
-
-        Args:
-            resume_from_checkpoint: True goes on from what `args.output_dir` holds, at whatever point the run was cut off
-                (from the start if nothing was saved); a string names another run's folder or one checkpoint in it. Tasks
-                without a checkpoint start as they are in this model: build it with the same seed.
-
-        Returns:
-            Steps and mean loss over all stages; `metrics` with the seconds.
-
-        Raises:
-            ValueError: a folder to resume from that holds no run, or one that holds another run's checkpoints or a model
-                with learnt tasks that this one has not; or a task that was added after this trainer was made.
-        """
-        if resume_from_checkpoint:
-            folder = RunFolder(
-                self._root if resume_from_checkpoint is True else Path(resume_from_checkpoint), self.args.should_save
-            )
-            checkpoint = folder.restore(self.model, is_own=folder.path == self._root)
-        else:
-            checkpoint = None
-            RunFolder(self._root, self.args.should_save).begin(self.model.config.sealed_tasks())
-            self.save_model(_internal_call=True)
-        self.accelerator.wait_for_everyone()  # all have read the folder before anyone trains and writes
-        config = self.model.config
-        if missing := [task for task in config.open_tasks() if task not in self._prepared]:
-            raise ValueError(
-                f"The task {missing[0]!r} was added after this trainer was made; make a new one with its data."
-            )
-        outputs = []
-        self._begin_record(resumes=bool(resume_from_checkpoint))
-        for stage in open_stages(self.model.hierarchy, config.sealed_tasks()):
-            outputs.append(self._train_stage(stage, checkpoint, **kwargs))
-            checkpoint = None
-        steps = sum(output.global_step for output in outputs)
-        loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
-        seconds = sum(output.metrics["train_runtime"] for output in outputs)
-        metrics = {"train_runtime": seconds, "train_loss": loss, "stages": len(outputs)}
-        if self.args.has_mastery():
-            metrics["saved_steps"] = sum(output.metrics["saved_steps"] for output in outputs)
-        return TrainOutput(steps, loss, metrics)
-
-    def _train_stage(self, stage: Stage, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
-        self.stage = stage
-        self.mastery = Mastery(stage.tasks, self.args.mastery_accuracy, self.args.mastery_patience)
-        self._checked, self._stepping = set(), None
-        self._metrics["train"].clear()  # what the stage before had not logged yet
-        self.model.start_stage(stage.tasks, self.args.writers(stage.tasks))
-        self._begin_stage_record(stage)
-        self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])
-        all_eval_sets = self.eval_dataset
-        if isinstance(all_eval_sets, dict):
-            self.eval_dataset = {task: rows for task, rows in all_eval_sets.items() if task in stage.tasks}
-        self.optimizer, self.lr_scheduler = None, None
-        self.model_wrapped = self.model
-        forward = self.model.forward  # accelerate wraps it for mixed precision at each start
-        pushes = self.args.push_to_hub
-        self.args.output_dir, self.args.push_to_hub = str(self._root / stage.folder), False
-        try:
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        finally:
-            self.args.output_dir, self.args.push_to_hub = str(self._root), pushes
-            self.eval_dataset = all_eval_sets
-            self.model.forward = forward
-            vars(self.model).pop("_original_forward", None)
-        if self.args.has_mastery():
-            turns = self._get_train_sampler().turns_after
-            saved = {
-                task: turns(step, self.state.max_steps).count(task) for task, step in self.mastery.mastered.items()
-            }
-            output.metrics["saved_steps"] = sum(saved.values())
-            logger.warning(
-                f"{stage}: mastery saved {sum(saved.values())} of {self.state.max_steps} steps {saved or ''}"
-            )
-        self.model.set_trainable([])
-        tolerance = self.args.rank_tolerance
-        rows = {task: alone(self.eval_dataset[task]) for task in stage.tasks} if tolerance is not None else None
-        trims = self.model.seal(stage.tasks, tolerance, rows)
-        routed = self.args.routed(stage.tasks)
-        learn_routes(self.model, routed, self._train_sets, self.processing_class, self.args.route_samples)
-        self._end_stage_record(stage, output, trims)
-        self.save_model()
-        self.stage_ended(stage, trims)
-        return output
-
-    def stage_ended(self, stage: Stage, trims: Sequence[HFTTrim]) -> None:
-        """Called on every process when a stage is learnt, sealed and saved; does nothing: for those who subclass.
-
-        Args:
-            stage: its level and tasks.
-            trims: what `rank_tolerance` cut off, a task each; empty without it.
-        """
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it trains."""
         mastered = self.mastery.mastered
@@ -320,22 +226,26 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """As SFTTrainer's, on the batch's path; also logs `<task>_loss`, the mean over the task's tokens."""
+        """As SFTTrainer's, on the batch's path; also logs `<task>_loss`. Means are over tokens, not over batches."""
         inputs, labels = dict(inputs), inputs["labels"]
         task = self._task_names[int(inputs.pop("task")[0])]
         # TRL's fused loss calls `base_model` directly, past any `forward` of ours, so the path is set around it.
         with self._on_path(task), answers_only(self, inputs, return_outputs):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        num_labels = (labels[..., 1:] != -100).sum()
+        loss = (result[0] if return_outputs else result).detach()
+        if num_items_in_batch is not None:  # of the whole step; and DDP's mean is made up for
+            loss = loss * num_items_in_batch / self.accelerator.num_processes
+        else:
+            loss = loss * num_labels
+        total, count = self._summed(loss, num_labels)
+        mode = "train" if self.model.training else "eval"
+        for name in ("mean_token_accuracy", "entropy"):  # TRL's, of this batch
+            if values := self._metrics[mode].get(name):
+                self._means.add(mode, name, values[-1] * count, count)
         if self.model.training:  # in evaluation the Trainer itself logs a loss a task
             self._stepping = task
-            loss = (result[0] if return_outputs else result).detach()
-            num_labels = (labels[..., 1:] != -100).sum()
-            if num_items_in_batch is not None:  # of the whole step; and DDP's mean is made up for
-                loss = loss * num_items_in_batch / self.accelerator.num_processes
-            else:
-                loss = loss * num_labels
-            total, count = self._summed(loss, num_labels)
-            self._metrics["train"][f"{task}_loss"].append(total / max(count, 1))
+            self._means.add(mode, f"{task}_loss", total, count)
         return result
 
     @contextlib.contextmanager
@@ -368,6 +278,7 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         """As SFTTrainer's, with the stage."""
         if self.stage is not None:
             logs["stage"] = self.stage.level
+        self._means.take_the_place(self._metrics, "train" if self.model.training else "eval")
         super().log(logs, start_time)
         self.log_history.append(dict(self.state.log_history[-1]))
 
@@ -375,8 +286,9 @@ class HFTTrainer(HFTSharing, HFTProcesses, SFTTrainer):
         folder = self.args.output_dir if output_dir is None else output_dir
         if not self.args.should_save:
             return
+        with replacing(folder, last="tokenizer_config.json") as staging:
+            self.processing_class.save_pretrained(staging)
         self.model.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self.model.restore(resume_from_checkpoint)

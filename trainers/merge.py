@@ -12,10 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from hft.configuration_hft import HFTConfig
-from hft.files_hft import ROUTER_FILE, SHARED_FILE, page_file, replacing, task_file, write_tensors
+from hft.files_hft import ROUTER_FILE, SHARED_FILE, WRITING, page_file, replacing, task_file, write_tensors
 from hft.hierarchy_hft import nearest
 from hft.path_hft import HFTSources
 from hft.slim_hft import lineage, read_config
+
+from .model_card import renew_model_card
+from .run_record import RunRecord
 
 
 def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | None = None) -> list[str]:
@@ -80,7 +83,7 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
             )
     config = HFTConfig.from_dict(config.to_dict())  # checks that it is a hierarchy
     with replacing(out) as staging:
-        not_copied = shutil.ignore_patterns("stage-*", ".writing-*", "config.json")
+        not_copied = shutil.ignore_patterns("stage-*", f"{WRITING}*", "config.json")
         shutil.copytree(one, staging, dirs_exist_ok=True, ignore=not_copied)
         for name in second.task_names():
             if name not in common:
@@ -100,6 +103,7 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
             saved["router_config"] = json.loads((other / "config.json").read_text())["router_config"]
         saved["router_config"]["tasks"] = sorted(key.split(".", 1)[1] for key in known if key.startswith("cross."))
         (staging / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
+    renew_model_card(out, RunRecord.load(one).united(RunRecord.load(other), rename))
     return [rename.get(name, name) for name in second.task_names() if name not in common]
 
 

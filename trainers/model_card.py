@@ -1,19 +1,29 @@
 """The model card."""
 
 import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import PreTrainedModel
 from transformers.utils import cached_file, is_matplotlib_available
 
-from .report import score_table, shareable_name, write_report
-from .run_record import RunRecord
+from hft.configuration_hft import HFTConfig
+from hft.gates_hft import HFTGateTable
+from hft.slim_hft import read_gates
+
+from .report import PICTURES, REPORT_FILE, score_table, shareable_name, write_report
+from .run_record import RECORD_FILE, RunRecord, write_json, write_text
+
+
+CARD_FILE = "README.md"
 
 
 def write_model_card(
-    model: PreTrainedModel,
+    config: HFTConfig,
+    gates: Mapping[str, HFTGateTable],
     folder: str | os.PathLike,
     record: RunRecord | None = None,
     repo_id: str | None = None,
@@ -23,23 +33,21 @@ def write_model_card(
     The metadata name the backbone with its relation and licence, the datasets that came from the Hub, and the results.
 
     Args:
-        model: an HFT model.
+        config, gates: of the model, as `read_gates` gives them.
         folder: where to; made if missing.
         record: what its training found out.
         repo_id: where it will be, for the snippets; it may be unknown.
     """
-    config, record = model.config, record or RunRecord()
-    has_pictures = is_matplotlib_available()
-    gates = {task: model.gates(task) for task in config.task_names()}
+    record, has_pictures = record or RunRecord(), is_matplotlib_available()
     if has_pictures:
         write_report(config, gates, record, Path(folder))
     columns, rows = score_table(record)
     template = resources.files("hft.hub_configs") / "model_card.md"
     with resources.as_file(template) as path:
         card = ModelCard.from_template(
-            _metadata(model, record, repo_id),
+            _metadata(config, record, repo_id),
             template_path=str(path),
-            tree=model.hierarchy.draw(),
+            tree=config.hierarchy().draw(),
             tasks=config.task_names(),
             backbone=shareable_name(config.backbone),
             repository=repo_id or "<this repository>",
@@ -52,14 +60,26 @@ def write_model_card(
             machine=record.machine,
             has_pictures=has_pictures,
             has_matrix=bool(record.matrix()),
-            routed=model.hft_router.tasks(),
+            routed=tuple(sorted(config.router_config.tasks)),
         )
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    card.save(Path(folder) / "README.md")
+    write_text(Path(folder) / CARD_FILE, str(card))
 
 
-def _metadata(model: PreTrainedModel, record: RunRecord, repo_id: str | None) -> ModelCardData:
-    config = model.config
+def renew_model_card(folder: Path, record: RunRecord) -> None:
+    """Brings a folder's record, and its card and report if it has any, up to a model that has other tasks now."""
+    write_json(folder / RECORD_FILE, asdict(record))  # as it is: the machine is that of the training
+    had = [name for name in (CARD_FILE, REPORT_FILE) if (folder / name).exists()]
+    shutil.rmtree(folder / PICTURES, ignore_errors=True)
+    for name in had:
+        (folder / name).unlink()
+    config, gates = read_gates(folder)
+    if CARD_FILE in had:
+        write_model_card(config, gates, folder, record)
+    elif REPORT_FILE in had and is_matplotlib_available():
+        write_report(config, gates, record, folder)
+
+
+def _metadata(config: HFTConfig, record: RunRecord, repo_id: str | None) -> ModelCardData:
     backbone = config.backbone if shareable_name(config.backbone) == config.backbone else None
     sources = {its["source"] for its in record.data.values() if "source" in its}
     last = record.stages[-1].get("scores", {}) if record.stages else {}

@@ -2,7 +2,8 @@
 
 import json
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,55 @@ class RunRecord:
         write_json(Path(folder) / RECORD_FILE, asdict(self))
 
     def add_stage(self, stage: dict[str, Any]) -> None:
-        """Takes a stage's results in, in place of older ones of the same level and of those above it."""
-        self.stages = [old for old in self.stages if old["level"] < stage["level"]] + [stage]
+        """Takes a stage's results in, in place of older ones of the same tasks."""
+        self.stages = [old for old in self.stages if not set(old["tasks"]) & set(stage["tasks"])] + [stage]
+
+    def past_of(self, tasks: Collection[str]) -> "RunRecord":
+        """What a new training of a model that has learnt these tasks goes on with: what is known of them, stage by stage."""
+        known = {*self.data, *self.before, *(task for stage in self.stages for task in stage["tasks"])}
+        return replace(self.without(known - set(tasks)), budget={})
+
+    def without(self, tasks: Collection[str]) -> "RunRecord":
+        """The record of a model that these tasks were removed from. What the router did is not known any more."""
+
+        def rest(its: Mapping[str, Any]) -> dict[str, Any]:
+            return {task: value for task, value in its.items() if task not in tasks}
+
+        logged = {f"{task}_loss" for task in tasks}
+        stages = [
+            {
+                **stage,
+                "tasks": [task for task in stage["tasks"] if task not in tasks],
+                "log": [{key: value for key, value in entry.items() if key not in logged} for entry in stage["log"]],
+                **{name: rest(stage[name]) for name in ("scores", "trims") if name in stage},
+            }
+            for stage in self.stages
+        ]
+        return replace(
+            self,
+            data=rest(self.data),
+            before=rest(self.before),
+            start=rest(self.start),
+            stages=[stage for stage in stages if stage["tasks"]],
+            routed={} if tasks else self.routed,
+            confusion={} if tasks else self.confusion,
+            sources={task: rest(its) for task, its in rest(self.sources).items()},
+            cross={task: rest(its) for task, its in rest(self.cross).items()},
+        )
+
+    def united(self, other: "RunRecord", rename: Mapping[str, str]) -> "RunRecord":
+        """The record of two models that became one: what each task learnt from, and what was known before it.
+
+        Args:
+            other: of the model that joins.
+            rename: its names -> names in the union.
+        """
+
+        def both(name: str) -> dict[str, Any]:
+            joining = {rename.get(task, task): value for task, value in getattr(other, name).items()}
+            return {**joining, **getattr(self, name)}
+
+        return RunRecord(data=both("data"), before=both("before"), start=both("start"))
 
     def matrix(self) -> list[dict[str, float]]:
         """The task-by-stage matrix of scores, see `transfer`; only the stages that were scored."""

@@ -25,9 +25,12 @@ from .trackers import begin_stage, show_picture
 class HFTSharing:
     """The part of `HFTTrainer` that writes down and hands on what came out."""
 
-    def _begin_record(self, resumes: bool) -> None:
-        """Before the first stage; a resumed run goes on with what the folder holds."""
-        self.record = RunRecord.load(self._root) if resumes else RunRecord()
+    def _begin_record(self, folder: Path, resumes: bool) -> None:
+        """Before the first stage; a resumed run goes on with what its folder holds, a model that grows with its past."""
+        sealed = self.model.config.sealed_tasks()
+        self.record = RunRecord.load(folder) if resumes or sealed else RunRecord()
+        if not resumes:
+            self.record = self.record.past_of(sealed)
         args = self.args.to_dict()  # enums as text
         budget = {name: args[name] for name in BUDGET if args[name] is not None}
         for name in ("page_tasks", "task_learning_rates"):
@@ -84,7 +87,11 @@ class HFTSharing:
         """
         within_stage = self.args.output_dir != str(self._root)
         if self.is_world_process_zero() and not within_stage:
-            write_model_card(self.model, self._root, RunRecord.load(self._root), self.hub_model_id)
+            self._write_card(self._root, RunRecord.load(self._root))
+
+    def _write_card(self, folder: Path, record: RunRecord) -> None:
+        gates = {task: self.model.gates(task) for task in self.model.hierarchy.names}
+        write_model_card(self.model.config, gates, folder, record, self.hub_model_id)
 
     def push_to_hub(self, commit_message: str = "End of training", token: str | None = None, **kwargs: Any) -> str:
         """Uploads the model, its tokenizer, its card and the run's record in one commit; no checkpoints.
@@ -106,7 +113,7 @@ class HFTSharing:
             self._save(folder)
             record = RunRecord.load(self._root)
             record.save(Path(folder))
-            write_model_card(self.model, Path(folder), record, self.hub_model_id)
+            self._write_card(Path(folder), record)
             commit = upload(
                 folder,
                 self.hub_model_id,

@@ -40,21 +40,9 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         give_freed_back()  # of loading, or of the stage before
-        for logs in state.log_history:  # a resumed stage: what was mastered before stays so
-            self._observe(logs)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._observe(state.log_history[-1]) and self.mastery().all_mastered():
-            control.should_training_stop = True
-
-    def _observe(self, logs: dict[str, Any]) -> bool:
-        mastery = self.mastery()
-        for task in mastery.tasks:
-            if f"eval_{task}_loss" in logs:
-                reason = mastery.observe(
-                    task, logs["step"], logs[f"eval_{task}_loss"], logs.get("eval_mean_token_accuracy", 0.0)
-                )
-                if reason:
-                    logger.warning(f"{task} is mastered after step {logs['step']}: {reason}.")
-                    return True
-        return False
+        logs = state.log_history[-1]
+        if found := self.mastery().observe_log(logs):
+            logger.warning(f"{found[0]} is mastered after step {logs['step']}: {found[1]}.")
+            control.should_training_stop = control.should_training_stop or self.mastery().all_mastered()

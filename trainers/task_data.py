@@ -106,8 +106,8 @@ def alone(rows: Dataset, count: int = 128) -> list[dict[str, list[int]]]:
     return [found[place * len(found) // count] for place in range(count)] if len(found) > count else found
 
 
-def check_labels(task: str, rows: Dataset, ready: Dataset, max_length: int | None, packing: bool) -> None:
-    """Sees to it that there is something to learn.
+def learnable(task: str, rows: Dataset, ready: Dataset, max_length: int | None, packing: bool) -> Dataset:
+    """The rows that hold something to learn; says how many do not.
 
     Args:
         task: its name.
@@ -119,16 +119,20 @@ def check_labels(task: str, rows: Dataset, ready: Dataset, max_length: int | Non
     Raises:
         ValueError: if every label is masked.
     """
-    if not any(any(label != -100 for label in labels) for labels in ready["labels"]):
+    found = [place for place, labels in enumerate(ready["labels"]) if any(label != -100 for label in labels)]
+    if not found:
         raise ValueError(
             f"Nothing is left to learn in the {len(rows)} rows of task {task!r}: all labels are masked. With `max_length`="
             f"{max_length}, truncation may have cut off the answers: raise it, or set truncation_mode='keep_end'."
         )
-    if not packing and len(ready) < len(rows):
+    before = len(ready) if packing else len(rows)
+    if len(found) < before:
         logger.warning(
-            f"{len(rows) - len(ready)} of the {len(rows)} rows of task {task!r} were dropped: with `max_length`="
-            f"{max_length}, truncation cut off their whole answer. Raise it, or set truncation_mode='keep_end'."
+            f"{before - len(found)} of the {before} {'packed ' if packing else ''}rows of task {task!r} were dropped: with "
+            f"`max_length`={max_length}, truncation cut off their whole answer. Raise it, or set "
+            "truncation_mode='keep_end'."
         )
+    return ready.select(found) if len(found) < len(ready) else ready
 
 
 def check_messages(task: str, rows: Dataset) -> None:

@@ -1,0 +1,157 @@
+"""The loop over stages: each is one training of TRL's, from its last checkpoint if it was cut off, and then sealed."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import concatenate_datasets
+from transformers import TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from hft.trimmed_hft import HFTTrim
+
+from .checkpoints import RunFolder
+from .curriculum import Mastery, Stage, open_stages
+from .routes import learn_routes
+from .task_data import alone
+
+
+logger = logging.get_logger(__name__)
+
+
+class HFTStages:
+    """The part of `HFTTrainer` that trains stage after stage, bottom-up."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Trains every open stage, bottom-up, and seals it.
+
+        Args:
+            resume_from_checkpoint: True goes on from what `args.output_dir` holds, at whatever point the run was cut off
+                (from the start if nothing was saved); a string names another run's folder or one checkpoint in it. Tasks
+                without a checkpoint start as they are in this model: build it with the same seed.
+
+        Returns:
+            Steps and mean loss over all stages; `metrics` with the seconds.
+
+        Raises:
+            ValueError: a folder to resume from that holds no run, or an `output_dir` that holds another run's checkpoints or
+                a model with learnt tasks that this one has not; or a task that was added after this trainer was made.
+        """
+        checkpoint, own = None, RunFolder(self._root, self.args.should_save)
+        run = own
+        if resume_from_checkpoint:
+            path = self._root if resume_from_checkpoint is True else Path(resume_from_checkpoint)
+            source = RunFolder(path, self.args.should_save)
+            run = source.run()
+            checkpoint = source.restore(self.model, is_own=run.is_same(own))
+        if not (resume_from_checkpoint and run.is_same(own)):
+            own.begin(self.model.config.sealed_tasks())
+            self.save_model(_internal_call=True)
+        self.accelerator.wait_for_everyone()  # all have read the folder before anyone trains and writes
+        config = self.model.config
+        if missing := [task for task in config.open_tasks() if task not in self._prepared]:
+            raise ValueError(
+                f"The task {missing[0]!r} was added after this trainer was made; make a new one with its data."
+            )
+        outputs = []
+        self._begin_record(run.path, resumes=bool(resume_from_checkpoint))
+        for stage in open_stages(self.model.hierarchy, config.sealed_tasks()):
+            outputs.append(self._train_stage(stage, checkpoint, **kwargs))
+            checkpoint = None
+        steps = sum(output.global_step for output in outputs)
+        loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
+        seconds = sum(output.metrics["train_runtime"] for output in outputs)
+        metrics = {"train_runtime": seconds, "train_loss": loss, "stages": len(outputs)}
+        if self.args.has_mastery():
+            metrics["saved_steps"] = sum(output.metrics["saved_steps"] for output in outputs)
+        return TrainOutput(steps, loss, metrics)
+
+    def _train_stage(self, stage: Stage, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
+        self.stage = stage
+        self.mastery = Mastery(stage.tasks, self.args.mastery_accuracy, self.args.mastery_patience)
+        self._checked, self._stepping = set(), None
+        self._metrics["train"].clear()  # what the stage before had not logged yet
+        self._means.clear()
+        # Dropout and noise do not depend on what came before, which a resumed run has not drawn.
+        set_seed(self.args.seed)
+        self.model.start_stage(stage.tasks, self.args.writers(stage.tasks))
+        self._begin_stage_record(stage)
+        self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])
+        all_eval_sets = self.eval_dataset
+        if isinstance(all_eval_sets, dict):
+            self.eval_dataset = {task: rows for task, rows in all_eval_sets.items() if task in stage.tasks}
+        self.optimizer, self.lr_scheduler = None, None
+        self.model_wrapped = self.model
+        forward = self.model.forward  # accelerate wraps it for mixed precision at each start
+        changed = {name: getattr(self.args, name) for name in ("output_dir", "push_to_hub", "eval_on_start")}
+        self.args.output_dir, self.args.push_to_hub = str(self._root / stage.folder), False
+        self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
+        try:
+            output = self._learn(checkpoint, **kwargs)
+        finally:
+            for name, value in changed.items():
+                setattr(self.args, name, value)
+            self.eval_dataset = all_eval_sets
+            self.model.forward = forward
+            vars(self.model).pop("_original_forward", None)
+        if self.args.has_mastery():
+            turns = self._get_train_sampler().turns_after
+            saved = {
+                task: turns(step, self.state.max_steps).count(task) for task, step in self.mastery.mastered.items()
+            }
+            output.metrics["saved_steps"] = sum(saved.values())
+            logger.warning(
+                f"{stage}: mastery saved {sum(saved.values())} of {self.state.max_steps} steps {saved or ''}"
+            )
+        self.model.set_trainable([])
+        tolerance = self.args.rank_tolerance
+        rows = {task: alone(self.eval_dataset[task]) for task in stage.tasks} if tolerance is not None else None
+        trims = self.model.seal(stage.tasks, tolerance, rows)
+        routed = self.args.routed(stage.tasks)
+        learn_routes(self.model, routed, self._train_sets, self.processing_class, self.args.route_samples)
+        self._end_stage_record(stage, output, trims)
+        self.save_model()
+        self.stage_ended(stage, trims)
+        return output
+
+    def _learn(self, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
+        """TRL's training of the stage, or what is left of it after a checkpoint: nothing, if that was its last."""
+        if checkpoint is None:
+            return super().train(**kwargs)
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        for logs in state.log_history:
+            self.mastery.observe_log(logs)
+        if state.global_step >= self._num_steps() or self.mastery.all_mastered():
+            self._load_from_checkpoint(checkpoint)
+            self.state = state
+            output = TrainOutput(state.global_step, 0.0, {"train_runtime": 0.0})
+        else:
+            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        # The Trainer divides what was lost since by all steps.
+        return output._replace(training_loss=mean_loss(self.state.log_history) or output.training_loss)
+
+    def _num_steps(self) -> int:
+        sampler = self._get_train_sampler()
+        an_epoch = len(sampler) // sampler.block_size
+        return self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * an_epoch)
+
+    def stage_ended(self, stage: Stage, trims: Sequence[HFTTrim]) -> None:
+        """Called on every process when a stage is learnt, sealed and saved; does nothing: for those who subclass.
+
+        Args:
+            stage: its level and tasks.
+            trims: what `rank_tolerance` cut off, a task each; empty without it.
+        """
+
+
+def mean_loss(log_history: Sequence[dict[str, Any]]) -> float:
+    """The mean training loss of the steps that were logged; 0 if none was."""
+    total, last = 0.0, 0
+    for logs in log_history:
+        if "loss" in logs:
+            total += logs["loss"] * (logs["step"] - last)
+            last = logs["step"]
+    return total / last if last else 0.0

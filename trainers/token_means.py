@@ -1,0 +1,26 @@
+"""Means over tokens for the log. TRL takes the mean over batches: one short row would count as much as eight long ones."""
+
+from collections import defaultdict
+from collections.abc import MutableMapping
+
+
+class TokenMeans:
+    """Totals and counts of tokens since the last log, by mode (`"train"`, `"eval"`) and name."""
+
+    def __init__(self):
+        self._sums: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
+
+    def clear(self) -> None:
+        """Forgets all."""
+        self._sums = {"train": {}, "eval": {}}
+
+    def add(self, mode: str, name: str, total: float, count: float) -> None:
+        """Takes in a batch: the sum over its tokens, and how many they are."""
+        before = self._sums[mode].get(name, (0.0, 0.0))
+        self._sums[mode][name] = before[0] + total, before[1] + count
+
+    def take_the_place(self, metrics: MutableMapping[str, defaultdict[str, list[float]]], mode: str) -> None:
+        """Puts the means into a trainer's metrics, in place of what it has under their names, and begins anew."""
+        for name, (total, count) in self._sums[mode].items():
+            metrics[mode][name] = [total / max(count, 1)]
+        self._sums[mode] = {}
