@@ -54,7 +54,8 @@ def main() -> None:
         train_dataset={task: load_dataset("json", data_files=file, split="train") for task, file in files.items()},
         processing_class=tokenizer,
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    resume = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)  # or a folder
     trainer.create_model_card()
     if training.push_to_hub:
         trainer.push_to_hub()

@@ -61,6 +61,21 @@ def test_train(backbones, tmp_path, monkeypatch, from_file):
     assert json.loads((tmp_path / "out/run.json").read_text())["budget"]["task_learning_rates"] == {"b": 1e-4}
 
 
+@pytest.mark.parametrize("text", ["true", "True", "FOLDER"])
+def test_train_goes_on_with_an_interrupted_run(backbones, tmp_path, monkeypatch, text):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "say 1", "completion": " 1"}))
+    values = {"backbone": backbones["llama"], "hierarchy": '{"a": []}', "files": f'{{"a": "{tmp_path / "a.jsonl"}"}}',
+              "output_dir": tmp_path / "out", "max_steps": 1}  # fmt: skip
+    arguments = [word for key, value in values.items() for word in (f"--{key}", str(value))]
+    run("train.py", monkeypatch, *arguments)
+    before = (tmp_path / "out/config.json").read_bytes()
+    resume = text.replace("FOLDER", str(tmp_path / "out"))
+    run("train.py", monkeypatch, *arguments, "--resume_from_checkpoint", resume)
+    assert (tmp_path / "out/config.json").read_bytes() == before
+    with pytest.raises(ValueError, match="'/no/run' holds no run to resume"):
+        run("train.py", monkeypatch, *arguments, "--resume_from_checkpoint", "/no/run")
+
+
 def test_train_loop(backbones, tmp_path, monkeypatch, capsys):
     run(
         "train_loop.py", monkeypatch, "--backbone", str(backbones["llama"]), "--out", str(tmp_path), "--max_steps", "2"

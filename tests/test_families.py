@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 import hft
 from hft.refresh_hft import frozen
-from hft.trainers import plan_hierarchy
+from hft.trainers import plan_command, plan_hierarchy, probes
 from hft.trainers.cli import main
 from hft.trainers.families import Overlaps, Trial, family_names, find_families, try_root
 from hft.trainers.overlap import evenly, group_gradients, measure_overlaps, overlaps_of
@@ -257,6 +257,41 @@ def test_a_family_is_printed_drawn_written_trained_and_planned_again(command, da
     assert found.mixtures == recipe.mixtures and found.training_arguments() == recipe.training_arguments()
     assert main([*again, "--no_families"]) == 0
     assert read_recipe(tmp_path / "2.yaml").mixtures == {} and root not in read_recipe(tmp_path / "2.yaml").hierarchy
+
+
+def test_a_plan_is_written_before_it_is_drawn_and_before_steps_are_timed(command, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def fails(*_):
+        raise ValueError("nothing works here")
+
+    recipe, picture = tmp_path / "plan.yaml", tmp_path / "new" / "tree.svg"
+    for name, drawn in (("plan_costs", True), ("draw_plan", False)):
+        monkeypatch.setattr(plan_command, name, fails)
+        recipe.unlink(missing_ok=True)
+        assert main([*command, "--no_families", "--out", str(picture)]) == 2
+        shown = capsys.readouterr()
+        assert "hft: error: nothing works here" in shown.err and f"The recipe is in {recipe}" in shown.out
+        assert set(read_recipe(recipe).hierarchy) == {"same", "copy", "sign"} and "in all" not in recipe.read_text()
+        assert picture.exists() == drawn
+        picture.unlink(missing_ok=True)
+
+
+def test_a_plan_of_a_recipe_that_packs_stops_early_cuts_and_pushes(command, tmp_path, capsys):  # noqa: F811
+    more = {"packing": True, "mastery_patience": 1, "rank_tolerance": 0.01, "eval_strategy": "steps", "eval_on_start": True,
+            "push_to_hub": True, "hub_model_id": "me/mine", "refining_rate": 1.0}  # fmt: skip
+    base = yaml.safe_load((tmp_path / "base.yaml").read_text())
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({**base, **more}))
+    assert main(command) == 0
+    assert "Next: hft train" in capsys.readouterr().out and "# in all" in (tmp_path / "plan.yaml").read_text()
+    found = read_recipe(tmp_path / "plan.yaml")
+    assert found.mixtures and found.refining_rate == 1 and found.training["push_to_hub"] is True
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_out_of_range_are_refused_before_anything_is_measured(fresh, tokenizer, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(probes, "take_sample", None)
+    for name, value, least in (("max_parents", 0, 1), ("num_errors", -1.0, 0), ("num_errors", math.nan, 0)):
+        with pytest.raises(ValueError, match=f"`{name}` is {value}; it must be {least} or more"):
+            plan_hierarchy(fresh, tasks(), processing_class=tokenizer, **{name: value})
 
 
 def test_no_families_beside_learnt_tasks_for_few_rows_or_if_unwanted(fresh, tokenizer):  # noqa: F811

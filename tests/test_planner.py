@@ -337,7 +337,7 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     write(data / "again", rows_of("same", 40))
     capsys.readouterr()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    extend = [*command, "--model", str(tmp_path / "run"), "--task", "again"]
+    extend = [*command[:-3], "--model", str(tmp_path / "run"), "--task", "again"]
     assert main(extend) == 0
     shown = capsys.readouterr().out
     assert re.search(r"again should stand on .*\.\nNext: model.add_task\('again', parents=\[.*\]\)", shown)
@@ -369,7 +369,7 @@ def test_a_model_that_has_all_tasks(command, fresh, tokenizer, tmp_path, capsys)
         fresh.add_task(task)
     fresh.save_pretrained(tmp_path / "whole")
     tokenizer.save_pretrained(tmp_path / "whole")
-    assert main([*command, "--model", str(tmp_path / "whole")]) == 2
+    assert main([*command[:-2], "--model", str(tmp_path / "whole")]) == 2
     assert "The model has all tasks of" in capsys.readouterr().err
     with pytest.raises(ValueError, match="The task 'same' is in the model already"):
         plan_hierarchy(fresh, {"same": rows_of("same")}, processing_class=tokenizer)

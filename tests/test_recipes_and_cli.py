@@ -85,8 +85,11 @@ train_samples: 4
     for wrong in (1.0, 0.0, "a"):
         with pytest.raises(ValueError, match="`root_share` is"):
             read_recipe(tmp_path / "family.yaml", {"root_share": wrong})
-    with pytest.raises(ValueError, match=r"`refining_rate` is 0; it must be above 0\.0"):
-        read_recipe(tmp_path / "family.yaml", {"refining_rate": 0})
+    for wrong in (0, True, float("nan")):
+        with pytest.raises(ValueError, match=rf"`refining_rate` is {wrong}; it must be above 0\.0"):
+            read_recipe(tmp_path / "family.yaml", {"refining_rate": wrong})
+    whole = read_recipe(tmp_path / "family.yaml", {"refining_rate": 1}).training_arguments()
+    assert whole["task_learning_rates"] == pytest.approx({"mnli": 1e-3, "cb": 1e-3})
     tokenizer = AutoTokenizer.from_pretrained(backbones["llama"])
     parts = [load_task(recipe, task, "train", tokenizer) for task in ("inference", "mnli", "cb")]
     rows = [[json.dumps(row, sort_keys=True) for row in part] for part in parts]
@@ -133,6 +136,29 @@ def test_words_that_yaml_reads_as_false(tmp_path, text):
     recipe = read_recipe(tmp_path / "r.yaml")
     assert recipe.training["save_strategy"] == text.strip("'") and recipe.training["packing"] is False
     assert recipe.model["memory_config"] == {"read": "off"}
+
+
+def test_numbers_are_read_as_their_field_takes_them(tmp_path):
+    """YAML 1.1 takes 1e2 for a string; the default of a number may be None, or whole where the number is not."""
+    (tmp_path / "r.yaml").write_text("backbone: x\nhierarchy: {a: []}\n")
+    given = {"warmup_steps": "1e-1", "save_steps": "1e2", "eval_steps": "5e-1", "max_steps": "1e3",
+             "rank_tolerance": "1e-2", "save_total_limit": "2e0", "output_dir": "1e2", "train_samples": "1e1",
+             "llm_int8_threshold": "5e0"}  # fmt: skip
+    recipe = read_recipe(tmp_path / "r.yaml", given)
+    assert recipe.training == {
+        "warmup_steps": 0.1, "save_steps": 100, "eval_steps": 0.5, "max_steps": 1000, "rank_tolerance": 0.01,
+        "save_total_limit": 2, "output_dir": "1e2",
+    }  # fmt: skip
+    assert type(recipe.training["max_steps"]) is int and recipe.train_samples == 10
+    assert recipe.quantization == {"llm_int8_threshold": 5.0}
+    config = HFTTrainingConfig(**{**recipe.training, "bf16": False})
+    assert (config.get_warmup_steps(1000), config.save_steps) == (100, 100)
+    for key, value, message in (
+        ("warmup_steps", "few", "`warmup_steps` is 'few'; it must be a number."),
+        ("max_steps", "1e-1", "`max_steps` is '1e-1'; it must be a whole number."),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            read_recipe(tmp_path / "r.yaml", {key: value})
 
 
 @pytest.mark.slow
@@ -217,7 +243,8 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
             ["--hierarchy", "{yelp: sst2, sst2: []}"],
             "The parents of task 'yelp' are the string 'sst2'; give a list",
         ),
-        (["--train_samples", "x"], "`train_samples` is 'x'; it must be a whole number of 1 or more."),
+        (["--train_samples", "x"], "`train_samples` is 'x'; it must be a whole number."),
+        (["--train_samples", "0"], "`train_samples` is 0; it must be a whole number of 1 or more."),
         (["--rank", "abc"], "Validation error for field 'rank'"),
         (["--gating_config", "{trainabel: false}"], "`gating_config` has the unknown key 'trainabel'."),
         (["--resume_from_checkpoint", "/no/run"], "'/no/run' holds no run to resume"),
@@ -258,6 +285,14 @@ def test_a_missing_backbone_gives_exit_code_1(data, tmp_path, capsys):
         ("- 1\n", "must hold `key: value` lines, not a list."),
         ("a: [\n", "is no YAML"),
         ("backbone: x\nhierarchy: {a: [b], b: [a]}\n", "The hierarchy has a cycle"),
+        (
+            "backbone: x\nhierarchy: {a: []}\ndatasets: {a: null}\n",
+            "`datasets['a']` is None; give path, instruction, o",
+        ),
+        (
+            "backbone: x\nhierarchy: {a: []}\ndatasets:\n",
+            "`datasets` is None; describe each task's data in it, or leave",
+        ),
     ],
 )
 def test_wrong_recipes(tmp_path, text, message):
@@ -305,6 +340,7 @@ def test_a_description_reads_any_dataset(tmp_path, tokenizer):
         ({"input": "{premis}"}, "`input` of task 'mnli' names 'premis'. Did you mean 'premise'?"),
         ({"options": ["yes"]}, "has the label 1, and there are 1 options; a hidden label (-1) marks"),
         ({"spilts": {}}, "`datasets['mnli']` has the unknown key 'spilts'. Did you mean 'splits'?"),
+        ({"input": None}, "`datasets['mnli']` lacks the key 'input'."),
     ],
 )
 def test_wrong_descriptions(tmp_path, tokenizer, change, message):
@@ -314,6 +350,26 @@ def test_wrong_descriptions(tmp_path, tokenizer, change, message):
     spec = {**yaml.safe_load(RECIPES[0].read_text())["datasets"]["mnli"], "path": str(tmp_path / "sets"), **change}
     with pytest.raises(ValueError, match=re.escape(message)):
         load_task(read_recipe(RECIPES[0], {"datasets": {"mnli": spec}}), "mnli", "train", tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("key", "of_all"),
+    [("options", True), ("options", False), ("instruction", False), ("input", True), ("output", False)],
+)
+def test_rows_that_lack_a_key(backbones, data, tmp_path, capsys, key, of_all):
+    file = data / "mnli" / "train.jsonl.gz"
+    with gzip.open(file, "rt") as lines:
+        rows = [json.loads(line) for line in lines]
+    for row in rows if of_all else rows[2:3]:
+        del row[key]
+    with gzip.open(file, "wt") as lines:
+        lines.write("\n".join(map(json.dumps, rows)))
+    assert main(tiny_run(backbones, data, tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert (
+        f"hft: error: A row of '{file}' (task 'mnli') lacks the key '{key}'; each row needs instruction, opt" in error
+    )
+    assert "(`options: []` for free answers)." in error and not list(tmp_path.glob("run/*"))
 
 
 def test_a_long_passage_is_cut_and_nothing_else(tokenizer):
@@ -378,11 +434,41 @@ def test_plan_draws_a_saved_model_without_its_backbone(grown_folder, tmp_path, c
         (["--model", "GROWN", "--out", "tree.gif"], 2, "'tree.gif' should end in .png, .svg or .pdf."),
         (["--model", "/nowhere"], 1, "/nowhere"),
         (["--model", "BACKBONE"], 2, "is no HFT model but a plain 'llama'"),
+        (
+            ["--model", "GROWN", "--backbone", "BACKBONE"],
+            2,
+            "--backbone does not go with --model: it has one; leave one",
+        ),
+        (
+            ["--model", "GROWN", "--data", "DATA", "--yaml", "p.yaml"],
+            2,
+            "--yaml does not go with --model: for its tasks no",
+        ),
+        (
+            ["--model", "GROWN", "--recipe", "cl14-small"],
+            2,
+            "--recipe says how the tasks of --data train; give --data",
+        ),
+        (
+            ["--data", "cl14-small", "--recipe", "cl14-small"],
+            2,
+            "--data 'cl14-small' is no folder, so it is taken as a recipe, and --recipe 'cl14-small' is another one;",
+        ),
+        (["--data", "DATA", "--yaml", "DATA"], 2, "', a folder; name a file in it."),
+        (["--data", "DATA", "--max_parents", "0"], 2, "--max_parents is 0; it must be 1 or more."),
+        (["--data", "DATA", "--steps", "0"], 2, "--steps is 0; it must be 1 or more."),
+        (["--data", "DATA", "--out", "BACKBONE/config.json/tree.svg"], 1, "config.json"),
+        (["--data", "DATA", "--yaml", "BACKBONE/config.json/plan.yaml"], 1, "Cannot write to the folder '"),
+        (["--data", "WRONG"], 2, "`mastery_patience` is 0; it must be 1 or more."),
     ],
 )
-def test_wrong_plans(grown_folder, backbones, capsys, arguments, code, message):
-    places = {"GROWN": str(grown_folder), "BACKBONE": str(backbones["llama"])}
-    assert main(["plan", *(places.get(word, word) for word in arguments)]) == code
+def test_wrong_plans(grown_folder, backbones, data, tmp_path, monkeypatch, capsys, arguments, code, message):
+    """They are refused before anything is loaded or measured."""
+    monkeypatch.setattr(hft.HFTForCausalLM, "from_backbone", None)
+    (tmp_path / "wrong.yaml").write_text(f"backbone: x\nhierarchy: {{sst2: []}}\nmastery_patience: 0\ndata: {data}\n")
+    places = {"GROWN": grown_folder, "BACKBONE": backbones["llama"], "DATA": data, "WRONG": tmp_path / "wrong.yaml"}
+    arguments = [re.sub("|".join(places), lambda match: str(places[match[0]]), word) for word in arguments]
+    assert main(["plan", *arguments]) == code
     assert message in capsys.readouterr().err
 
 

@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .doctor import doctor
 
             return doctor()
+        if args.command == "plan":
+            _check_plan(args)
         overrides = _overrides(rest)
         use_memory_well()
         getattr(commands, args.command)(args, overrides)
@@ -79,10 +81,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--task", help="also print all gates of this task; with --data: plan only this one")
     plan.add_argument("--out", type=Path, help="draw it into this .png, .svg or .pdf file, too")
     plan.add_argument("--recipe", help="with --data, a folder: backbone and settings; its hierarchy is ignored")
-    plan.add_argument(
-        "--yaml", type=Path, default=Path("plan.yaml"), help="with --data: write this recipe (plan.yaml)"
-    )
-    plan.add_argument("--backbone", help="with --data: Hub id or folder, instead of the recipe's")
+    plan.add_argument("--yaml", type=Path, help="with --data, without --model: write this recipe (plan.yaml)")
+    plan.add_argument("--backbone", help="with --data, without --model: instead of the recipe's")
     plan.add_argument("--steps", type=int, default=24, help="with --data: optimizer steps of a pilot (24)")
     plan.add_argument("--rows", type=int, default=48, help="with --data: rows a task that losses are measured on (48)")
     plan.add_argument("--no_families", action="store_true", help="with --data: tasks get no common roots")
@@ -163,6 +163,29 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max_new_tokens", type=int, default=64)
     generate.add_argument("--load_in_4bit", action="store_true", help="hold the backbone in NF4")
     return parser
+
+
+def _check_plan(args: argparse.Namespace) -> None:
+    """Whether the options of `hft plan` go together, before anything is measured.
+
+    Raises:
+        ValueError: a number out of its range, or an option that would be ignored.
+    """
+    for name in ("steps", "rows", "max_parents"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
+    for name, why in (("backbone", "it has one"), ("yaml", "for its tasks no recipe is written")):
+        if args.model is not None and getattr(args, name) is not None:
+            raise ValueError(f"--{name} does not go with --model: {why}; leave one of them out.")
+    if args.recipe is not None and args.data is None:
+        raise ValueError("--recipe says how the tasks of --data train; give --data, too, or leave it out.")
+    if args.recipe is not None and not args.data.is_dir():
+        raise ValueError(
+            f"--data '{args.data}' is no folder, so it is taken as a recipe, and --recipe '{args.recipe}' is another one; "
+            "give one of them, or a folder of data."
+        )
+    if args.yaml is not None and args.yaml.is_dir():
+        raise ValueError(f"--yaml is '{args.yaml}', a folder; name a file in it.")
 
 
 def _overrides(rest: Sequence[str]) -> dict[str, Any]:

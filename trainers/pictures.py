@@ -37,14 +37,15 @@ def draw_plan(plan: Plan, path: Path) -> None:
     _draw(hierarchy, {task: plan.shares(task) for task in hierarchy.names}, path)
 
 
-def check_picture(path: Path) -> None:
-    """Raises ValueError if a picture cannot have this name."""
+def prepare_picture(path: Path) -> None:
+    """Makes a picture's folder; raises ValueError if it cannot have this name."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"'{path}' should end in .png, .svg or .pdf.")
+    path.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _draw(hierarchy: Hierarchy, means: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    check_picture(path)
+    prepare_picture(path)
     place = _places(hierarchy)
     width = 1 + max(x for x, _ in place.values())
     figure = new_figure(max(5.0, 1.9 * width), 1.1 + 1.3 * (1 + len(hierarchy.levels())), layout=None)

@@ -7,9 +7,10 @@ from datasets import disable_progress_bars
 from transformers import AutoTokenizer
 
 import hft
+from hft.files_hft import replacing
 
-from .hft_config import TASK_LISTS, TASK_NUMBERS
-from .pictures import check_picture, draw_plan
+from .hft_config import TASK_LISTS, TASK_NUMBERS, HFTTrainingConfig
+from .pictures import draw_plan, prepare_picture
 from .pilots import ProbeSettings
 from .plan_costs import plan_costs
 from .plan_report import DEFAULTS, as_recipe, as_text, summary_of, tasks_in
@@ -19,14 +20,20 @@ from .run_record import write_text
 
 
 def find_plan(args: argparse.Namespace) -> None:
-    """Finds a hierarchy for the tasks of `args.data`, or parents for new ones in `args.model`; prints and writes it."""
+    """Finds a hierarchy for the tasks of `args.data`, or parents for new ones in `args.model`; prints and writes it.
+
+    What can go wrong with what was asked for goes wrong before anything is measured, and a recipe is written as soon as it
+    is found: again, with its costs, once these are known.
+    """
     if args.out is not None:
-        check_picture(args.out)
-    for name in ("steps", "rows"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
+        prepare_picture(args.out)
     disable_progress_bars()
     recipe = planned_recipe(args)
+    file = args.yaml or Path("plan.yaml")
+    if args.model is None:
+        HFTTrainingConfig(**recipe.training)
+        with replacing(file.parent):
+            pass
     settings = ProbeSettings(
         pilot_steps=args.steps, probe_rows=args.rows, max_length=recipe.training.get("max_length") or 256
     )
@@ -43,17 +50,20 @@ def find_plan(args: argparse.Namespace) -> None:
         max_parents=args.max_parents, families=not args.no_families,
     )  # fmt: skip
     print(as_text(found))
+    if args.model is not None:
+        print("\n".join(summary_of(found, task) for task in data))
+    else:
+        write_text(file, as_recipe(found, recipe))
+        print(f"\nThe recipe is in {file}")
     if args.out is not None:
         draw_plan(found, args.out)
         print(f"Drawn into {args.out}")
-    if args.model is not None:
-        print("\n".join(summary_of(found, task) for task in data))
-        return
-    print("\nTiming a few steps of training ...", flush=True)
-    costs = plan_costs(found, recipe, model, data, tokenizer).lines()
-    print("\nWhat it would take:\n" + "\n".join(costs))
-    write_text(Path(args.yaml), as_recipe(found, recipe, costs))
-    print(f"\nThe recipe is in {args.yaml}. Next: hft train {args.yaml}")
+    if args.model is None:
+        print("\nTiming a few steps of training ...", flush=True)
+        costs = plan_costs(found, recipe, model, data, tokenizer).lines()
+        print("\nWhat it would take:\n" + "\n".join(costs))
+        write_text(file, as_recipe(found, recipe, costs))
+        print(f"\nNext: hft train {file}")
 
 
 def planned_recipe(args: argparse.Namespace) -> Recipe:

@@ -14,7 +14,10 @@ from .memory_estimate import MemoryEstimate, estimate_recipe, node_bytes
 from .planner import Plan
 from .recipes import Recipe
 from .task_data import tokenize_rows
-from .time_estimate import task_steps, time_steps, tokens_a_step
+from .time_estimate import rows_that_train, task_steps, time_steps, tokens_a_step
+
+
+SAMPLED_ROWS = 1000  # of a task, to tell the lengths of all; as many as TRL packs at once
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,11 @@ def plan_costs(
     training = HFTTrainingConfig(**{**recipe.training_arguments(), "report_to": "none"})
     hierarchy, rank = plan.hierarchy(), model.config.rank
     slots = 0 if model.config.memory_config.read == "off" else model.config.memory_config.slots
-    lengths, longest_answer = _lengths(rows, tokenizer, training.max_length)
+    of_roots = {root: [row for task in its for row in rows[task]] for root, its in plan.families.items()}
+    num_given, num_rows, lengths, answers = {}, {}, {}, {}
+    for task, its in {**rows, **of_roots}.items():
+        num_given[task] = len(its)
+        num_rows[task], lengths[task], answers[task] = _measure(task, its, tokenizer, training)
     timing = time_steps(model, rows, tokenizer, recipe.training)
     writers = [training.writers(level) if slots else [] for level in hierarchy.levels()]
     more = {}  # columns of a path beside those of one node and one page, which steps are timed with
@@ -93,17 +100,12 @@ def plan_costs(
         for task in tasks:
             num_pages = sum(map(bool, writers[:level])) + (task in writers[level])
             more[task] = rank * (len(hierarchy.path(task)) - 1) + slots * (num_pages - 1)
-    num_rows, draw = {task: len(its) for task, its in rows.items()}, random.Random(0)
-    for root, its in plan.families.items():
-        weights = [num_rows[task] for task in its]
-        num_rows[root] = sum(weights)
-        lengths[root] = [draw.choice(lengths[task]) for task in draw.choices(its, weights, k=512)]
     steps: dict[str, int] = {}
     for level in hierarchy.levels():
         steps |= task_steps({task: num_rows[task] for task in level}, training)
     seconds = {
         task: steps[task] * timing.seconds(tokens_a_step(lengths[task], training), more[task])
-        + timing.per_prompt * min(training.route_samples if training.routed([task]) else 0, num_rows[task])
+        + timing.per_prompt * min(training.route_samples if training.routed([task]) else 0, num_given[task])
         for task in steps
     }
     batch = training.per_device_train_batch_size
@@ -116,7 +118,7 @@ def plan_costs(
         recipe,
         model.config.text_config,
         longest,
-        None if whole_rows else batch * longest_answer,
+        None if whole_rows else batch * max(answers.values()),
         on_accelerator,
     )
     stage_seconds = timing.per_stage * len(hierarchy.levels())
@@ -124,14 +126,19 @@ def plan_costs(
     return PlanCosts(steps, seconds, stage_seconds, *sizes, sum(map(bool, writers)), longest, memory)
 
 
-def _lengths(
-    rows: Mapping[str, Sequence[Row]], tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> tuple[dict[str, list[int]], int]:
-    """The lengths of some rows of each task, in tokens, and that of the longest answer."""
-    lengths, longest = {}, 1
-    for task, its in rows.items():
-        chosen = random.Random(0).sample(list(its), min(512, len(its)))
-        ready = tokenize_rows(chosen, tokenizer, max_length)
-        lengths[task] = [len(row["input_ids"]) for row in ready]
-        longest = max(longest, *(sum(label != -100 for label in row["labels"]) for row in ready))
-    return lengths, longest
+def _measure(
+    task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, training: HFTTrainingConfig
+) -> tuple[int, list[int], int]:
+    """Of a task's rows as they train: how many, the lengths of some in tokens, and that of the longest answer.
+
+    Raises:
+        ValueError: packed rows that hold no answer.
+    """
+    chosen = random.Random(0).sample(range(len(rows)), min(SAMPLED_ROWS, len(rows)))
+    whole = tokenize_rows((rows[i] for i in chosen), tokenizer, None if training.packing else training.max_length)
+    ready = rows_that_train(whole, training)
+    if not ready:
+        raise ValueError(f"`max_length`={training.max_length} tokens cuts off all answers of task {task!r}: raise it.")
+    lengths = [len(row["input_ids"]) for row in ready]
+    answer = max(sum(label != -100 for label in row["labels"]) for row in ready)
+    return round(len(ready) * len(rows) / len(chosen)), lengths, answer

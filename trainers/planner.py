@@ -181,13 +181,18 @@ def make_plan(
     return Plan(parents, dict(probes), edges, families, overlaps, tuple(trials))
 
 
+def check_numbers(max_parents: int, num_errors: float) -> None:
+    """Raises ValueError if a number is out of its range, see `make_plan`."""
+    if max_parents < 1:
+        raise ValueError(f"`max_parents` is {max_parents}; it must be 1 or more.")
+    if not num_errors >= 0:
+        raise ValueError(f"`num_errors` is {num_errors}; it must be 0 or more.")
+
+
 def _check(probes: Mapping[str, TaskProbe], max_parents: int, num_errors: float, existing: Hierarchy | None) -> None:
     if not probes:
         raise ValueError("There are no tasks to plan; give the data of at least one.")
-    if max_parents < 1:
-        raise ValueError(f"`max_parents` is {max_parents}; it must be 1 or more.")
-    if num_errors < 0:
-        raise ValueError(f"`num_errors` is {num_errors}; it must be 0 or more.")
+    check_numbers(max_parents, num_errors)
     for task in probes:
         if existing is not None and task in existing:
             raise ValueError(

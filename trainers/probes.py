@@ -20,7 +20,7 @@ from .evaluation import Row, option_likelihoods, prompt_ids, reference, right_op
 from .families import Overlaps, Trial, find_families, try_root
 from .overlap import measure_overlaps
 from .pilots import ProbeSettings, Sample, pilot, take_sample
-from .planner import Plan, TaskProbe, make_plan
+from .planner import Plan, TaskProbe, check_numbers, make_plan
 
 
 def plan_hierarchy(
@@ -60,8 +60,10 @@ def plan_hierarchy(
         The plan.
 
     Raises:
-        ValueError: no task, a name that is taken, rows of another form, or fewer than four rows with an answer.
+        ValueError: no task, a name that is taken, a number out of its range, rows of another form, or fewer than four rows
+            with an answer.
     """
+    check_numbers(max_parents, num_errors)
     settings = settings or ProbeSettings()
     for task in datasets:
         if task in model.hierarchy:

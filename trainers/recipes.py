@@ -1,5 +1,6 @@
 """A YAML recipe -> a model, its data and the trainer's arguments. A key that nobody knows is refused."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -122,22 +123,25 @@ def mixture_arguments(
     }
 
 
-_SPEC_KEYS = ("path", "name", "splits", "instruction", "options", "input", "label")
+_NEEDED_KEYS = ("path", "instruction", "options", "input", "label")
+_SPEC_KEYS = (*_NEEDED_KEYS, "name", "splits")
+_ROW_KEYS = ("instruction", "options", "input", "output")
 _SECTIONS = ("model", "quantization", "training")
 RECIPE_KEYS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in _SECTIONS)
 
 
 @functools.cache
 def _keys() -> dict[str, dict[str, Any]]:
-    """Section -> its keys -> their defaults."""
+    """Section -> its keys -> the types of their values."""
     parameters = inspect.signature(BitsAndBytesConfig.__init__).parameters.values()
-    quantization = {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
-    training = {field.name: field.default for field in dataclasses.fields(HFTTrainingConfig) if field.init}
+    named = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+    types = {cls: typing.get_type_hints(cls) for cls in (Recipe, HFTTrainingConfig)}
+    training = [field.name for field in dataclasses.fields(HFTTrainingConfig) if field.init]
     return {
-        "recipe": {field.name: field.default for field in dataclasses.fields(Recipe) if field.name in RECIPE_KEYS},
+        "recipe": {key: types[Recipe][key] for key in RECIPE_KEYS},
         "model": dict.fromkeys(MODEL_KEYS),
-        "quantization": quantization,
-        "training": training,
+        "quantization": {p.name: type(p.default) for p in named},  # it has no type hints
+        "training": {key: types[HFTTrainingConfig][key] for key in training},
     }
 
 
@@ -200,20 +204,28 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
             raise ValueError(f"`{name}` is {value!r}; it must be a whole number of 1 or more.")
     if not isinstance(recipe.root_share, float) or not 0 < recipe.root_share < 1:
         raise ValueError(f"`root_share` is {recipe.root_share!r}; it must be above 0 and below 1.")
-    if not isinstance(recipe.refining_rate, float) or not 0 < recipe.refining_rate < math.inf:
+    if type(recipe.refining_rate) not in (int, float) or not 0 < recipe.refining_rate < math.inf:
         raise ValueError(f"`refining_rate` is {recipe.refining_rate!r}; it must be above 0.0, as 0.1.")
     if isinstance(recipe.metric, dict):
         for task in recipe.metric:
             if task not in tree:
                 raise ValueError(f"`metric` names the unknown task {task!r}. {nearest(task, tree.names)}")
     _check_mixtures(recipe, tree)
-    for task in recipe.datasets:
+    _check_datasets(recipe, tree)
+    return recipe
+
+
+def _check_datasets(recipe: Recipe, tree: Hierarchy) -> None:
+    if not isinstance(recipe.datasets, dict):
+        raise ValueError(f"`datasets` is {recipe.datasets!r}; describe each task's data in it, or leave it out.")
+    for task, spec in recipe.datasets.items():
         if task not in tree:
             raise ValueError(f"`datasets` describes the unknown task {task!r}. {nearest(task, tree.names)}")
-        for key in recipe.datasets[task]:
+        if not isinstance(spec, dict):
+            raise ValueError(f"`datasets[{task!r}]` is {spec!r}; give {', '.join(_NEEDED_KEYS)}, or leave it out.")
+        for key in spec:
             if key not in _SPEC_KEYS:
                 raise ValueError(f"`datasets[{task!r}]` has the unknown key {key!r}. {nearest(key, _SPEC_KEYS)}")
-    return recipe
 
 
 def _check_mixtures(recipe: Recipe, tree: Hierarchy) -> None:
@@ -247,27 +259,24 @@ def _find(path: str | os.PathLike) -> Path:
     raise FileNotFoundError(f"There is no recipe '{path}'. {nearest(str(path), names)}")
 
 
-def _as_meant(key: str, value: Any, default: Any) -> Any:
+def _as_meant(key: str, value: Any, its_type: Any) -> Any:
     """YAML 1.1 reads 1e-3 (without a dot) as a string, and the words no and off as false."""
     if value is False and key.endswith("_strategy"):
         return "no"
     if key == "memory_config" and isinstance(value, dict) and value.get("read") is False:
         return {**value, "read": "off"}
     if key in TASK_NUMBERS and isinstance(value, dict):
-        return {task: _as_meant(f"{key}[{task!r}]", number, 1.0) for task, number in value.items()}
-    if isinstance(value, str) and (isinstance(default, float) or key in _float_keys()):
-        try:
-            return float(value)
-        except ValueError:
-            raise ValueError(f"`{key}` is {value!r}; it must be a number.") from None
-    return value
-
-
-@functools.cache
-def _float_keys() -> frozenset[str]:
-    """Keys of the training section that take a number or nothing."""
-    hints = typing.get_type_hints(HFTTrainingConfig)
-    return frozenset(key for key, hint in hints.items() if set(typing.get_args(hint)) == {float, type(None)})
+        return {task: _as_meant(f"{key}[{task!r}]", number, float) for task, number in value.items()}
+    wanted = set(typing.get_args(its_type) or [its_type]) - {type(None)}
+    if not isinstance(value, str) or wanted not in ({float}, {int}):
+        return value
+    with contextlib.suppress(ValueError):
+        number = float(value)
+        if wanted == {float}:
+            return number
+        if number.is_integer():
+            return int(number)
+    raise ValueError(f"`{key}` is {value!r}; it must be a {'whole ' if wanted == {int} else ''}number.")
 
 
 def load_task(recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
@@ -284,7 +293,7 @@ def load_task(recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokeni
         tokenizer: to cut passages at `max_input_tokens`.
 
     Raises:
-        ValueError: no data is described for the task.
+        ValueError: no data is described for the task, or a row or the description lacks a key.
         OSError: the data is not where it should be.
     """
     if task in recipe.mixtures:
@@ -297,6 +306,12 @@ def load_task(recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokeni
         if not file.exists():
             raise FileNotFoundError(f"There is no '{file}' for task {task!r}; is `data` the right folder?")
         rows = load_dataset("json", data_files=str(file), split="train")
+        for key in _ROW_KEYS:
+            if key not in rows.column_names or rows.data.column(key).null_count:
+                raise ValueError(
+                    f"A row of '{file}' (task {task!r}) lacks the key {key!r}; each row needs {', '.join(_ROW_KEYS)} "
+                    "(`options: []` for free answers)."
+                )
     else:
         if task not in recipe.datasets:
             raise ValueError(f"Task {task!r} has no data: describe it under `datasets`, or give `data`, a folder.")
@@ -326,8 +341,8 @@ def test_set(
 
 
 def _from_description(spec: Mapping[str, Any], task: str, split: str) -> Dataset:
-    for key in ("path", "instruction", "input", "label", "options"):
-        if key not in spec:
+    for key in _NEEDED_KEYS:
+        if spec.get(key) is None:
             raise ValueError(f"`datasets[{task!r}]` lacks the key {key!r}.")
     splits = spec.get("splits", {})
     rows = load_dataset(spec["path"], spec.get("name"), split=splits.get(split, split))

@@ -4,15 +4,17 @@ import itertools
 import json
 import math
 import random
+import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import pack_dataset
 
 from .evaluation import Row
 from .hft_config import HFTTrainingConfig
@@ -24,6 +26,21 @@ from .task_data import tokenize_rows
 
 CHILD = "timed-both"
 TIMED = {"timed-short": [], "timed-long": [], CHILD: ["timed-short", "timed-long"]}
+
+# The keys of a training that change what a step costs. While steps are timed, no other key of it acts.
+STEP_KEYS = (
+    *("per_device_train_batch_size", "max_length", "truncation_mode", "pad_to_multiple_of"),
+    *("packing", "packing_strategy", "padding_free"),
+    *("loss_type", "completion_only_loss", "assistant_only_loss", "label_smoothing_factor", "neftune_noise_alpha"),
+    *("optim", "optim_args", "optim_target_modules", "learning_rate", "gate_learning_rate", "gate_shrink"),
+    *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("use_cpu", "bf16", "fp16", "tf32", "full_determinism"),
+    *("gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_offloading"),
+    *("activation_checkpointing", "activation_checkpointing_kwargs"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode", "torch_empty_cache_steps"),
+    *("use_liger_kernel", "liger_kernel_config", "router_aux_loss_coef"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +79,36 @@ def task_steps(num_rows: Mapping[str, int], config: HFTTrainingConfig) -> dict[s
 def tokens_a_step(lengths: Sequence[int], config: HFTTrainingConfig) -> float:
     """The mean number of tokens of an optimizer step with its padding, over random batches of rows of these lengths."""
     draw, size = random.Random(0), config.per_device_train_batch_size
-    longest = [max(draw.choices(lengths, k=size)) for _ in range(200)]
-    return config.gradient_accumulation_steps * size * sum(longest) / len(longest)
+    has_padding = not (config.padding_free or (config.packing and config.packing_strategy != "wrapped"))
+    a_row = max if has_padding else statistics.fmean
+    means = [a_row(draw.choices(lengths, k=size)) for _ in range(200)]
+    return config.gradient_accumulation_steps * size * statistics.fmean(means)
+
+
+def rows_that_train(
+    ready: Sequence[Mapping[str, Sequence[int]]], config: HFTTrainingConfig
+) -> list[Mapping[str, Sequence[int]]]:
+    """Tokenised rows as the trainer takes them: packed, if `packing` is set, without those that hold no answer then.
+
+    Raises:
+        ValueError: `packing` without `max_length`.
+    """
+    if not config.packing:
+        return list(ready)
+    if config.max_length is None:
+        raise ValueError("`packing` is set and `max_length` is None; set it to the tokens of a packed row.")
+    packed = pack_dataset(Dataset.from_list(list(ready)), config.max_length, config.packing_strategy)
+    return [
+        row for row in packed if config.completion_only_loss is False or any(label != -100 for label in row["labels"])
+    ]
+
+
+def timing_config(training: Mapping[str, Any], folder: str) -> HFTTrainingConfig:
+    """How steps are timed: what costs time is that of a training; nothing is evaluated, logged, kept or sent away."""
+    return HFTTrainingConfig(
+        output_dir=folder, num_train_epochs=1, route_samples=0, save_strategy="no", logging_strategy="no",
+        report_to="none", disable_tqdm=True, **{key: training[key] for key in STEP_KEYS if key in training},
+    )  # fmt: skip
 
 
 class _TimedTrainer(HFTTrainer):
@@ -94,21 +139,16 @@ def time_steps(
         model: an HFT model without tasks; it has learnt nonsense afterwards and is of no further use.
         rows: task -> its training rows; those of the shortest and of the longest texts are taken.
         tokenizer: the model's.
-        training: keys of `HFTTrainingConfig`.
-        num_steps: of each of the three; 2 or more.
+        training: keys of `HFTTrainingConfig`; of these, `STEP_KEYS` count.
+        num_steps: of each of the three, at least; 2 or more.
     """
-    size = training.get("per_device_train_batch_size", 8)
     everything = [{key: row[key] for key in ("prompt", "completion")} for its in rows.values() for row in its]
     everything.sort(key=lambda row: len(json.dumps(row)))
     with tempfile.TemporaryDirectory() as folder:
-        quiet = dict(
-            output_dir=folder, save_strategy="no", report_to="none", logging_strategy="no", disable_tqdm=True,
-            eval_strategy="no", num_train_epochs=1, max_steps=-1, gradient_accumulation_steps=1, route_samples=0,
-            route_tasks=None, page_tasks=None, task_passes=None, task_learning_rates=None,
-        )  # fmt: skip
-        config = HFTTrainingConfig(**{**training, **quiet})
-        short = list(itertools.islice(itertools.cycle(everything), num_steps * size))
-        long = list(itertools.islice(itertools.cycle(_longest(everything, tokenizer, config)), num_steps * size))
+        config = timing_config(training, folder)
+        size = config.per_device_train_batch_size
+        long = _enough(_longest(everything, tokenizer, config), num_steps * size, tokenizer, config)
+        short = _enough(everything, num_steps * size, tokenizer, config)
         data = {task: Dataset.from_list(short if task == "timed-short" else long) for task in TIMED}
         for task, parents in TIMED.items():
             model.add_task(task, parents)
@@ -126,9 +166,28 @@ def time_steps(
     return _fit(trainer.starts, 2 * model.config.rank + model.config.memory_config.slots, per_prompt, whole)
 
 
+def _enough(
+    rows: Iterable[Row], count: int, tokenizer: PreTrainedTokenizerBase, config: HFTTrainingConfig
+) -> list[Row]:
+    """The rows, over and over, until they give the trainer `count` rows or a few more."""
+    endless, wanted, found = itertools.cycle(rows), count, 0
+    chosen: list[Row] = []
+    ready: list[dict[str, list[int]]] = []
+    while found < count:
+        more = list(itertools.islice(endless, wanted - len(chosen)))
+        chosen += more
+        if not config.packing:
+            break
+        ready += tokenize_rows(more, tokenizer)
+        found = len(rows_that_train(ready, config))
+        wanted = min(2 * wanted, math.ceil(wanted * count / max(found, 1)))
+    return chosen
+
+
 def _longest(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, config: HFTTrainingConfig) -> Iterator[Row]:
     """The rows of whose answers something is left when they are cut, from the last one down."""
-    cuts = config.truncation_mode == "keep_start" and config.completion_only_loss is not False
+    keeps_start = config.packing_strategy == "bfd" if config.packing else config.truncation_mode == "keep_start"
+    cuts = keeps_start and config.completion_only_loss is not False
     end, something_left = config.max_length if cuts else None, False
     for row in reversed(rows):
         (ready,) = tokenize_rows([row], tokenizer)
