@@ -491,6 +491,11 @@ def test_refresh_saves_only_what_helps(grown_folder, data, capsys):
     after = files()
     changed = {name for name in after if after[name] != before[name]}
     assert changed == ({"model.safetensors"} if "refreshed" in shown else set())
+    assert main([*command, "--steps", "1", "--samples", "3"]) == 0  # each task that is sealed and has rows
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["sst2", "mnli", "yelp"]
+    (grown_folder / "other.yaml").write_text("backbone: b\nhierarchy: {later: [], none: []}\n")
+    assert main(["refresh", str(grown_folder), "--recipe", str(grown_folder / "other.yaml")]) == 2
+    assert "has no sealed task of the recipe's (later, none)" in capsys.readouterr().err
 
 
 def test_rows_are_tokenised_as_by_the_trainer(backbones, tokenizer, tmp_path):

@@ -88,9 +88,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--no_families", action="store_true", help="with --data: tasks get no common roots")
     plan.add_argument("--max_parents", type=int, default=2, help="with --data: parents of a task, at most (2)")
 
-    refresh = add("refresh", help="let an old task learn anew what to let in; kept only if it helps")
+    refresh = add("refresh", help="let old tasks learn anew what to let in; kept only where it helps")
     refresh.add_argument("model", help="folder of an HFT model; changed only if it helps")
-    refresh.add_argument("--task", required=True, help="a sealed task")
+    refresh.add_argument("--task", help="a sealed task; by default each that has rows of its own")
     refresh.add_argument("--recipe", required=True, help="the recipe that describes the data")
     refresh.add_argument("--data", help="folder with <task>/<split>.jsonl.gz, instead of the recipe's data")
     refresh.add_argument("--samples", type=int, default=96, help="training rows to learn from (96)")

@@ -98,19 +98,26 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
     recipe = _recipe_of(args)
     config, _ = hft.read_gates(args.model)
-    config.sealed_task(args.task)
+    own = [task for task in recipe.hierarchy if task not in recipe.mixtures]  # with rows of their own
+    tasks = [task for task in config.sealed_tasks() if task in own] if args.task is None else [args.task]
+    if not tasks:
+        raise ValueError(f"'{args.model}' has no sealed task of the recipe's ({', '.join(own)}); is it another model's?")
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    rows, checks = (
-        tokenize_rows(load_task(recipe, args.task, split, tokenizer), tokenizer, recipe.training.get("max_length"))
-        for split in ("train", "validation")
-    )
+    data = {}
+    for task in tasks:
+        config.sealed_task(task)
+        data[task] = [
+            tokenize_rows(load_task(recipe, task, split, tokenizer), tokenizer, recipe.training.get("max_length"))
+            for split in ("train", "validation")
+        ]
     model = hft.HFTForCausalLM.from_pretrained(
         args.model, quantization_config=recipe.quantization_config(), device_map="auto"
     )
-    result = model.refresh_gates(args.task, rows, validation=checks, num_steps=args.steps, batch_size=args.batch_size)
-    if result.kept:
-        model.save_pretrained(args.model)
-    print(result)
+    for task, (rows, checks) in data.items():
+        result = model.refresh_gates(task, rows, validation=checks, num_steps=args.steps, batch_size=args.batch_size)
+        if result.kept:
+            model.save_pretrained(args.model)
+        print(result, flush=True)
 
 
 def export(args: argparse.Namespace, _: dict[str, Any]) -> None:
