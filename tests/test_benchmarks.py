@@ -143,13 +143,17 @@ def test_the_planners_figures_by_hand(tmp_path, monkeypatch, parents_of_z, regre
             {"setting": pair, "seed": seed, "value": 50 + gain, "tasks": {pair[-1]: {"loss": 1 + gain / 9}}}
             for pair, gain in truth.items()
         ]
-        lines.append({"setting": "found", "seed": seed, "value": 60 + seed, "tasks": {"x": {"loss": 0.5 + seed}}})
     lines.append({"setting": "estimate", "seed": 0, "value": 0.1, "errors": {"seconds": 0.1, "bytes": -0.02}})
     lines.append({"setting": "fourteen", "seed": 0, "value": 321.0})
     lines += more
     text = [json.dumps({"name": "planner", **line}) for line in lines]
     full = {"name": "ablation-200", "setting": "full", "value": 58, "tasks": {"x": {"loss": 0.7}, "y": {"loss": 0.9}}}
+    root = {**full, "setting": "root"}
     text += [json.dumps({**full, "seed": seed}) for seed in range(2)]
+    text += [
+        json.dumps({**root, "seed": seed, "value": 60 + seed, "tasks": {"x": {"loss": 0.5 + seed}}})
+        for seed in range(2)
+    ]
     text += [
         json.dumps({"name": "quality-small-family", "setting": method, "method": method, "learning_rate": 2e-3,
                     "seed": seed, "value": 0, "test": {"ap": ap + seed * more, "tasks": {"x": {"loss": loss}}}})
@@ -381,7 +385,7 @@ def test_a_table_of_what_was_run(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
     assert table.ablation().splitlines()[2:] == [
-        "| the full method | 1 | 60.0 |  | 0.600 |  |",
+        "| the full method, on hand-made chains | 1 | 60.0 |  | 0.600 |  |",
         "| without parents | 1 | 57.0 | 3.0 | 0.570 | -0.030 |",
     ]
 
@@ -394,6 +398,21 @@ def cells_of(script: str, folder: Path, backbones, *arguments) -> list[dict]:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return read_cells(out)
+
+
+@pytest.mark.slow
+def test_parts_are_switched_off(backbones, tmp_path):
+    from ablation import TREE
+
+    write_tasks(tmp_path / "data", TREE)
+    whole, gates, flat = cells_of("ablation.py", tmp_path, backbones, "--settings", "full,no_gates,flat")
+    assert whole["hierarchy"] == gates["hierarchy"] == TREE and flat["hierarchy"] == {task: [] for task in TREE}
+    assert all(gate == 1 for its in gates["gates"].values() for gate in its.values())
+    assert any(gate != 1 for its in whole["gates"].values() for gate in its.values())
+    for task, change in whole["refreshed"]["changes"].items():
+        same = whole["refreshed"]["tasks"][task] == whole["tasks"][task]
+        assert same or change["kept"], task  # a refresh that is not kept changes nothing
+        assert not change["kept"] or change["before"] - change["after"] > change["error"] - 1e-4
 
 
 @pytest.mark.slow

@@ -26,9 +26,12 @@ from harness import (
     with_roots,
 )
 
+import hft
+from hft.gates_hft import HFTGateTable
 from hft.trainers import HFTTrainer
 from hft.trainers.curriculum import BlockSampler
 from hft.trainers.evaluation import EvalSet, score_task
+from hft.trainers.task_data import tokenize_rows
 
 
 TREE = {
@@ -40,14 +43,15 @@ TREE = {
     "cb": ["mnli"],
     "agnews": [],
 }
+ROOT = {"all": [], **{task: ["all"] for task in TREE}}  # what the planner finds
 MAX_INPUT_TOKENS = 64
 EVAL_ROWS = 200
 SAMPLES = 200
+DECIDING_ROWS = 100  # whether a refresh of gates is kept
 TRAINING = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
     "learning_rate": 2e-3,  # of 1e-3, 2e-3, 4e-3 the best on the validation rows of yelp and cb
-    "gate_learning_rate": 5e-2,
     "lr_scheduler_type": "linear",
     "warmup_steps": 3,
     "max_length": 192,
@@ -109,6 +113,28 @@ def learn(
     return {"value": mean_accuracy(tasks), "tasks": tasks, "hierarchy": dict(tree)}
 
 
+def refresh(
+    model: hft.HFTForCausalLM, tokenizer: Any, rows: Mapping[str, list[dict]], samples: int, seed: int
+) -> dict[str, Any]:
+    """Learns each task's gates anew over all nodes and pages, on its `samples` training rows; up to 100 others decide.
+
+    Returns:
+        For each task what its refresh found out, in nats a token.
+    """
+    found = {}
+    for task, its in rows.items():
+        some = tokenize_rows(sample(its, samples + DECIDING_ROWS, seed), tokenizer, TRAINING["max_length"])
+        result = model.refresh_gates(task, some[:samples], validation=some[samples:] or None, seed=seed)
+        changes = {name: round(getattr(result, name), 4) for name in ("before", "after", "error")}
+        found[task] = {"kept": result.kept, **changes, "gates": mean_gates(result.gates)}
+    return found
+
+
+def mean_gates(gates: HFTGateTable) -> dict[str, float]:
+    """Source -> mean gate over the layers, rounded for a cell."""
+    return {source: round(mean, 4) for source, mean in gates.mean().items()}
+
+
 # Setting -> hierarchy for a seed, and what differs from the full method.
 SETTINGS = {
     "full": (lambda seed: TREE, {}),
@@ -118,6 +144,8 @@ SETTINGS = {
     "random_parents": (random_parents, {}),
     "reversed": (lambda seed: reversed_tree(), {}),
     "sequential": (lambda seed: TREE, {"trainer_class": InSequence}),
+    "root": (lambda seed: ROOT, {"families": {"all": list(TREE)}}),
+    "root_no_gates": (lambda seed: ROOT, {"families": {"all": list(TREE)}, "gating_config": {"trainable": False}}),
 }
 
 
@@ -131,14 +159,21 @@ def main() -> None:
     rows, validation = read_tasks(args.data, TREE, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
     for setting, seed in todo(args.out, name, args.settings.split(","), args.seeds):
         hierarchy, options = SETTINGS[setting]
-        tree = hierarchy(seed)
+        tree, options = hierarchy(seed), dict(options)
         with cell(args.out, name, setting, seed) as result:
             train = {task: sample(rows[task], args.samples or None, seed) for task in TREE}
-            model = train_hft(backbone, tokenizer, tree, train, seed, TRAINING, **options)
+            train, training = with_roots(train, options.pop("families", {}), TRAINING)
+            model = train_hft(backbone, tokenizer, tree, train, seed, training, **options)
             tasks = score(model, tokenizer, validation, lambda task: task)
-            gates = {task: {k: round(v, 4) for k, v in model.gates(task).mean().items()} for task in TREE}
-            result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree, gates=gates, training=TRAINING)
+            gates = {task: mean_gates(model.gates(task)) for task in TREE}
+            result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree, gates=gates, training=training)
             result.update(attention=attention())
+            if (
+                setting in ("full", "root") and args.samples
+            ):  # of the same model, so that the two scores differ by nothing else
+                changes = refresh(model, tokenizer, rows, args.samples, seed)
+                tasks = score(model, tokenizer, validation, lambda task: task)
+                result["refreshed"] = {"value": mean_accuracy(tasks), "tasks": tasks, "changes": changes}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ words: the overlaps of gradients again, with two tasks three times: as they are,
 answers exchanged.
 families: the same with the roots that the planner finds, which learn from the rows of all tasks on them, and share their
 steps.
-found: the ablation's training on the planner's hierarchy, in as many steps as its settings full, flat and reversed.
 estimate: what `hft plan` promises for a training against what happens, each in a process of its own.
 fourteen: the seconds of a plan of all fourteen tasks.
 six: the plan of the six tasks of quality.py, from the same rows.
@@ -25,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, SAMPLES, TRAINING, TREE, learn
+from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, SAMPLES, TRAINING, TREE
 from harness import (
     NF4,
     cell,
@@ -176,7 +175,7 @@ def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "planner.jsonl")
     pairs = [f"{parent}>{child}" for parent, child in PAIRS]
     alone = [f"alone: {task}" for task in CHILDREN]
-    settings = ["measures", "words", *alone, *pairs, "families", "found", *ESTIMATED, "fourteen", "six"]
+    settings = ["measures", "words", *alone, *pairs, "families", *ESTIMATED, "fourteen", "six"]
     arguments.add_argument("--settings", default=",".join(settings), help="which of them, by commas")
     arguments.add_argument("--child", choices=["promise", "train"], help="a process of an `estimate`")
     args = arguments.parse_args()
@@ -190,7 +189,7 @@ def main() -> None:
         if seed and setting in (*ESTIMATED, "fourteen"):
             continue
         plan = plan_in(args.out)
-        if (setting == "found" and not plan["hierarchy"]) or (setting == "families" and not plan["families"]):
+        if setting == "families" and not plan["families"]:
             print(f"{setting}, seed {seed}: needs the cell `measures` with seed 0 first, and families in it")
             continue
         with cell(args.out, "planner", setting, seed) as result:
@@ -232,9 +231,6 @@ def main() -> None:
                 task = setting.removeprefix("alone: ")
                 tasks, need = learn_alone(backbone, tokenizer, task, rows[task], validation[task], seed)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, need=need)
-            elif setting == "found":
-                its, checks = ({task: split[task] for task in TREE} for split in (rows, validation))
-                result.update(learn(backbone, tokenizer, plan["hierarchy"], plan["families"], its, checks, seed))
             else:
                 families = plan["families"] if setting == "families" else {}
                 tree = truth_tree(setting, families)
@@ -255,8 +251,8 @@ def truth_tree(setting: str, families: Mapping[str, Sequence[str]]) -> dict[str,
 
 
 def plan_in(out: Path) -> dict:
-    """The cell of `measures` with seed 0, whose hierarchy is the planner's; one without tasks if it is not there yet."""
-    return find_cell(out, "planner", "measures") or {"hierarchy": {}, "families": {}}
+    """The cell of `measures` with seed 0, whose hierarchy is the planner's; one without families if it is not there yet."""
+    return find_cell(out, "planner", "measures") or {"families": {}}
 
 
 if __name__ == "__main__":

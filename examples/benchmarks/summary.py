@@ -40,23 +40,30 @@ def mean_loss(cell: Mapping[str, dict]) -> float:
     return statistics.mean(task["loss"] for task in cell["tasks"].values())
 
 
+def ablation_cells(samples: int | str) -> dict[tuple[str, int], dict]:
+    """(setting, seed) -> cell of the ablation, `samples` training rows a task; `refreshed` are scored within `full`."""
+    cells = read(f"ablation-{samples}")
+    again = {
+        ("refreshed", seed): cell["refreshed"]
+        for (setting, seed), cell in cells.items()
+        if setting == "full" and "refreshed" in cell
+    }
+    return cells | again
+
+
 def ablation() -> dict[str, float]:
-    """Full method minus each setting, in accuracy points, 200 training samples a task.
+    """Full method minus each setting, in accuracy points; `ablation.all.` with all training rows, else 200 a task."""
+    from table import ABLATION, ABLATION_BASES, SAMPLES
 
-    `own_gates_full_minus_...`: both with gates on a task's own node that learn, too.
-    """
-    from table import ABLATION, OWN_GATES, ablation_base
-
-    cells, figures = read("ablation-200"), {}
-    for setting in (name for name in ABLATION if name != "full"):
-        base = ablation_base(setting)
-        if found := difference(cells, base, setting):
-            if base == "full":
-                name = f"ablation.full_minus_{setting.removeprefix('full+')}"
-            else:
-                name = f"ablation.own_gates_full_minus_{setting.removesuffix(OWN_GATES)}"
-            figures[name] = round(found[0], 3)
-            figures[f"{name}_se"] = round(found[1], 3)
+    figures = {}
+    for samples in SAMPLES.values():
+        cells, within = ablation_cells(samples), "all." if samples == "all" else ""
+        bases = {name: ABLATION_BASES.get(name, "full") for name in ABLATION if name != "full"}
+        for setting, base in [*bases.items(), ("flat", "root"), ("random_parents", "root")]:
+            if found := difference(cells, base, setting):
+                name = f"ablation.{within}{base}_minus_{setting}".replace("+", "_")
+                figures[name] = round(found[0], 3)
+                figures[f"{name}_se"] = round(found[1], 3)
     return figures
 
 
@@ -196,11 +203,11 @@ def planner() -> dict[str, float]:
                 ranks = _ranks(found), _ranks([need[what] for need in needs.values()])
                 if len(set(ranks[0])) > 1 and len(set(ranks[1])) > 1:
                     figures[f"planner.{what}_needed_by_{name}"] = round(statistics.correlation(*ranks), 3)
-    both = {key: cell for key, cell in cells.items() if key[0] == "found"}
-    both |= {key: cell for key, cell in read("ablation-200").items() if key[0] == "full" and ("found", key[1]) in both}
-    losses = {key: {"value": mean_loss(cell)} for key, cell in both.items()}
-    for what, its in (("ap", both), ("loss", losses)):
-        if gap := difference(its, "found", "full"):
+    trained = {key: cell for key, cell in ablation_cells(200).items() if key[0] in ("root", "full")}
+    trained = {key: cell for key, cell in trained.items() if ("root", key[1]) in trained}
+    losses = {key: {"value": mean_loss(cell)} for key, cell in trained.items()}
+    for what, its in (("ap", trained), ("loss", losses)):
+        if gap := difference(its, "root", "full"):
             figures[f"planner.{what}_found_minus_chains_short"] = round(gap[0], 3)
             figures[f"planner.{what}_found_minus_chains_short_se"] = round(gap[1], 3)
     figures |= found_minus_hand()

@@ -1,6 +1,6 @@
 """The README's tables, made from the committed result files; a test compares them.
 
-python examples/benchmarks/table.py ablation
+python examples/benchmarks/table.py ablation --budget small    # `full` has all training rows
 python examples/benchmarks/table.py quality --budget small --tasks family    # `short` has less training
 python examples/benchmarks/table.py tasks --budget small --tasks family
 python examples/benchmarks/table.py memory
@@ -12,24 +12,34 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from summary import mean_loss, read
+from summary import ablation_cells, mean_loss, read
 
 
-OWN_GATES = "+own_gates"  # cells of when a task's gates on its own node and page learnt, too
+OWN_GATES = "+own_gates"  # cells of when a task's gates on its own node and page learnt, too; at 5e-2
 ABLATION = {
-    "full": "the full method",
+    "full": "the full method, on hand-made chains",
+    "refreshed": "each task's gates learnt anew in the end",
     "no_memory": "without memory",
     "no_gates": "all gates stay at 1",
     "flat": "without parents",
-    "found": "the planner's hierarchy: one root for all, nine tenths of the steps on it; its tasks write pages",
-    f"full{OWN_GATES}": "gates on a task's own node learn, too",
-    f"no_memory{OWN_GATES}": "... without memory",
-    f"topk{OWN_GATES}": "... memory read sparsely (top-k; since removed)",
-    f"flat{OWN_GATES}": "... without parents",
-    f"random_parents{OWN_GATES}": "... random parents",
-    f"reversed{OWN_GATES}": "... every edge turned round",
-    f"sequential{OWN_GATES}": "... a stage's tasks one after another",
+    "random_parents": "random parents",
+    "reversed": "every edge turned round",
+    "sequential": "a stage's tasks one after another",
+    "root": "the planner's hierarchy: one root for all, nine tenths of the steps on it",
+    "root_no_gates": "... all gates stay at 1",
+    "full+rate_5e-2": "gates learn at 5e-2",
+    f"full{OWN_GATES}": "... and those on a task's own node learn, too",
+    f"reversed{OWN_GATES}": "... ... every edge turned round",
+    f"sequential{OWN_GATES}": "... ... a stage's tasks one after another",
+    f"topk{OWN_GATES}": "... ... memory read sparsely (top-k; since removed)",
 }
+# What a setting differs from in one part; of the others: the full method.
+ABLATION_BASES = {
+    "root_no_gates": "root",
+    f"full{OWN_GATES}": "full+rate_5e-2",
+    **{f"{setting}{OWN_GATES}": f"full{OWN_GATES}" for setting in ("reversed", "sequential", "topk")},
+}
+SAMPLES = {"small": 200, "full": "all"}
 LOW_RESOURCE = ("cb", "copa", "rte", "wic")
 BASELINES = {
     "zero_shot": "the backbone",
@@ -74,18 +84,13 @@ def mean_se(values: Sequence[float], digits: int = 1) -> str:
     return f"{mean} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else mean
 
 
-def ablation_base(setting: str) -> str:
-    """What a setting differs from in one part: the full method, or that with gates on own nodes."""
-    return f"full{OWN_GATES}" if setting.endswith(OWN_GATES) and setting != f"full{OWN_GATES}" else "full"
-
-
-def ablation() -> str:
-    """Settings in rows: mean accuracy and mean loss over seven tasks, and how much better those of `ablation_base` are."""
-    cells = {**{key: cell for key, cell in read("planner").items() if key[0] == "found"}, **read("ablation-200")}
+def ablation(budget: str = "small") -> str:
+    """Settings in rows: mean accuracy and mean loss over seven tasks, and how much better those of their base are."""
+    cells = ablation_cells(SAMPLES[budget])
     lines = ["| setting | seeds | accuracy | full method minus this | loss | this minus full method |"]
     lines.append("|---|---|---|---|---|---|")
     for setting, title in ABLATION.items():
-        base = ablation_base(setting)
+        base = ABLATION_BASES.get(setting, "full")
         seeds = sorted(seed for name, seed in cells if name == setting and (base, seed) in cells)
         if not seeds:
             continue
@@ -268,7 +273,7 @@ def _flat(ratios: Mapping[str, Any], within: str = "") -> list[tuple[str, float]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made = {
-        "ablation": ablation,
+        "ablation": lambda: ablation(args.budget),
         "memory": memory,
         "speed": speed,
         "quality": lambda: quality(args.budget, args.tasks),
