@@ -101,7 +101,9 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
     own = [task for task in recipe.hierarchy if task not in recipe.mixtures]  # with rows of their own
     tasks = [task for task in config.sealed_tasks() if task in own] if args.task is None else [args.task]
     if not tasks:
-        raise ValueError(f"'{args.model}' has no sealed task of the recipe's ({', '.join(own)}); is it another model's?")
+        raise ValueError(
+            f"'{args.model}' has no sealed task of the recipe's ({', '.join(own)}); is it another model's?"
+        )
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
     data = {}
     for task in tasks:
