@@ -19,10 +19,8 @@ SHARED_FILE = "model.safetensors"  # all tasks' gates
 
 ROUTER_FILE = "router.safetensors"  # what the router knows, of a size that does not grow with the data
 
-WRITING, WRITTEN = (
-    ".writing-",
-    ".written-",
-)  # folders of files on their way: not whole yet, and to be moved to their places
+WRITING = ".writing-"  # begins the names of folders of files that are not whole yet
+WRITTEN = ".written-"  # and of those whose files are to be moved to their places
 _PLAN = ".plan.json"  # which they are, and what to remove
 
 
@@ -84,10 +82,10 @@ def finish_writing(directory: str | os.PathLike) -> bool:
     Raises:
         OSError: they cannot be moved; they will be next time.
     """
-    directory, unfinished = Path(directory), []
-    for written in sorted(Path(directory).glob(f"{WRITTEN}*")):
+    directory, found = Path(directory), False
+    for written in sorted(directory.glob(f"{WRITTEN}*")):
         if (written / _PLAN).is_file():  # else all has been moved
-            unfinished.append(written)
+            found = True
             plan = json.loads((written / _PLAN).read_text())
             for name in plan["files"]:
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +96,13 @@ def finish_writing(directory: str | os.PathLike) -> bool:
                     if path.relative_to(directory).as_posix() not in plan["files"]:
                         path.unlink(missing_ok=True)
         shutil.rmtree(written, ignore_errors=True)
-    return bool(unfinished)
+    return found
+
+
+def check_writable(directory: str | os.PathLike) -> None:
+    """Makes a folder if it is missing; raises OSError now, not after hours, if it cannot be written to."""
+    with replacing(directory):
+        pass
 
 
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:

@@ -166,7 +166,8 @@ def read_lora(repo: str | os.PathLike, model: PreTrainedModel, **download: Any) 
     if base and ours and not _same_backbone(base, ours):
         raise ValueError(f"'{repo}' is an adapter of '{base}', and this model stands on '{ours}'.")
     tensors = load_file(_file(repo, "adapter_model.safetensors", download))
-    decoder = f"base_model.model.{(prefix := model.backbone.base_model_prefix)}."
+    prefix = model.backbone.base_model_prefix
+    decoder = f"base_model.model.{prefix}."
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.removesuffix(".weight").rpartition(".lora_")

@@ -25,7 +25,7 @@ from transformers import (
 from transformers.utils import logging
 
 import hft
-from hft.files_hft import replacing
+from hft.files_hft import check_writable
 
 from .demo_backbone import find_backbone
 from .evaluation import EvalSet
@@ -128,8 +128,7 @@ def run_demo(out: Path) -> dict[str, Any]:
         import reasoning_gym  # noqa: F401
     except ImportError as error:
         raise ImportError("`hft demo` needs reasoning-gym: pip install 'modeling-hft[demo]'.") from error
-    with replacing(out):  # raises now if the folder cannot be written
-        pass
+    check_writable(out)
     clear(out / "model")
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
-from hft.files_hft import replacing
+from hft.files_hft import check_writable, replacing
 from hft.modeling_hft import HFTForCausalLM
 from hft.storage_hft import check_shareable
 
@@ -102,8 +102,7 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
         if args.push_to_hub:
             check_shareable(model.config)
         if args.should_save:
-            with replacing(args.output_dir):  # raises now, not after hours, if the folder cannot be written
-                pass
+            check_writable(args.output_dir)
 
         args.check_names(model.hierarchy.names)
         self.stage: Stage | None = None

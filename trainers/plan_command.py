@@ -7,7 +7,7 @@ from datasets import disable_progress_bars
 from transformers import AutoTokenizer
 
 import hft
-from hft.files_hft import replacing
+from hft.files_hft import check_writable
 
 from .hft_config import TASK_LISTS, TASK_NUMBERS, HFTTrainingConfig
 from .pictures import draw_plan, prepare_picture
@@ -32,8 +32,7 @@ def find_plan(args: argparse.Namespace) -> None:
     file = args.yaml or Path("plan.yaml")
     if args.model is None:
         HFTTrainingConfig(**recipe.training)
-        with replacing(file.parent):
-            pass
+        check_writable(file.parent)
     settings = ProbeSettings(
         pilot_steps=args.steps, probe_rows=args.rows, max_length=recipe.training.get("max_length") or 256
     )

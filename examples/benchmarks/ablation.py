@@ -168,9 +168,8 @@ def main() -> None:
             gates = {task: mean_gates(model.gates(task)) for task in TREE}
             result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree, gates=gates, training=training)
             result.update(attention=attention())
-            if (
-                setting in ("full", "root") and args.samples
-            ):  # of the same model, so that the two scores differ by nothing else
+            # Of the same model, so that the two scores differ by nothing else.
+            if setting in ("full", "root") and args.samples:
                 changes = refresh(model, tokenizer, rows, args.samples, seed)
                 tasks = score(model, tokenizer, validation, lambda task: task)
                 result["refreshed"] = {"value": mean_accuracy(tasks), "tasks": tasks, "changes": changes}

@@ -203,8 +203,8 @@ def planner() -> dict[str, float]:
                 ranks = _ranks(found), _ranks([need[what] for need in needs.values()])
                 if len(set(ranks[0])) > 1 and len(set(ranks[1])) > 1:
                     figures[f"planner.{what}_needed_by_{name}"] = round(statistics.correlation(*ranks), 3)
-    trained = {key: cell for key, cell in ablation_cells(200).items() if key[0] in ("root", "full")}
-    trained = {key: cell for key, cell in trained.items() if ("root", key[1]) in trained}
+    short = ablation_cells(200)
+    trained = {key: cell for key, cell in short.items() if key[0] in ("root", "full") and ("root", key[1]) in short}
     losses = {key: {"value": mean_loss(cell)} for key, cell in trained.items()}
     for what, its in (("ap", trained), ("loss", losses)):
         if gap := difference(its, "root", "full"):
