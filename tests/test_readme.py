@@ -292,11 +292,17 @@ def test_the_sentences_on_the_ablation(figures):
     for setting in ("flat", "random_parents", "no_gates", "no_memory"):
         name = f"ablation.full_minus_{setting}"
         assert abs(figures[name]) < 2 * figures[f"{name}_se"], setting  # "level", "no difference beyond the error"
-    assert f"with all at 1 the accuracy differs by {points('full', 'no_gates')}." in PROSE
+    assert f"with all at 1 the accuracy differs by {points('full', 'no_gates')}," in PROSE
+    root_gates = [means["all"] for seed in range(3) for means in cells["root", seed]["gates"].values()]
+    assert f"they move by at most {max(abs(gate - 1) for gate in root_gates):.3f} on average" in PROSE
+    assert figures["ablation.root_minus_root_no_gates"] == 0
     lower = nats("refreshed", "full")
     assert lower.startswith("-") and figures["ablation.full_minus_refreshed"] > 0
     assert f"lower the loss by {lower[1:]} nats and leave the accuracy ({points('full', 'refreshed')} lower)" in PROSE
     assert f"({points('full', 'no_memory')}, and {nats('no_memory', 'full')} nats more loss without it)" in PROSE
+    assert f"one after another, not mixed, lose {points('full', 'sequential')}" in PROSE
+    assert f"the accuracy is {points('full', 'reversed')} higher, in each seed" in PROSE
+    assert all(cells["reversed", seed]["value"] > cells["full", seed]["value"] for seed in range(3))
     assert f"At 5e-2 the ablation's accuracy is {points('full', 'full_rate_5e-2')} lower, in each seed" in PROSE
     assert all(cells["full", seed]["value"] > cells["full+rate_5e-2", seed]["value"] for seed in range(3))
     own = points("full_rate_5e-2", "full_own_gates")

@@ -11,7 +11,7 @@ import tempfile
 
 import torch
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING
-from harness import NF4, cell, parser, prepare, quiet_config, read_tasks, sample, score, todo, train_hft
+from harness import NF4, attention, cell, parser, prepare, quiet_config, read_tasks, sample, score, todo, train_hft
 from transformers import BitsAndBytesConfig, set_seed
 
 import hft
@@ -74,7 +74,9 @@ def main() -> None:
                 model = train_hft(backbone, tokenizer, {task: []}, train, seed, TRAINING)
             else:
                 set_seed(seed)
-                model = hft.HFTForCausalLM.from_pretrained(base.name, quantization_config=BitsAndBytesConfig(**NF4))
+                model = hft.HFTForCausalLM.from_pretrained(
+                    base.name, quantization_config=BitsAndBytesConfig(**NF4), attn_implementation=attention()
+                )
                 model.hft_gates.root_page_start = WAYS[way]["root_init"]
                 model.add_task(task)
                 with tempfile.TemporaryDirectory() as folder:
