@@ -52,7 +52,8 @@ class HFTMemoryConfig(PreTrainedConfig):
         slots: S, the slots of a new page at each linear; 1 or more.
         target_modules: the linears that carry slots, among those that carry nodes: `"all-linear"` or a list of last names.
         init: a task's gate on its own stage's page, which does not learn with it; not 0.
-        root_init: a root's gates on pages that were there before it, at the start. A child's start at its parents' values.
+        root_init: a root's gates on pages that were there before it, at the start: 0, so that it begins as the backbone. A
+            child's start at its parents' values.
 
     Raises:
         ValueError: a number of slots below 1, or an `init` of 0.
@@ -65,7 +66,7 @@ class HFTMemoryConfig(PreTrainedConfig):
     slots: int = 8
     target_modules: str | list[str] = "all-linear"
     init: float = 1.0
-    root_init: float = 1.0
+    root_init: float = 0.0
 
     def __post_init__(self, **kwargs):
         if self.slots < 1:

@@ -565,6 +565,15 @@ def test_sealing_again_changes_nothing(model):
     assert model.hft_nodes["layers_0_mlp_up_proj"].pair("new")[0].dtype == torch.bfloat16
 
 
+def test_a_later_root_begins_as_the_backbone(model):
+    model.seal(model.hierarchy.names)
+    model.add_task("new")
+    model.start_stage(["new"])
+    assert "page:1" in model.gates("new").mean()
+    with torch.no_grad():
+        assert torch.equal(model(prompts(2, 5), task="new").logits, model(prompts(2, 5)).logits)
+
+
 def test_a_silent_linear_does_not_make_a_sealed_page_new(model):
     model.seal(model.hierarchy.names)
     with torch.no_grad():

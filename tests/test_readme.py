@@ -320,6 +320,29 @@ def test_the_sentences_on_the_ablation(figures):
     assert min(means, key=means.__getitem__) == "root"
 
 
+def test_the_sentences_on_memory():
+    cells = {(cell["setting"], cell["seed"]): cell["tasks"] for cell in read_cells("memory.jsonl")}
+    seeds = range(3)
+
+    def against_none(task: str, way: str) -> str:
+        with_it, without = (
+            [cells[f"{task}: {which}", seed][task] for seed in seeds] for which in (way, "without page 1")
+        )
+        return mean_se([a["accuracy"] - b["accuracy"] for a, b in zip(with_it, without, strict=True)])
+
+    def lost(task: str) -> float:
+        scores = [cells["first", seed][task] for seed in seeds]
+        return statistics.mean(score["accuracy"] - score["without page 1"]["accuracy"] for score in scores)
+
+    assert (
+        f"agnews falls by {lost('agnews'):.1f} points and sst2 does not ({-lost('sst2'):.1f} points higher)" in PROSE
+    )
+    reads = against_none("yelp", "reads page 1"), against_none("mnli", "reads page 1")
+    assert f"yelp is {reads[0].lstrip('-')} points below what it is without, mnli {reads[1]} above" in PROSE
+    off = [cells["yelp: reads page 1", seed]["yelp"]["without page 1"]["loss"] for seed in seeds]
+    assert f"(switched off, yelp's loss is {statistics.mean(off):.1f})" in PROSE
+
+
 def test_how_tasks_refine():
     cells = {cell["setting"]: cell for cell in read_cells("refining.jsonl") if cell["seed"] == 2}
     shown = {}
