@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.cli import main
-from hft.trainers.recipes import load_task, read_recipe, to_chat
+from hft.trainers.recipe_data import load_task, to_chat
+from hft.trainers.recipes import read_recipe
 from hft.trainers.task_data import tokenize_rows
 
 from .tiny import grow
@@ -370,6 +371,27 @@ def test_rows_that_lack_a_key(backbones, data, tmp_path, capsys, key, of_all):
         f"hft: error: A row of '{file}' (task 'mnli') lacks the key '{key}'; each row needs instruction, opt" in error
     )
     assert "(`options: []` for free answers)." in error and not list(tmp_path.glob("run/*"))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"output": 1},
+            "'output' in '{}' (task 'mnli') is of type Value('int64'); it must be text: put numbers in quotes.",
+        ),
+        ({"options": [0, 1]}, "is of type List(Value('int64')); it must be a list of texts: put numbers in quotes."),
+        ({"options": "yes"}, "is of type Value('string'); it must be a list of texts"),
+        (None, "'{}' (task 'mnli') is empty; it needs at least one row."),
+    ],
+)
+def test_rows_of_another_kind(backbones, data, tmp_path, capsys, row, message):
+    file = data / "mnli" / "train.jsonl.gz"
+    whole = {"instruction": "Which?", "options": ["0", "1"], "input": "one", "output": "1"}
+    with gzip.open(file, "wt") as lines:
+        lines.write("" if row is None else f"{json.dumps({**whole, **row})}\n" * 3)
+    assert main(tiny_run(backbones, data, tmp_path)) == 2
+    assert message.format(file) in capsys.readouterr().err and not list(tmp_path.glob("run/*"))
 
 
 def test_a_long_passage_is_cut_and_nothing_else(tokenizer):

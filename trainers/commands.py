@@ -20,7 +20,8 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     import hft
 
     from . import HFTTrainer, HFTTrainingConfig
-    from .recipes import load_task, read_recipe, test_set
+    from .recipe_data import load_task, test_set
+    from .recipes import read_recipe
     from .report import REPORT_FILE
 
     disable_progress_bars()  # seven short ones a task would hide the one that matters
@@ -93,7 +94,7 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
     import hft
 
-    from .recipes import load_task
+    from .recipe_data import load_task
     from .task_data import tokenize_rows
 
     recipe = _recipe_of(args)
@@ -274,7 +275,7 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
     from .evaluation import mean_and_error, score_task
     from .metrics import metric_name
-    from .recipes import test_set
+    from .recipe_data import test_set
     from .run_record import write_json
 
     recipe, model, tokenizer, tasks = _with_recipe(args)
@@ -325,7 +326,7 @@ def _measure(args: argparse.Namespace, record: Any) -> None:
 
     from .evaluation import routes_of, score_task
     from .interference import contributions, cross_scores
-    from .recipes import test_set
+    from .recipe_data import test_set
     from .run_record import as_score
 
     recipe, model, tokenizer, tasks = _with_recipe(args)

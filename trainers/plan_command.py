@@ -15,7 +15,8 @@ from .pilots import ProbeSettings
 from .plan_costs import plan_costs
 from .plan_report import DEFAULTS, as_recipe, as_text, summary_of, tasks_in
 from .probes import plan_hierarchy
-from .recipes import Recipe, load_task, read_recipe
+from .recipe_data import load_task
+from .recipes import Recipe, read_recipe
 from .run_record import write_text
 
 

@@ -1,4 +1,4 @@
-"""A YAML recipe -> a model, its data and the trainer's arguments. A key that nobody knows is refused."""
+"""A YAML recipe -> a model and the trainer's arguments. A key that nobody knows is refused. Its data: `recipe_data.py`."""
 
 import contextlib
 import dataclasses
@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from datasets import Dataset, concatenate_datasets, load_dataset
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig
 
 from hft.hierarchy_hft import Hierarchy, nearest
 
-from .evaluation import EvalSet
 from .hft_config import TASK_NUMBERS, HFTTrainingConfig
-from .metrics import find_metric
 
 
 # What a recipe says besides the keys of HFTConfig, BitsAndBytesConfig and HFTTrainingConfig (SFTConfig).
@@ -123,9 +120,8 @@ def mixture_arguments(
     }
 
 
-_NEEDED_KEYS = ("path", "instruction", "options", "input", "label")
-_SPEC_KEYS = (*_NEEDED_KEYS, "name", "splits")
-_ROW_KEYS = ("instruction", "options", "input", "output")
+NEEDED_KEYS = ("path", "instruction", "options", "input", "label")  # of a description in `datasets`
+_SPEC_KEYS = (*NEEDED_KEYS, "name", "splits")
 _SECTIONS = ("model", "quantization", "training")
 RECIPE_KEYS = tuple(field.name for field in dataclasses.fields(Recipe) if field.name not in _SECTIONS)
 
@@ -222,7 +218,7 @@ def _check_datasets(recipe: Recipe, tree: Hierarchy) -> None:
         if task not in tree:
             raise ValueError(f"`datasets` describes the unknown task {task!r}. {nearest(task, tree.names)}")
         if not isinstance(spec, dict):
-            raise ValueError(f"`datasets[{task!r}]` is {spec!r}; give {', '.join(_NEEDED_KEYS)}, or leave it out.")
+            raise ValueError(f"`datasets[{task!r}]` is {spec!r}; give {', '.join(NEEDED_KEYS)}, or leave it out.")
         for key in spec:
             if key not in _SPEC_KEYS:
                 raise ValueError(f"`datasets[{task!r}]` has the unknown key {key!r}. {nearest(key, _SPEC_KEYS)}")
@@ -277,111 +273,3 @@ def _as_meant(key: str, value: Any, its_type: Any) -> Any:
         if number.is_integer():
             return int(number)
     raise ValueError(f"`{key}` is {value!r}; it must be a {'whole ' if wanted == {int} else ''}number.")
-
-
-def load_task(recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """One split of a task as prompt-completion rows in chat form.
-
-    A description in `datasets` reads any dataset of the Hub: `path`, `name` and `splits` ({split: its name there}) say
-    where it is; `instruction` and `options` (in the order of the labels) are the task's words; `input` is a template over
-    the row's columns; `label` names the column with the label's index.
-
-    Args:
-        recipe: where the data is and how much of it.
-        task: one of the hierarchy's.
-        split: `"train"`, `"validation"` or `"test"`.
-        tokenizer: to cut passages at `max_input_tokens`.
-
-    Raises:
-        ValueError: no data is described for the task, or a row or the description lacks a key.
-        OSError: the data is not where it should be.
-    """
-    if task in recipe.mixtures:
-        parts = [load_task(recipe, member, split, tokenizer) for member in recipe.mixtures[task]]
-        parts = [part.select_columns(["prompt", "completion", "options"]) for part in parts]
-        return concatenate_datasets(parts).shuffle(seed=0)
-    samples = recipe.train_samples if split == "train" else recipe.eval_samples
-    if recipe.data is not None:
-        file = Path(recipe.data) / task / f"{split}.jsonl.gz"
-        if not file.exists():
-            raise FileNotFoundError(f"There is no '{file}' for task {task!r}; is `data` the right folder?")
-        rows = load_dataset("json", data_files=str(file), split="train")
-        for key in _ROW_KEYS:
-            if key not in rows.column_names or rows.data.column(key).null_count:
-                raise ValueError(
-                    f"A row of '{file}' (task {task!r}) lacks the key {key!r}; each row needs {', '.join(_ROW_KEYS)} "
-                    "(`options: []` for free answers)."
-                )
-    else:
-        if task not in recipe.datasets:
-            raise ValueError(f"Task {task!r} has no data: describe it under `datasets`, or give `data`, a folder.")
-        rows = _from_description(recipe.datasets[task], task, split)
-    if samples is not None:
-        rows = rows.shuffle(seed=0).select(range(min(samples, len(rows))))
-    convert = functools.partial(to_chat, tokenizer=tokenizer, max_input_tokens=recipe.max_input_tokens)
-    # What scores answers may need to know more of a row than what trains does: its options, or a scorer's own columns.
-    gone = rows.column_names if split == "train" else ["instruction", "input", "output"]
-    return rows.map(convert, remove_columns=gone, desc=f"Reading {task} ({split})")
-
-
-def test_set(
-    recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase, samples: int | None = None
-) -> EvalSet:
-    """What a task is tested on: the rows that `load_task` gives, at most `samples` of them, and the recipe's metric.
-
-    Raises:
-        ValueError: an unknown metric; and as `load_task`.
-    """
-    name = recipe.metric if isinstance(recipe.metric, str) else recipe.metric.get(task, "exact_match")
-    metric = find_metric(name)
-    rows = load_task(recipe, task, split, tokenizer)
-    if samples is not None:
-        rows = rows.select(range(min(samples, len(rows))))
-    return EvalSet(list(rows), metric, recipe.max_new_tokens)
-
-
-def _from_description(spec: Mapping[str, Any], task: str, split: str) -> Dataset:
-    for key in _NEEDED_KEYS:
-        if spec.get(key) is None:
-            raise ValueError(f"`datasets[{task!r}]` lacks the key {key!r}.")
-    splits = spec.get("splits", {})
-    rows = load_dataset(spec["path"], spec.get("name"), split=splits.get(split, split))
-
-    try:
-        spec["input"].format(**dict.fromkeys(rows.column_names))
-    except (KeyError, IndexError) as error:
-        raise ValueError(
-            f"`input` of task {task!r} names {error}. {nearest(str(error).strip(chr(39)), rows.column_names)}"
-        ) from None
-    if spec["label"] not in rows.column_names:
-        raise ValueError(f"`label` of task {task!r} is {spec['label']!r}. {nearest(spec['label'], rows.column_names)}")
-
-    def read(row: dict[str, Any]) -> dict[str, Any]:
-        if not 0 <= row[spec["label"]] < len(spec["options"]):
-            raise ValueError(
-                f"A row of task {task!r} ({split}) has the label {row[spec['label']]}, and there are {len(spec['options'])} "
-                "options; a hidden label (-1) marks a split that cannot be scored: name another under `splits`."
-            )
-        return {
-            "instruction": spec["instruction"],
-            "options": spec["options"],
-            "input": spec["input"].format(**row),
-            "output": spec["options"][row[spec["label"]]],
-        }
-
-    return rows.map(read, remove_columns=rows.column_names)
-
-
-def to_chat(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_input_tokens: int | None) -> dict[str, Any]:
-    """{instruction, options, input, output} -> a user's message, an assistant's, and the options."""
-    passage = row["input"].strip()
-    if max_input_tokens is not None:
-        tokens = tokenizer(passage, add_special_tokens=False)["input_ids"]
-        if len(tokens) > max_input_tokens:
-            passage = tokenizer.decode(tokens[:max_input_tokens]).strip()
-    options = f"\nOptions: {', '.join(row['options'])}" if row["options"] else ""
-    return {
-        "prompt": [{"role": "user", "content": f"{row['instruction']}{options}\n{passage}"}],
-        "completion": [{"role": "assistant", "content": row["output"]}],
-        "options": row["options"],
-    }
