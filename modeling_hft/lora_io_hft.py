@@ -207,7 +207,7 @@ def _check_plain(repo: str | os.PathLike, config: dict[str, Any]) -> None:
         if config.get(key):
             raise ValueError(f"'{repo}' has {what}; only plain LoRA can become a node.")
     start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(("pissa", "olora", "corda", "loftq")):
+    if start.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise ValueError(
             f"'{repo}' began as {start!r}, which changes the backbone's own weights; save it with PEFT's "
             "`path_initial_model_for_weight_conversion`, which makes a plain LoRA of it."

@@ -166,7 +166,10 @@ def read_gates(repo: str | os.PathLike, **download: Any) -> tuple[HFTConfig, dic
     """
     config = read_config(os.fspath(repo), **download)
     if not config.slim:
-        raise ValueError(f"'{repo}' is saved in the full form; load it with from_pretrained and call `gates(task)`.")
+        raise ValueError(
+            f"'{repo}' is saved in the full form, and this reads slim models: load it with from_pretrained, and "
+            "save it with save_pretrained(folder)."
+        )
     hierarchy = config.hierarchy()
     labels = {name: HFTSources.of(config.task(name), hierarchy.path(name)).labels() for name in hierarchy.names}
     keys = [f"gates.{task}.{source}" for task, sources in labels.items() for source in sources]

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,22 @@ def test_a_wrong_export_is_removed(grown, tokenizer, tmp_path, monkeypatch, writ
     with pytest.raises(ExportError, match=r"of task 'b' does not answer as HFT does: mean KL .*Nothing was written\."):
         write(grown, tokenizer, "b", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+def test_an_export_spares_what_is_there(grown, tokenizer, tmp_path, capsys):
+    grown.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    export_peft(grown, tokenizer, "a", tmp_path / "lora")
+    backbone = grown.config.backbone
+    for folder in (tmp_path / "model", backbone, tmp_path / "lora"):
+        before = {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match="choose another folder"):
+            export_merged(grown, tokenizer, "b", Path(folder))
+        assert main(["export", str(tmp_path / "model"), str(folder), "--task", "b", "--to", "merged"]) == 2
+        assert "choose another folder" in capsys.readouterr().err
+        assert {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()} == before
+    assert main(["export", str(tmp_path / "model"), str(tmp_path / "model"), "--all"]) == 2
+    export_peft(grown, tokenizer, "b", tmp_path / "lora")  # an export of the same form is replaced
 
 
 def test_the_command(grown, tokenizer, tmp_path, capsys):

@@ -201,6 +201,7 @@ def test_a_shelf_of_loras_becomes_one_routed_model(backbones, tmp_path):
         ({"use_dora": True}, "has DoRA, which scales the backbone's own weight; only plain LoRA can become a node."),
         ({"modules_to_save": ["lm_head"]}, "has whole modules beside the LoRA"),
         ({"peft_type": "OFT"}, "is a OFT adapter; only plain LoRA can become a node."),
+        ({"init_lora_weights": "lora_ga"}, "began as 'lora_ga'"),
         ({"init_lora_weights": "pissa_niter_4"}, "began as 'pissa_niter_4', which changes the backbone's own weights"),
         ({"bias": "all"}, "trained biases (`bias` is 'all')"),
         ({"base_model_name_or_path": "other/backbone"}, "is an adapter of 'other/backbone', and this model stands on"),

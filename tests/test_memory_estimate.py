@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, BitsAndBytesConfig
+from safetensors import safe_open
+from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig
 
 import hft
-from hft.trainers.memory_estimate import MemoryEstimate, estimate_memory, node_bytes, quantized_bytes
+from hft.trainers.memory_estimate import MemoryEstimate, estimate_memory, node_bytes, page_bytes, quantized_bytes
 
 from .tiny import grow, tiny_config
 
@@ -77,3 +78,22 @@ def test_an_eight_billion_model_costs_nothing_to_estimate():
     assert isinstance(found, MemoryEstimate)
     assert found.backbone == pytest.approx(2 * 1.0507e9 + 6.9793e9 * (0.5 + 1 / 64), rel=2e-3)
     assert found.total < 16 * 2**30
+
+
+def test_linears_that_carry_nothing_cost_nothing():
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    )
+    whole = estimate_memory(config, rank=8, length=16)
+    nodes = estimate_memory(config, rank=8, length=16, target_modules=["q_proj"], memory_modules=["q_proj"])
+    pages = estimate_memory(config, rank=8, length=16, memory_modules=["q_proj"])
+    assert nodes.training < pages.training < whole.training and nodes.activations < whole.activations
+
+
+def test_a_pages_file(backbones, tmp_path):
+    memory = {"slots": 4, "target_modules": ["v_proj"]}
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, rank=3, memory_config=memory)
+    grow(model)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "pages/1.safetensors", "pt") as file:
+        assert page_bytes(model, 4) == sum(file.get_tensor(name).nbytes for name in file.keys())  # noqa: SIM118

@@ -118,6 +118,35 @@ def test_clashes_are_refused_or_renamed(grown_apart, tokenizer, tmp_path, capsys
         assert message in capsys.readouterr().err
 
 
+def test_a_task_may_be_called_as_a_folder_of_checkpoints(backbones, tmp_path):
+    for folder, name in (("one", "stage-1"), ("other", "x")):
+        model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {name: []}, rank=3, memory_config={"slots": 2})
+        grow(model)
+        model.save_pretrained(tmp_path / folder)
+    merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "union")
+    assert hft.HFTForCausalLM.from_pretrained(tmp_path / "union").hierarchy.names == ("stage-1", "x")
+
+
+def test_backbones_of_different_dtypes_are_not_united(backbones, tmp_path):
+    for folder, dtype in (("one", torch.float32), ("other", torch.bfloat16)):
+        model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {folder: []}, rank=3, dtype=dtype)
+        grow(model)
+        model.save_pretrained(tmp_path / folder)
+    with pytest.raises(ValueError, match="The models differ in `dtype`"):
+        merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "union")
+
+
+def test_names_of_left_out_and_of_shared_tasks_are_kept(grown_apart, tmp_path):
+    hft.HFTForCausalLM.from_pretrained(tmp_path / "one", tasks=["r"]).save_pretrained(tmp_path / "part")
+    for first, rename, message in (
+        ("part", {"x": "c"}, "The task 'c' is in the whole of which '.*part' is a part"),
+        ("one", {"a": "z"}, "Both models have the same task 'a'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge_models(tmp_path / first, tmp_path / "other", tmp_path / "union", rename)
+    assert not (tmp_path / "union").exists()
+
+
 def test_lineage_is_checked(grown_apart, tmp_path, backbones):
     entry = json.loads((tmp_path / "one/config.json").read_text())["tasks"][0]
     assert re.fullmatch("[0-9a-f]{64}", entry["hash"])

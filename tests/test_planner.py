@@ -170,6 +170,21 @@ class TestCalibration:
         assert all(map(math.isnan, calibrated_losses([[math.nan, 0.0]] * 8, [0] * 8, [["a", "b"]] * 8)))
 
 
+def test_a_pilot_that_came_apart_is_left_out_whatever_the_order():
+    through = {"a": 0.7, "n": math.nan, "b": 0.7, "c": 0.7, "d": 0.4}
+
+    def plan_of(order: str) -> list[str]:
+        probes = {name: probe(0.1) for name in through}
+        losses = {
+            "backbone": [1.0] * 32,
+            **{name: [through[name] + 0.001 * (i % 2) for i in range(32)] for name in order},
+        }
+        return make_plan({**probes, "z": TaskProbe(0.9, 0.01, losses)}).parents["z"]
+
+    assert {tuple(plan_of(order)) for order in ("abcnd", "anbcd", "nabcd", "dcbna")} == {("d",)}
+    assert plan_of("and") == plan_of("nda") == ["d"]
+
+
 def rows_of(rule: str, count: int = 40, options: bool = True) -> list[dict]:
     """`same` and `copy` are one task in two wordings; `sign` is another."""
     rows = []
@@ -362,6 +377,13 @@ def test_wrong_commands(data, tmp_path, capsys, arguments, message):
     places = {"EMPTY": str(tmp_path), "DATA": str(data)}
     assert main(["plan", *(places.get(word, word) for word in arguments)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_names_that_cannot_be_tasks_are_refused_before_measuring(command, data, capsys):
+    (data / "same").rename(data / "my.task")
+    assert main(command) == 2
+    output = capsys.readouterr()
+    assert "'my.task'" in output.err and "radients" not in output.err + output.out
 
 
 def test_a_model_that_has_all_tasks(command, fresh, tokenizer, tmp_path, capsys):

@@ -19,6 +19,7 @@ import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.cli import main
 from hft.trainers.recipe_data import load_task, to_chat
+from hft.trainers.recipe_data import test_set as find_test_set  # else pytest takes it for a test
 from hft.trainers.recipes import read_recipe
 from hft.trainers.task_data import tokenize_rows
 
@@ -286,6 +287,8 @@ def test_a_missing_backbone_gives_exit_code_1(data, tmp_path, capsys):
         ("- 1\n", "must hold `key: value` lines, not a list."),
         ("a: [\n", "is no YAML"),
         ("backbone: x\nhierarchy: {a: [b], b: [a]}\n", "The hierarchy has a cycle"),
+        ("backbone: x\nhierarchy: {a: 3}\n", "The parents of task 'a' are 3; give a list of names: `a: [parent]`."),
+        ("backbone: x\nhierarchy: {a: [], b: [[a]]}\n", "The parents of task 'b' are [['a']]; give a list of names"),
         (
             "backbone: x\nhierarchy: {a: []}\ndatasets: {a: null}\n",
             "`datasets['a']` is None; give path, instruction, o",
@@ -392,6 +395,29 @@ def test_rows_of_another_kind(backbones, data, tmp_path, capsys, row, message):
         lines.write("" if row is None else f"{json.dumps({**whole, **row})}\n" * 3)
     assert main(tiny_run(backbones, data, tmp_path)) == 2
     assert message.format(file) in capsys.readouterr().err and not list(tmp_path.glob("run/*"))
+
+
+def test_names_may_be_numbers(tmp_path):
+    (tmp_path / "r.yaml").write_text("backbone: x\nhierarchy: {1: [], 2: [1]}\n")
+    assert read_recipe(tmp_path / "r.yaml").hierarchy == {"1": [], "2": ["1"]}
+
+
+def test_few_rows_of_a_sorted_file_are_a_random_choice_with_all_that_scoring_needs(tokenizer, tmp_path):
+    rows = [
+        {"instruction": "i", "options": ["no", "yes"], "input": str(i), "output": ["no", "yes"][i // 50], "entry": i}
+        for i in range(100)
+    ]
+    for split in ("train", "validation"):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        with gzip.open(tmp_path / "a" / f"{split}.jsonl.gz", "wt") as lines:
+            lines.write("\n".join(map(json.dumps, rows)))
+    (tmp_path / "r.yaml").write_text(f"backbone: x\nhierarchy: {{a: []}}\ndata: {tmp_path}\n")
+    recipe = read_recipe(tmp_path / "r.yaml")
+    for split in ("train", "validation"):
+        some = find_test_set(recipe, "a", split, tokenizer, 20)
+        assert len(some.rows) == 20 and {row["completion"][0]["content"] for row in some.rows} == {"no", "yes"}
+        assert all(row["options"] == ["no", "yes"] and "entry" in row for row in some.rows)
+        assert some.rows == find_test_set(recipe, "a", split, tokenizer, 20).rows
 
 
 def test_a_long_passage_is_cut_and_nothing_else(tokenizer):

@@ -129,7 +129,7 @@ def export(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
     from hft.hierarchy_hft import BACKBONE
 
-    from .export import write_serving_notes
+    from .export import check_free, write_serving_notes
 
     if args.all == (args.task is not None):
         raise ValueError("Give one task by --task, or --all.")
@@ -144,6 +144,8 @@ def export(args: argparse.Namespace, _: dict[str, Any]) -> None:
     if args.max_rank is not None and (is_whole or args.task == BACKBONE):
         raise ValueError("--max_rank cuts a LoRA, and a whole model has none. Leave it out.")
     config, _gates = hft.read_gates(args.model)
+    form = "gguf model" if args.to == "gguf" and (args.merged or args.task == BACKBONE) else args.to
+    check_free(args.out, "many" if args.all else form)  # before anything is loaded
     if args.task is not None and (args.to, args.task) != ("gguf", BACKBONE):
         config.hierarchy().check(args.task)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)

@@ -1,5 +1,6 @@
 """Exports that are checked each time: the files are read again by their own reader and must answer as HFT does."""
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.files_hft import replacing
@@ -95,7 +97,7 @@ def export_peft(
         ValueError: as `export_lora`.
     """
     ours = logits_of(model, tokenizer, prompts, task=task)
-    with written(folder, "adapter_config.json") as staging:
+    with written(folder, "adapter_config.json", "peft") as staging:
         report = export_lora(model, task, staging, max_rank)
         # PEFT stands its layers into the backbone in memory and takes them out again, so nothing is loaded twice.
         peft = PeftModel.from_pretrained(model.backbone, staging)
@@ -143,8 +145,11 @@ def export_merged(
     plain = plain_backbone(model, onto)
     ours = on_plain(plain, factors, tokenizer, prompts)
     add_path(plain, factors)
-    with written(folder, "config.json") as staging:
-        plain.save_pretrained(staging)
+    with written(folder, "config.json", "merged") as staging:
+        try:
+            plain.save_pretrained(staging)
+        except SafetensorError as error:  # a full disk is no OSError there
+            raise OSError(f"The merged model cannot be written into '{folder}': {error}") from error
         tokenizer.save_pretrained(staging)
         dtype = plain.dtype
         del plain
@@ -211,9 +216,37 @@ def add_path(plain: PreTrainedModel, factors: Factors) -> None:
         weight_OI.copy_((weight_OI.float() + B_OR.float().cpu() @ A_RI.float().cpu()).to(weight_OI.dtype))
 
 
+def check_free(folder: Path, form: str) -> None:
+    """Whether an export may be written into a folder: not where a model or an export of another form is.
+
+    Args:
+        folder: need not be there.
+        form: `"peft"`, `"merged"`, `"gguf"` or `"gguf model"`; what `export.json` calls it.
+
+    Raises:
+        ValueError: it may not.
+    """
+    before = folder / "export.json"
+    if before.is_file():
+        other = json.loads(before.read_text()).get("form", "")
+        if other.split()[:1] != form.split()[:1]:  # GGUF files of a model and of its LoRAs may lie side by side
+            raise ValueError(
+                f"'{folder}' holds an export of another form ({other}, not {form}); choose another folder."
+            )
+    elif found := [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]:
+        raise ValueError(
+            f"'{folder}' holds a model already ({found[0]}), which would be overwritten; choose another folder."
+        )
+
+
 @contextmanager
-def written(folder: Path, last: str) -> Iterator[Path]:
-    """A folder to write into and to check in; its files appear in `folder` only if the block ends without an error."""
+def written(folder: Path, last: str, form: str) -> Iterator[Path]:
+    """A folder to write into and to check in; its files appear in `folder` only if the block ends without an error.
+
+    Raises:
+        ValueError: a folder that is not free, see `check_free`.
+    """
+    check_free(folder, form)
     with replacing(folder, last=last) as staging, tempfile.TemporaryDirectory(dir=staging) as work:
         yield Path(work)
         for path in Path(work).iterdir():

@@ -62,7 +62,7 @@ def export_gguf_lora(
     whole = path_factors(model, task)
     factors, error = cut_path(whole, max_rank)
     ours = logits_of(model, tokenizer, prompts, task=task)
-    with written(folder, "export.json") as staging:
+    with written(folder, "export.json", "gguf") as staging:
         path = staging / f"{task}.gguf"
         write_lora(factors, config, path, f"{_base_name(model)} {task}", task)
         read = read_lora_gguf(path, config)
@@ -127,7 +127,7 @@ def export_gguf_model(
     ours = on_plain(plain, factors, tokenizer, prompts)
     exact = _exactly(plain, factors, tokenizer, prompts) if has_llama() else None
     add_path(plain, factors)
-    with written(folder, "export.json") as staging:
+    with written(folder, "export.json", "gguf model") as staging:
         path = staging / f"{task}.gguf"
         write_model(plain, tokenizer, path, f"{_base_name(model)} {task}")
         config, dtype = plain.config, plain.dtype

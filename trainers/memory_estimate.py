@@ -4,6 +4,7 @@ B batch, T tokens, V vocabulary, R rank, S slots.
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -82,6 +83,8 @@ def estimate_memory(
     load_in_4bit: bool = True,
     double_quant: bool = True,
     gradient_checkpointing: bool = False,
+    target_modules: str | Sequence[str] = "all-linear",
+    memory_modules: str | Sequence[str] = "all-linear",
 ) -> MemoryEstimate:
     """Estimates the peak of a step of bfloat16 or NF4 training with AdamW.
 
@@ -99,16 +102,17 @@ def estimate_memory(
         on_accelerator: whether the loss runs in Triton's kernels.
         load_in_4bit, double_quant: how the linears of the layers are held; embeddings and head are bfloat16.
         gradient_checkpointing: whether layers are computed again in the backward pass.
+        target_modules, memory_modules: the linears that carry nodes, and those that carry slots.
     """
     path_rank = rank + slots if path_rank is None else path_rank
-    model, fake = _without_memory(text_config, path_rank)
+    model, fake = _without_memory(text_config, path_rank, target_modules, memory_modules)
     frozen = {id(model.base_model.get_submodule(name).weight) for name in model._layer_of}
     backbone, mapped = 0, 0
     for parameter in model.backbone.parameters():  # a tied head comes once
         is_quantized = load_in_4bit and id(parameter) in frozen
         mapped += 2 * parameter.numel() if is_quantized else 0
         backbone += quantized_bytes(parameter.numel(), double_quant) if is_quantized else 2 * parameter.numel()
-    node, page = (count * numbers_a_rank(model.hft_nodes) for count in (rank, slots))
+    node, page = rank * numbers_a_rank(model.hft_nodes), slots * numbers_a_rank(model.hft_memory)
     trained = num_training * node + page
     kept = saved_bytes(model, fake, batch_size, length)
     if gradient_checkpointing:  # the input of each layer, and one layer at a time
@@ -169,6 +173,8 @@ def estimate_recipe(
                 load_in_4bit=recipe.quantization.get("load_in_4bit", False),
                 double_quant=recipe.quantization.get("bnb_4bit_use_double_quant", False),
                 gradient_checkpointing=training.gradient_checkpointing,
+                target_modules=recipe.model.get("target_modules", HFTConfig.target_modules),
+                memory_modules=memory.target_modules,
             )
         )
         num_sealed += len(tasks)
@@ -195,11 +201,25 @@ def node_bytes(model: nn.Module, rank: int) -> int:
     return rank * numbers_a_rank(model.hft_nodes) * model.backbone.dtype.itemsize
 
 
-def _without_memory(text_config: PreTrainedConfig, rank: int) -> tuple[HFTForCausalLM, FakeTensorMode]:
+def page_bytes(model: nn.Module, slots: int) -> int:
+    """What a sealed memory page takes in its file, without the file's header."""
+    return slots * numbers_a_rank(model.hft_memory) * model.backbone.dtype.itemsize
+
+
+def _without_memory(
+    text_config: PreTrainedConfig, rank: int, target_modules: str | Sequence[str], memory_modules: str | Sequence[str]
+) -> tuple[HFTForCausalLM, FakeTensorMode]:
     """A model of one root in bfloat16 whose tensors have shapes only."""
     text_config = copy.deepcopy(text_config)
     text_config.dtype = torch.bfloat16
-    config = HFTConfig(text_config=text_config, tasks=[{"name": "a"}], rank=rank, dtype=torch.bfloat16)
+    config = HFTConfig(
+        text_config=text_config,
+        tasks=[{"name": "a"}],
+        rank=rank,
+        dtype=torch.bfloat16,
+        target_modules=target_modules,
+        memory_config={"target_modules": memory_modules},
+    )
     config._attn_implementation = plain_attention(without_weights(text_config))
     fake, default = FakeTensorMode(), torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)

@@ -48,8 +48,16 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
     for folder, config in ((one, first), (other, second)):
         _check_lineage(folder, config)
     rename = dict(rename or {})
-    for name in rename:
-        second.task(name)
+    for name, new in rename.items():
+        if second.task(name)["hash"] in [task["hash"] for task in first.tasks if task["name"] == name]:
+            raise ValueError(
+                f"Both models have the same task {name!r}: there is one in the union, and it keeps its name."
+            )
+        for left_out in {name, new} & first.left_out.keys():
+            raise ValueError(
+                f"The task {left_out!r} is in the whole of which '{one}' is a part, and {name!r} cannot become {new!r} "
+                "beside it; unite with the whole, or choose another name."
+            )
     common = [
         task["name"] for task in second.tasks if task["name"] not in rename and task["name"] in first.task_names()
     ]
@@ -83,8 +91,12 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
             )
     config = HFTConfig.from_dict(config.to_dict())  # checks that it is a hierarchy
     with replacing(out) as staging:
-        not_copied = shutil.ignore_patterns("stage-*", f"{WRITING}*", "config.json")
-        shutil.copytree(one, staging, dirs_exist_ok=True, ignore=not_copied)
+        not_copied = shutil.ignore_patterns(
+            "stage-*", f"{WRITING}*", "config.json"
+        )  # a task may be called stage-1, too
+        shutil.copytree(
+            one, staging, dirs_exist_ok=True, ignore=lambda at, its: not_copied(at, its) if Path(at) == one else set()
+        )
         for name in second.task_names():
             if name not in common:
                 shutil.copyfile(other / task_file(name), staging / task_file(rename.get(name, name)))
@@ -126,7 +138,7 @@ def _check_same_ground(one: Path, first: HFTConfig, other: Path, second: HFTConf
             raise ValueError(
                 f"Task {config.open_tasks()[0]!r} of '{folder}' is not sealed; finish its training first."
             )
-    for name in ("backbone", "backbone_revision", "target_modules"):
+    for name in ("backbone", "backbone_revision", "dtype", "target_modules"):
         ours, theirs = getattr(first, name), getattr(second, name)
         if ours != theirs:
             raise ValueError(

@@ -82,7 +82,7 @@ def renew_model_card(folder: Path, record: RunRecord) -> None:
 def _metadata(config: HFTConfig, record: RunRecord, repo_id: str | None) -> ModelCardData:
     backbone = config.backbone if shareable_name(config.backbone) == config.backbone else None
     sources = {its["source"] for its in record.data.values() if "source" in its}
-    last = record.stages[-1].get("scores", {}) if record.stages else {}
+    last = record.last_scores()
     results = [
         EvalResult(
             task_type="text-generation",

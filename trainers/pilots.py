@@ -104,8 +104,8 @@ def pilot(
     model: PreTrainedModel, rows: Sequence[Mapping[str, Sequence[int]]], settings: ProbeSettings
 ) -> Iterator[str]:
     """A scratch task that has learnt these rows for a few steps from the plain backbone; it is gone after the block."""
-    name = PILOT
-    while name in model.hierarchy:
+    name, taken = PILOT, [task.lower() for task in (*model.hierarchy.names, *model.config.left_out)]
+    while name.lower() in taken:  # names that differ in case only would be one file
         name += "x"
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)

@@ -91,6 +91,7 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
     if not chosen:
         raise ValueError(f"The model has all tasks of '{args.data}' already; there is nothing to plan.")
     recipe.hierarchy = {task: [] for task in chosen}
+    hft.Hierarchy({task: [] for task in (*known, *chosen)})  # names that cannot be a task's, before hours of measuring
     recipe.datasets = {task: spec for task, spec in recipe.datasets.items() if task in chosen}
     if recipe.mixtures:  # what they were told of families that are found anew
         for key in (*TASK_LISTS, *TASK_NUMBERS):

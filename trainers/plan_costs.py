@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation import Row
 from .hft_config import HFTTrainingConfig
-from .memory_estimate import MemoryEstimate, estimate_recipe, node_bytes
+from .memory_estimate import MemoryEstimate, estimate_recipe, node_bytes, page_bytes
 from .planner import Plan
 from .recipes import Recipe
 from .task_data import tokenize_rows
@@ -122,7 +122,7 @@ def plan_costs(
         on_accelerator,
     )
     stage_seconds = timing.per_stage * len(hierarchy.levels())
-    sizes = node_bytes(model, rank), node_bytes(model, slots)
+    sizes = node_bytes(model, rank), page_bytes(model, slots)
     return PlanCosts(steps, seconds, stage_seconds, *sizes, sum(map(bool, writers)), longest, memory)
 
 

@@ -42,7 +42,7 @@ class TaskProbe:
         The lower of the two: a backbone may know a task and only not say it; then any pilot makes it answer, and what any
         pilot gives is nobody's help. With few pilots there is no middle.
         """
-        pilots = [its for source, its in self.losses.items() if source != BACKBONE]
+        pilots = [its for source, its in self.losses.items() if source != BACKBONE and math.isfinite(sum(its))]
         backbone = self.losses[BACKBONE]
         if len(pilots) < FEWEST_PILOTS:
             return backbone
@@ -166,7 +166,7 @@ def make_plan(
     }
     reasons: dict[tuple[str, str], str] = {}
     candidates = []
-    for parent, child in sorted(gains, key=lambda pair: (-gains[pair][0], pair)):
+    for parent, child in sorted(gains, key=lambda pair: (_last_if_unknown(gains[pair][0]), pair)):
         if why_not := _why_not(probes, old, parent, child, gains[parent, child], num_errors):
             reasons[parent, child] = why_not
         else:
@@ -176,9 +176,16 @@ def make_plan(
     place = {task: i for i, task in enumerate(order)}
     edges = tuple(
         Edge(parent, child, parent in parents[child], *gains[parent, child], reasons[parent, child])
-        for parent, child in sorted(gains, key=lambda pair: (place[pair[1]], -gains[pair][0], pair[0]))
+        for parent, child in sorted(
+            gains, key=lambda pair: (place[pair[1]], _last_if_unknown(gains[pair][0]), pair[0])
+        )
     )
     return Plan(parents, dict(probes), edges, families, overlaps, tuple(trials))
+
+
+def _last_if_unknown(gain: float) -> float:
+    """Sorts the largest gain first; a pilot that came apart (its loss is no number) last."""
+    return -gain if math.isfinite(gain) else math.inf
 
 
 def check_numbers(max_parents: int, num_errors: float) -> None:

@@ -4,6 +4,7 @@ D hidden size, K tasks.
 """
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -234,6 +235,7 @@ def as_probe(task: str, sample: Sample, raw: Mapping[str, list[Any]]) -> TaskPro
     else:
         losses = {source: list(its) for source, its in raw.items()}
         own, guess = losses.pop(task), losses[BACKBONE]
+        others = [source for source in others if math.isfinite(sum(losses[source]))]
         if others:  # any pilot teaches the form of an answer: their mean knows it, and nothing in particular
             losses[BACKBONE] = [statistics.fmean(row) for row in zip(*(losses[one] for one in others), strict=True)]
     note = sample.note

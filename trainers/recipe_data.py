@@ -19,7 +19,9 @@ from .recipes import NEEDED_KEYS, Recipe
 _ROW_KEYS = ("instruction", "options", "input", "output")
 
 
-def load_task(recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+def load_task(
+    recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase, scored: bool | None = None
+) -> Dataset:
     """One split of a task as prompt-completion rows in chat form.
 
     A description in `datasets` reads any dataset of the Hub: `path`, `name` and `splits` ({split: its name there}) say
@@ -31,6 +33,8 @@ def load_task(recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokeni
         task: one of the hierarchy's.
         split: `"train"`, `"validation"` or `"test"`.
         tokenizer: to cut passages at `max_input_tokens`.
+        scored: whether rows keep what scores answers may need: options, or a scorer's own columns. By default those of
+            `"train"` do not.
 
     Raises:
         ValueError: no data is described for the task, or a row or the description lacks a key.
@@ -53,8 +57,8 @@ def load_task(recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokeni
     if samples is not None:
         rows = rows.shuffle(seed=0).select(range(min(samples, len(rows))))
     convert = functools.partial(to_chat, tokenizer=tokenizer, max_input_tokens=recipe.max_input_tokens)
-    # What scores answers may need to know more of a row than what trains does: its options, or a scorer's own columns.
-    gone = rows.column_names if split == "train" else ["instruction", "input", "output"]
+    scored = split != "train" if scored is None else scored
+    gone = ["instruction", "input", "output"] if scored else rows.column_names
     return rows.map(convert, remove_columns=gone, desc=f"Reading {task} ({split})")
 
 
@@ -68,9 +72,9 @@ def test_set(
     """
     name = recipe.metric if isinstance(recipe.metric, str) else recipe.metric.get(task, "exact_match")
     metric = find_metric(name)
-    rows = load_task(recipe, task, split, tokenizer)
-    if samples is not None:
-        rows = rows.select(range(min(samples, len(rows))))
+    rows = load_task(recipe, task, split, tokenizer, scored=True)
+    if samples is not None and samples < len(rows):  # files are often sorted by answer
+        rows = rows.shuffle(seed=0).select(range(samples))
     return EvalSet(list(rows), metric, recipe.max_new_tokens)
 
 
@@ -104,8 +108,8 @@ def _from_description(spec: Mapping[str, Any], task: str, split: str) -> Dataset
     rows = load_dataset(spec["path"], spec.get("name"), split=splits.get(split, split))
 
     try:
-        spec["input"].format(**dict.fromkeys(rows.column_names))
-    except (KeyError, IndexError) as error:
+        spec["input"].format(**rows[0])
+    except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"`input` of task {task!r} names {error}. {nearest(str(error).strip(chr(39)), rows.column_names)}"
         ) from None

@@ -192,6 +192,13 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
     )
     if not isinstance(recipe.hierarchy, dict):
         raise ValueError(f"`hierarchy` is {recipe.hierarchy!r}; give `task: [parents]` lines.")
+    for task, parents in recipe.hierarchy.items():
+        if isinstance(parents, list) and not any(isinstance(up, (list, dict)) for up in parents):
+            recipe.hierarchy[task] = [str(up) for up in parents]
+        elif parents is not None and not isinstance(parents, str):  # what is wrong with a string, `Hierarchy` says
+            raise ValueError(
+                f"The parents of task {str(task)!r} are {parents!r}; give a list of names: `{task}: [parent]`."
+            )
     recipe.hierarchy = {str(task): parents or [] for task, parents in recipe.hierarchy.items()}
     tree = Hierarchy(recipe.hierarchy)
     for name in ("train_samples", "eval_samples", "stage_eval_samples", "max_input_tokens", "max_new_tokens"):

@@ -132,7 +132,7 @@ def _page(config: HFTConfig, record: RunRecord, pictures: Mapping[str, _Picture]
 
 def score_table(record: RunRecord) -> tuple[list[str], list[dict[str, Any]]]:
     """The heads of the columns that there are numbers for, and a row a task: {"task", "rows", "metric", "cells"}."""
-    last = record.stages[-1].get("scores", {}) if record.stages else {}
+    last = record.last_scores()
     columns = {
         "backbone": record.before,
         "as its stage began": record.start,

@@ -154,6 +154,10 @@ class RunRecord:
         rows = [stage["scores"] for stage in self.stages if stage.get("scores")]
         return [{task: score["score"] for task, score in row.items()} for row in rows]
 
+    def last_scores(self) -> dict[str, dict[str, Any]]:
+        """What tasks scored after the last stage that was tested; empty if none was."""
+        return next((stage["scores"] for stage in reversed(self.stages) if stage.get("scores")), {})
+
     def measures(self) -> dict[str, float]:
         """Average performance, forgetting, backward and forward transfer, in points; empty without a matrix."""
         matrix = self.matrix()
