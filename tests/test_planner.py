@@ -21,6 +21,7 @@ from hft.trainers.pilots import ProbeSettings, pilot, take_sample
 from hft.trainers.planner import TaskProbe, make_plan
 from hft.trainers.probes import nearest_tasks
 from hft.trainers.recipes import read_recipe
+from hft.trainers.task_data import tokenize_rows
 
 from .tiny import snapshot
 
@@ -256,6 +257,13 @@ def test_a_pilot_learns_its_rows(fresh, tokenizer):
         with pilot(fresh, sample.pilot, QUICK) as other:
             assert other not in (name, "pilotx")
     assert fresh.hierarchy.names == ("pilotx",)
+
+
+def test_a_pilot_finds_a_free_name(fresh, tokenizer):
+    fresh.add_task("Pilot")
+    with pilot(fresh, tokenize_rows(rows_of("same", 8), tokenizer), QUICK) as name:
+        assert name.lower() not in ("pilot", "")
+    assert fresh.hierarchy.names == ("Pilot",)
 
 
 def test_a_parent_that_knows_the_answers_is_found(fresh, tokenizer):

@@ -1,6 +1,7 @@
 """Invariant 8 where it is hardest: the router, what is random in a pass, the edges of a stage, other folders."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -144,6 +145,10 @@ class TestRecord:
         sources={"a": {"a": {"drop": 1.0}, "b": {"drop": 2.0}}},
         cross={"a": {"a": {"score": 5.0}, "b": {"score": 1.0}}},
     )  # fmt: skip
+
+    def test_a_stage_that_nobody_tested_leaves_the_last_scores(self):
+        later = replace(self.record, stages=[*self.record.stages, {"level": 3, "tasks": ["late"], "log": []}])
+        assert later.last_scores() == self.record.stages[1]["scores"] and RunRecord().last_scores() == {}
 
     def test_without_a_task(self):
         left = self.record.without(["b"])
