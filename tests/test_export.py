@@ -40,6 +40,12 @@ def test_a_checked_lora(grown, tokenizer, tmp_path):
     torch.testing.assert_close(peft(input_ids=x).logits, grown(x, task="b").logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_lora_in_16_bit_is_checked_to_the_bit(grown, tokenizer, tmp_path):
+    grown.save_pretrained(tmp_path / "model")
+    model = hft.HFTForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
+    assert export_peft(model, tokenizer, "b", tmp_path / "lora")["max_difference"] == 0
+
+
 @pytest.mark.parametrize("onto", ["backbone", "dequantized"])
 def test_a_checked_whole_model(grown, tokenizer, tmp_path, onto):
     tolerance = {"rtol": 1e-3, "atol": 1e-3}

@@ -100,7 +100,8 @@ def export_peft(
     with written(folder, "adapter_config.json", "peft") as staging:
         report = export_lora(model, task, staging, max_rank)
         # PEFT stands its layers into the backbone in memory and takes them out again, so nothing is loaded twice.
-        peft = PeftModel.from_pretrained(model.backbone, staging)
+        # It would compute 16-bit adapters in float32; without that its bits are ours, and the check sees the files alone.
+        peft = PeftModel.from_pretrained(model.backbone, staging, autocast_adapter_dtype=False)
         try:
             theirs = logits_of(peft.eval(), tokenizer, prompts)
         finally:
