@@ -105,6 +105,15 @@ def check_writable(directory: str | os.PathLike) -> None:
         pass
 
 
+@contextmanager
+def disk_errors(what: str | os.PathLike) -> Iterator[None]:
+    """Inside, safetensors' own error where a disk is full is an OSError, as all others are."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"Cannot write {what}: {error}. What was saved before is whole.") from error
+
+
 def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Writes a safetensors file.
 
@@ -117,10 +126,8 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
+    with disk_errors(path.name):
         save_file(whole, path, {"format": "pt"})
-    except SafetensorError as error:  # a full disk is no OSError there
-        raise OSError(f"Cannot write {path.name}: {error}. What was saved before is whole.") from error
 
 
 def read_tensors(

@@ -16,7 +16,7 @@ from transformers.utils.hub import resolve_revision
 
 from .attention_hft import best_attention, without_weights
 from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig
-from .files_hft import SHARED_FILE, WRITING, WRITTEN, finish_writing, replacing
+from .files_hft import SHARED_FILE, WRITING, WRITTEN, disk_errors, finish_writing, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
 from .slim_hft import HFTSlimFiles, check_keeps_others, files_left, holds_slim, read_config
@@ -273,7 +273,7 @@ class HFTStorage(HFTSlimFiles):
             # Weights of the other form, which a reader would take for this one's.
             stale = ("model-*-of-*.safetensors", "model.*safetensors*") if slim else (SHARED_FILE,)
             stale = () if kwargs.get("variant") else stale  # of which a folder may hold several
-            with replacing(save_directory, stale=stale) as folder:
+            with replacing(save_directory, stale=stale) as folder, disk_errors(save_directory):
                 if slim:
                     self._write_tasks(folder)
                 else:

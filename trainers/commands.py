@@ -144,8 +144,7 @@ def export(args: argparse.Namespace, _: dict[str, Any]) -> None:
     if args.max_rank is not None and (is_whole or args.task == BACKBONE):
         raise ValueError("--max_rank cuts a LoRA, and a whole model has none. Leave it out.")
     config, _gates = hft.read_gates(args.model)
-    form = "gguf model" if args.to == "gguf" and (args.merged or args.task == BACKBONE) else args.to
-    check_free(args.out, "many" if args.all else form)  # before anything is loaded
+    check_free(args.out, None if args.all else args.to)  # before anything is loaded
     if args.task is not None and (args.to, args.task) != ("gguf", BACKBONE):
         config.hierarchy().check(args.task)
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hft.files_hft import replacing
+from hft.files_hft import disk_errors, replacing
 from hft.lora_io_hft import Factors, export_lora, path_factors
 
 from .run_record import write_json
@@ -147,10 +146,8 @@ def export_merged(
     ours = on_plain(plain, factors, tokenizer, prompts)
     add_path(plain, factors)
     with written(folder, "config.json", "merged") as staging:
-        try:
+        with disk_errors(folder):
             plain.save_pretrained(staging)
-        except SafetensorError as error:  # a full disk is no OSError there
-            raise OSError(f"The merged model cannot be written into '{folder}': {error}") from error
         tokenizer.save_pretrained(staging)
         dtype = plain.dtype
         del plain
@@ -217,12 +214,13 @@ def add_path(plain: PreTrainedModel, factors: Factors) -> None:
         weight_OI.copy_((weight_OI.float() + B_OR.float().cpu() @ A_RI.float().cpu()).to(weight_OI.dtype))
 
 
-def check_free(folder: Path, form: str) -> None:
+def check_free(folder: Path, form: str | None) -> None:
     """Whether an export may be written into a folder: not where a model or an export of another form is.
 
     Args:
         folder: need not be there.
-        form: `"peft"`, `"merged"`, `"gguf"` or `"gguf model"`; what `export.json` calls it.
+        form: `"peft"`, `"merged"` or `"gguf"`, whose files of a model and of its LoRAs may lie side by side; None: folders
+            of exports.
 
     Raises:
         ValueError: it may not.
@@ -230,10 +228,8 @@ def check_free(folder: Path, form: str) -> None:
     before = folder / "export.json"
     if before.is_file():
         other = json.loads(before.read_text()).get("form", "")
-        if other.split()[:1] != form.split()[:1]:  # GGUF files of a model and of its LoRAs may lie side by side
-            raise ValueError(
-                f"'{folder}' holds an export of another form ({other}, not {form}); choose another folder."
-            )
+        if form is None or not other.startswith(form):
+            raise ValueError(f"'{folder}' holds an export of another form ({other}); choose another folder.")
     elif found := [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]:
         raise ValueError(
             f"'{folder}' holds a model already ({found[0]}), which would be overwritten; choose another folder."

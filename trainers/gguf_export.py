@@ -127,7 +127,7 @@ def export_gguf_model(
     ours = on_plain(plain, factors, tokenizer, prompts)
     exact = _exactly(plain, factors, tokenizer, prompts) if has_llama() else None
     add_path(plain, factors)
-    with written(folder, "export.json", "gguf model") as staging:
+    with written(folder, "export.json", "gguf") as staging:
         path = staging / f"{task}.gguf"
         write_model(plain, tokenizer, path, f"{_base_name(model)} {task}")
         config, dtype = plain.config, plain.dtype

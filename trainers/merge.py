@@ -91,12 +91,12 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
             )
     config = HFTConfig.from_dict(config.to_dict())  # checks that it is a hierarchy
     with replacing(out) as staging:
-        not_copied = shutil.ignore_patterns(
-            "stage-*", f"{WRITING}*", "config.json"
-        )  # a task may be called stage-1, too
-        shutil.copytree(
-            one, staging, dirs_exist_ok=True, ignore=lambda at, its: not_copied(at, its) if Path(at) == one else set()
-        )
+        not_copied = shutil.ignore_patterns("stage-*", f"{WRITING}*", "config.json")
+
+        def at_the_top(at: str, names: list[str]) -> set[str]:  # below, a task's file may be called so
+            return not_copied(at, names) if Path(at) == one else set()
+
+        shutil.copytree(one, staging, dirs_exist_ok=True, ignore=at_the_top)
         for name in second.task_names():
             if name not in common:
                 shutil.copyfile(other / task_file(name), staging / task_file(rename.get(name, name)))

@@ -166,7 +166,8 @@ def make_plan(
     }
     reasons: dict[tuple[str, str], str] = {}
     candidates = []
-    for parent, child in sorted(gains, key=lambda pair: (_last_if_unknown(gains[pair][0]), pair)):
+    best_first = sorted(gains, key=lambda pair: (-gains[pair][0] if math.isfinite(gains[pair][0]) else math.inf, pair))
+    for parent, child in best_first:
         if why_not := _why_not(probes, old, parent, child, gains[parent, child], num_errors):
             reasons[parent, child] = why_not
         else:
@@ -176,16 +177,9 @@ def make_plan(
     place = {task: i for i, task in enumerate(order)}
     edges = tuple(
         Edge(parent, child, parent in parents[child], *gains[parent, child], reasons[parent, child])
-        for parent, child in sorted(
-            gains, key=lambda pair: (place[pair[1]], _last_if_unknown(gains[pair][0]), pair[0])
-        )
+        for parent, child in sorted(best_first, key=lambda pair: place[pair[1]])
     )
     return Plan(parents, dict(probes), edges, families, overlaps, tuple(trials))
-
-
-def _last_if_unknown(gain: float) -> float:
-    """Sorts the largest gain first; a pilot that came apart (its loss is no number) last."""
-    return -gain if math.isfinite(gain) else math.inf
 
 
 def check_numbers(max_parents: int, num_errors: float) -> None:

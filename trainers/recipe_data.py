@@ -20,7 +20,7 @@ _ROW_KEYS = ("instruction", "options", "input", "output")
 
 
 def load_task(
-    recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase, scored: bool | None = None
+    recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase, scored: bool = False
 ) -> Dataset:
     """One split of a task as prompt-completion rows in chat form.
 
@@ -33,8 +33,7 @@ def load_task(
         task: one of the hierarchy's.
         split: `"train"`, `"validation"` or `"test"`.
         tokenizer: to cut passages at `max_input_tokens`.
-        scored: whether rows keep what scores answers may need: options, or a scorer's own columns. By default those of
-            `"train"` do not.
+        scored: whether rows keep the columns that a scorer may need.
 
     Raises:
         ValueError: no data is described for the task, or a row or the description lacks a key.
@@ -57,7 +56,6 @@ def load_task(
     if samples is not None:
         rows = rows.shuffle(seed=0).select(range(min(samples, len(rows))))
     convert = functools.partial(to_chat, tokenizer=tokenizer, max_input_tokens=recipe.max_input_tokens)
-    scored = split != "train" if scored is None else scored
     gone = ["instruction", "input", "output"] if scored else rows.column_names
     return rows.map(convert, remove_columns=gone, desc=f"Reading {task} ({split})")
 

@@ -11,11 +11,8 @@ from pathlib import Path
 
 import torch
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING
-from harness import NF4, cell, parser, prepare, quiet_config, read_rows, sample, score, todo, train_hft
-from transformers import BitsAndBytesConfig, set_seed
-
-import hft
-from hft.trainers import HFTTrainer
+from harness import cell, parser, prepare, read_rows, sample, saved_model, score, todo, train_hft, train_open
+from transformers import set_seed
 
 
 WAYS = {
@@ -48,14 +45,12 @@ def main() -> None:
             model.save_pretrained(base)
             base_seed = seed
         parent, way = setting.split(": ")
-        with cell(args.out, "gates", setting, seed) as result, tempfile.TemporaryDirectory() as folder:
+        with cell(args.out, "gates", setting, seed) as result:
             set_seed(seed)
-            model = hft.HFTForCausalLM.from_pretrained(base, quantization_config=BitsAndBytesConfig(**NF4))
+            model = saved_model(base)
             model.add_task(CHILD, PARENTS[parent])
-            config = quiet_config(folder, seed, {**TRAINING, **WAYS[way]})
             train = {CHILD: sample(rows[CHILD, "train"], 200, seed)}
-            HFTTrainer(model, config, train_dataset=train, processing_class=tokenizer).train()
-            model.eval()
+            train_open(model, tokenizer, train, seed, {**TRAINING, **WAYS[way]})
             tasks = score(model, tokenizer, {CHILD: rows[CHILD, "validation"][:EVAL_ROWS]}, lambda task: task)
             gates = model.gates(CHILD)
             zeros = {

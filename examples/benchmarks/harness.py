@@ -153,6 +153,13 @@ def new_model(backbone: str, hierarchy: Mapping[str, list[str]], **options: Any)
     )
 
 
+def saved_model(folder: str | Path) -> hft.HFTForCausalLM:
+    """A model that was saved in a folder, over its backbone in NF4."""
+    return hft.HFTForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**NF4), attn_implementation=attention()
+    )
+
+
 def train_hft(
     backbone: str,
     tokenizer: PreTrainedTokenizerBase,

@@ -11,11 +11,10 @@ import tempfile
 
 import torch
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING
-from harness import NF4, attention, cell, parser, prepare, quiet_config, read_tasks, sample, score, todo, train_hft
-from transformers import BitsAndBytesConfig, set_seed
+from harness import cell, parser, prepare, read_tasks, sample, saved_model, score, todo, train_hft, train_open
+from transformers import set_seed
 
 import hft
-from hft.trainers import HFTTrainer
 from hft.trainers.interference import switched_off
 
 
@@ -74,15 +73,10 @@ def main() -> None:
                 model = train_hft(backbone, tokenizer, {task: []}, train, seed, TRAINING)
             else:
                 set_seed(seed)
-                model = hft.HFTForCausalLM.from_pretrained(
-                    base.name, quantization_config=BitsAndBytesConfig(**NF4), attn_implementation=attention()
-                )
+                model = saved_model(base.name)
                 model.hft_gates.root_page_start = WAYS[way]["root_init"]
                 model.add_task(task)
-                with tempfile.TemporaryDirectory() as folder:
-                    config = quiet_config(folder, seed, TRAINING)
-                    HFTTrainer(model, config, train_dataset=train, processing_class=tokenizer).train()
-                model.eval()
+                train_open(model, tokenizer, train, seed, TRAINING)
             tasks = score(model, tokenizer, {task: validation[task]}, lambda task: task)
             if WAYS[way] is not None:
                 tasks[task]["without page 1"] = score_without(model, tokenizer, validation[task], task, 1)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import ablation
 from harness import (
-    NF4,
     attention,
     cell,
     mean_accuracy,
@@ -18,15 +17,14 @@ from harness import (
     prepare,
     rows_of_roots,
     sample,
+    saved_model,
     score,
     todo,
     train_hft,
     train_open,
 )
 from quality import BUDGETS, FAMILY, NO_MEMORY, RANK, read_shuffled
-from transformers import BitsAndBytesConfig, set_seed
-
-import hft
+from transformers import set_seed
 
 
 TRAINING = {**ablation.TRAINING, "route_samples": 0}
@@ -64,9 +62,7 @@ def main() -> None:
                 made = train_hft(backbone, tokenizer, {"all": []}, all_rows, seed, training, rank=RANK, **NO_MEMORY)
                 made.save_pretrained(folder)
             set_seed(seed)
-            model = hft.HFTForCausalLM.from_pretrained(
-                folder, quantization_config=BitsAndBytesConfig(**NF4), attn_implementation=attention()
-            )
+            model = saved_model(folder)
             if own is not None:
                 for task in FAMILY:
                     model.add_task(task, ["all"])
