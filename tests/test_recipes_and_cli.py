@@ -345,6 +345,8 @@ def test_a_description_reads_any_dataset(tmp_path, tokenizer):
         ({"options": ["yes"]}, "has the label 1, and there are 1 options; a hidden label (-1) marks"),
         ({"spilts": {}}, "`datasets['mnli']` has the unknown key 'spilts'. Did you mean 'splits'?"),
         ({"input": None}, "`datasets['mnli']` lacks the key 'input'."),
+        ({"input": "{premise"}, "`input` of task 'mnli' is '{premise', which is no template: expected '}' before end"),
+        ({"label": "premise"}, "A row of task 'mnli' (train) has the label 'p'; a label is the index of one of `opt"),
     ],
 )
 def test_wrong_descriptions(tmp_path, tokenizer, change, message):

@@ -104,17 +104,23 @@ def _from_description(spec: Mapping[str, Any], task: str, split: str) -> Dataset
             raise ValueError(f"`datasets[{task!r}]` lacks the key {key!r}.")
     splits = spec.get("splits", {})
     rows = load_dataset(spec["path"], spec.get("name"), split=splits.get(split, split))
-
     try:
         spec["input"].format(**rows[0])
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(
             f"`input` of task {task!r} names {error}. {nearest(str(error).strip(chr(39)), rows.column_names)}"
         ) from None
+    except ValueError as error:  # of braces
+        raise ValueError(f"`input` of task {task!r} is {spec['input']!r}, which is no template: {error}.") from None
     if spec["label"] not in rows.column_names:
         raise ValueError(f"`label` of task {task!r} is {spec['label']!r}. {nearest(spec['label'], rows.column_names)}")
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(row[spec["label"]], int):  # a truth value is one, too
+            raise ValueError(
+                f"A row of task {task!r} ({split}) has the label {row[spec['label']]!r}; a label is the index of one of "
+                "`options`."
+            )
         if not 0 <= row[spec["label"]] < len(spec["options"]):
             raise ValueError(
                 f"A row of task {task!r} ({split}) has the label {row[spec['label']]}, and there are {len(spec['options'])} "
