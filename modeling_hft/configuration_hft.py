@@ -32,7 +32,7 @@ class HFTGatingConfig(PreTrainedConfig):
     model_type = "hft_gating"
     base_config_key = "gating_config"
 
-    init: float = 1.0
+    init: float | int = 1.0
     trainable: bool = True
 
     def __post_init__(self, **kwargs):
@@ -65,8 +65,8 @@ class HFTMemoryConfig(PreTrainedConfig):
     read: Literal["off", "linear"] = "linear"
     slots: int = 8
     target_modules: str | list[str] = "all-linear"
-    init: float = 1.0
-    root_init: float = 0.0
+    init: float | int = 1.0
+    root_init: float | int = 0.0
 
     def __post_init__(self, **kwargs):
         if self.slots < 1:
@@ -99,8 +99,8 @@ class HFTRouterConfig(PreTrainedConfig):
 
     layer: int | None = None
     num_features: int = 1024
-    ridge: float = 1e-3
-    confidence: float = 0.5
+    ridge: float | int = 1e-3
+    confidence: float | int = 0.5
     prefix: list[int] | None = None
     suffix: list[int] | None = None
     tasks: list[str] | None = None
@@ -212,6 +212,9 @@ class HFTConfig(PreTrainedConfig):
         if kwargs.get("backbone") is not None:
             config_dict = {**config_dict, "backbone_revision": None}
             kwargs["backbone"] = os.fspath(kwargs["backbone"])
+        for name in ("backbone", "tasks"):  # None is as good as not given
+            if name in kwargs and kwargs[name] is None:
+                del kwargs[name]
         chosen = kwargs.get("tasks")
         if not isinstance(chosen, str) and (chosen is None or not all(isinstance(task, str) for task in chosen)):
             return super().from_dict(config_dict, **kwargs)
@@ -291,3 +294,11 @@ class HFTConfig(PreTrainedConfig):
             if page["id"] == page_id:
                 return page
         raise ValueError(f"Unknown memory page {page_id!r}. {nearest(page_id, [page['id'] for page in self.pages])}")
+
+
+def check_keys(config_class: type[PreTrainedConfig], name: str, given: Any) -> None:
+    """Raises ValueError for unknown keys of a config, which transformers takes without a word."""
+    known = list(config_class.__annotations__)
+    for key in given if isinstance(given, dict) else ():
+        if key not in known:
+            raise ValueError(f"`{name}` has the unknown key {key!r}. {nearest(key, known)}")

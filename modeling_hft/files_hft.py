@@ -40,7 +40,7 @@ def replacing(directory: str | os.PathLike, last: str = "config.json", stale: It
 
     All of them do, or none: what the block wrote is whole once its folder has another name, and moves from there. If that is
     cut off, `finish_writing` does the rest, before anything is read or written next. Each file appears under its name
-    whole, `last` after all others. Files that the block did not write stay.
+    whole, `last` after all others, or before them where there was none. Files that the block did not write stay.
 
     Args:
         directory: the folder to write to; made if missing.
@@ -62,7 +62,8 @@ def replacing(directory: str | os.PathLike, last: str = "config.json", stale: It
     try:
         yield staging
         files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
-        plan = {"files": sorted(files, key=lambda name: name == last), "stale": list(stale)}
+        new = not (directory / last).exists()  # then it is what readers look for, and they do the rest
+        plan = {"files": sorted(files, key=lambda name: (name == last) != new), "stale": list(stale)}
         (staging / _PLAN).write_text(json.dumps(plan))
         os.rename(staging, directory / staging.name.replace(WRITING, WRITTEN))
     finally:

@@ -3,7 +3,7 @@
 I/O in and out features, R rank of a whole path.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -46,14 +46,22 @@ class HFTFolding:
             path, pairs = self._ready_path(task, rank)
             if merge:
                 self._check_mergeable(task)
-                self._unmerged = {}
-                for name, (down_RI, up_OR) in pairs.items():
-                    weight_OI = self.base_model.get_submodule(name).weight
-                    self._unmerged[name] = weight_OI.detach().to("cpu", copy=True)
-                    weight_OI.copy_(weight_OI.float() + up_OR.float() @ down_RI.float())
+                self._merge(pairs)
             else:
                 self._folded_path = path
         self._folded = task
+
+    def _merge(self, pairs: Mapping[str, Pair]) -> None:
+        """All weights get their pairs added, or none does."""
+        self._unmerged = {}
+        try:
+            for name, (down_RI, up_OR) in pairs.items():
+                weight_OI = self.base_model.get_submodule(name).weight
+                self._unmerged[name] = weight_OI.detach().to("cpu", copy=True)
+                weight_OI.copy_(weight_OI.float() + up_OR.float() @ down_RI.float())
+        except BaseException:
+            self.unfold()
+            raise
 
     @torch.no_grad()
     def unfold(self) -> None:
@@ -81,7 +89,7 @@ class HFTFolding:
         pairs = {name: fused.factors(path, self._like(name)) for name, fused in self._fused.items()}
         if rank is not None:
             path.kept.update((name, padded(pair, rank)) for name, pair in pairs.items())
-        return HFTPath((path,)), path.kept
+        return HFTPath(self._owner, (path,)), path.kept
 
     def _like(self, name: str) -> torch.Tensor:
         """A tensor of the dtype and on the device in which a linear computes."""

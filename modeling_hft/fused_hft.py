@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTNodes
-from .path_hft import HFTPath, HFTTaskPath, Pair, active_path
+from .path_hft import HFTOwner, HFTPath, HFTTaskPath, Pair, active_path
 
 
 class HFTFused:
@@ -26,18 +26,20 @@ class HFTFused:
         name: the linear's name within the decoder.
         nodes: the nodes beside the linear.
         memory: the pages beside it; None if this linear carries none.
+        owner: the model's, as of its paths; a path of another model that is active around a pass adds nothing here.
     """
 
-    def __init__(self, name: str, nodes: HFTNodes, memory: HFTMemory | None):
+    def __init__(self, name: str, nodes: HFTNodes, memory: HFTMemory | None, owner: HFTOwner):
         self.name = name
+        self.owner = owner
         self.nodes = nodes
         self.memory = memory
         self._stack: tuple[list[Pair], Pair] | None = None  # of a mixed batch: what it was made of, and the result
 
     def on_linear(self, linear: nn.Module, args: tuple[torch.Tensor, ...], y_BTO: torch.Tensor) -> torch.Tensor | None:
         """The forward hook on the linear: adds the active path, or leaves the output as it is, bit for bit."""
-        path = active_path()
-        if path is None:
+        path = active_path(self.owner)
+        if path is None or not path.tasks:
             return None
         return y_BTO + self.added(args[0], path).to(device=y_BTO.device, dtype=y_BTO.dtype)
 
@@ -57,14 +59,14 @@ class HFTFused:
                 pairs, g_R = self._sources(task, x_BTI)
                 factors = [factor for pair in pairs for factor in pair]
                 return _PathProduct.apply(x_BTI, g_R, *factors)
-            if task.wide is not None and _are_few_on_cpu(x_BTI, x_BTI.numel() // x_BTI.shape[-1]):
+            if task.wide is not None and _are_few_on_cpu(x_BTI):
                 down_RI, up_OR = self._wide_factors(task, task.wide, x_BTI)
                 return F.linear(F.linear(x_BTI.float(), down_RI), up_OR).to(x_BTI.dtype)
             down_RI, up_OR = self.factors(task, x_BTI)
             return F.linear(F.linear(x_BTI, down_RI), up_OR)
         # A path a row: each row meets the factors of its own task only. Some decoders flatten rows and tokens into one axis.
         rows_BTI = x_BTI.reshape(len(path.task_of_row_B), -1, x_BTI.shape[-1])
-        if path.wide_stacks is not None and _are_few_on_cpu(x_BTI, rows_BTI.shape[1]):
+        if path.wide_stacks is not None and _are_few_on_cpu(x_BTI):
             rows_BTI = rows_BTI.float()
             if self.name not in path.wide_stacks:
                 down_BRI, up_BOR = _stack([self.factors(task, x_BTI) for task in path.tasks])
@@ -139,9 +141,13 @@ def padded(pair: Pair, rank: int) -> Pair:
     return F.pad(down_RI, (0, 0, 0, rank - len(down_RI))), F.pad(up_OR, (0, rank - up_OR.shape[1]))
 
 
-def _are_few_on_cpu(x_BTI: torch.Tensor, num_tokens: int) -> bool:
-    """Whether a pair of factors meets so few tokens, up to four, that a CPU multiplies them faster in float32."""
-    return num_tokens <= 4 and x_BTI.device.type == "cpu" and x_BTI.dtype in (torch.bfloat16, torch.float16)
+def _are_few_on_cpu(x_BTI: torch.Tensor) -> bool:
+    """Whether a row has so few tokens, up to four, that a CPU multiplies them faster in float32.
+
+    However many rows there are, and whatever their tasks: a row's tokens must not depend on its neighbours.
+    """
+    few = x_BTI.ndim == 3 and x_BTI.shape[1] <= 4
+    return few and x_BTI.device.type == "cpu" and x_BTI.dtype in (torch.bfloat16, torch.float16)
 
 
 def _concatenated(pairs: Sequence[Pair], like: torch.Tensor) -> Pair:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from .nodes_hft import never_narrower
+from .nodes_hft import never_rounding
 from .path_hft import HFTSources
 
 
@@ -76,6 +76,8 @@ class HFTGates(nn.Module):
         labels = own.labels()
         for parent in parents:
             for column, label in enumerate(sources[parent].labels()):
+                if label not in labels:
+                    continue  # the parent has come to read it in a refresh, when the child was there
                 start_LN[:, labels.index(label)] += self.of(parent)[:, column].detach().to(start_LN) / len(parents)
         init.copy_(self.of(task), start_LN)
 
@@ -87,7 +89,7 @@ class HFTGates(nn.Module):
         gates_LN[:, list(columns)] = chosen_LM.sign() * (chosen_LM.abs() - amount).clamp(min=0)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
-        return super()._apply(never_narrower(fn), recurse)
+        return super()._apply(never_rounding(fn), recurse)
 
     def extra_repr(self) -> str:
         return f"num_layers={self.num_layers}, tasks={self.tasks()}"

@@ -3,7 +3,6 @@
 B batch, T tokens.
 """
 
-import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,28 +39,28 @@ class HFTGenerationMixin(GenerationMixin):
 
         Args:
             inputs: prompts [B, T], padded on the left if they differ in length.
-            task: a name, or one name a prompt; `"backbone"` for the plain backbone; also as `generation_config.task`. None
-                asks the router once, before the first token; while it knows no task, or if prompts are embeddings, the plain
-                backbone answers.
+            task: a name, or one name a prompt; `"backbone"` for the plain backbone; also as `generation_config.task`, of the
+                one that is given or else of the model's. None asks the router once, before the first token; while it knows
+                no task, or if prompts are embeddings, the plain backbone answers.
             return_route: also give back the decision for each prompt.
 
         Returns:
             What transformers returns; with `return_route`, a pair of that and a list of `HFTRoute`.
 
         Raises:
-            ValueError: an unknown name, as many names as there are not prompts, or an `assistant_model` that is HFT's, too.
+            ValueError: an unknown name, as many names as there are not prompts, an `assistant_model` that is HFT's, too, or
+                `guidance_scale` for several tasks at once.
         """
         bound = _SIGNATURE.bind_partial(self, inputs, *args, **kwargs).arguments  # others by position, too
         kwargs = {name: value for name, value in bound.items() if name not in ("self", "inputs", "kwargs")}
         kwargs.update(bound.get("kwargs", {}))
-        if "task" in vars(kwargs.get("generation_config") or object):  # how a request to a server can name one
-            config = kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
-            named = vars(config).pop("task")  # transformers would keep it from `forward`
-            task = named if task is None else task
+        configs = kwargs.get("generation_config"), self.generation_config
+        named = [vars(config)["task"] for config in configs if "task" in vars(config or object)]
+        task = named[0] if task is None and named else task  # so a request to a server can name one
         task = self._folded if task is None else task
         prompts = inputs if inputs is not None else kwargs.get("input_ids")
         num_rows = num_rows_of(prompts, kwargs.get("inputs_embeds"))
-        active = active_path() if task is None else None
+        active = active_path(self._owner) if task is None else None
         if active is not None:  # `activate` around this call
             active.check(num_rows)
             routes = [HFTRoute(name or BACKBONE, (), (), 0.0, "active around the call") for name in active.names()]
@@ -83,6 +82,13 @@ class HFTGenerationMixin(GenerationMixin):
                     "`assistant_model` is an HFT model, too, and would take this one's path; give a plain one."
                 )
             around = names[0]
+        elif self._is_guided(kwargs):  # transformers' unconditional pass does not get what `forward` gets
+            if len(set(names)) > 1:
+                raise ValueError(
+                    f"`guidance_scale` needs one task for all prompts, and these have {', '.join(dict.fromkeys(names))}; "
+                    "generate the prompts of each task by themselves."
+                )
+            around = names[0]
         elif len(set(names)) == 1:  # a name needs no copying for each beam
             if active is None and (names[0] != BACKBONE or task is not None):
                 kwargs["task"] = names[0]
@@ -96,12 +102,26 @@ class HFTGenerationMixin(GenerationMixin):
 
     def _mask_of_pads(self, prompts: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """The mask that transformers takes where none is given: without pads, if the end of text is not one, too."""
-        config = kwargs.get("generation_config") or self.generation_config
-        pad, ends = (kwargs.get(name, getattr(config, name)) for name in ("pad_token_id", "eos_token_id"))
+        pad, ends = (self._option(name, kwargs) for name in ("pad_token_id", "eos_token_id"))
         if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
             return None
         mask_BT = (prompts != pad).long()
         return mask_BT if mask_BT.any() else None
+
+    def _is_guided(self, kwargs: Mapping[str, Any]) -> bool:
+        return self._option("guidance_scale", kwargs) not in (None, 1)
+
+    def _option(self, name: str, kwargs: Mapping[str, Any]) -> Any:
+        """What `generate` takes for one of its options: as an argument, of the configuration given, or of the model's."""
+        configs = kwargs.get("generation_config"), self.generation_config
+        values = (getattr(config, name, None) for config in configs)
+        return kwargs.get(name, next((value for value in values if value is not None), None))
+
+    def _prepare_generation_config(self, *args: Any, task: Task | None = None, **kwargs: Any):
+        """As transformers', which would keep `task` from `forward` where a configuration has one, too."""
+        config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
+        vars(config).pop("task", None)
+        return config, model_kwargs if task is None else {**model_kwargs, "task": task}
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, inputs_embeds: torch.Tensor | None = None, **kwargs: Any

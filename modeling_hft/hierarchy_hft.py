@@ -49,6 +49,8 @@ class Hierarchy:
     def __init__(self, parents: Mapping[str, Sequence[str]]):
         for task, its_parents in parents.items():
             _check_name(task)
+            if its_parents is None:
+                raise ValueError(f"The parents of task {task!r} are None; give a list, [] for a root.")
             if isinstance(its_parents, str):
                 raise ValueError(
                     f"The parents of task {task!r} are the string {its_parents!r}; give a list: [{its_parents!r}]."
@@ -118,9 +120,9 @@ class Hierarchy:
     def lowest_common_ancestor(self, tasks: Sequence[str]) -> str | None:
         """The task of the highest level that is on the path of each of these; None if they share nothing.
 
-        Of several at that level, the one that comes first in `names`.
+        Of several at that level, the first by name: a part of a model chooses as the whole does.
         """
-        common = [name for name in self.names if all(name in self.path(task) for task in tasks)]
+        common = sorted(name for name in self.names if all(name in self.path(task) for task in tasks))
         return max(common, key=self.level, default=None)  # the first of equals
 
     def levels(self) -> list[tuple[str, ...]]:

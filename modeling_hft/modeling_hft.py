@@ -31,7 +31,7 @@ from .hierarchy_hft import BACKBONE, Hierarchy, nearest
 from .kept_hft import HFTKept
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, beside, flat
-from .path_hft import HFTPath, HFTTaskPath, Pair, active_path, keep_path, made_paths, on_path
+from .path_hft import HFTOwner, HFTPath, HFTTaskPath, Pair, active_path, keep_path, made_paths, on_path
 from .refresh_hft import HFTRefreshing
 from .router_hft import HFTRouter
 from .routing_hft import HFTRouting
@@ -59,6 +59,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         self._layer_of = adapted_linears(self.base_model, config.target_modules)
         self._hooks = []
         self._kept = HFTKept()
+        self._owner = HFTOwner()
         self.hierarchy: Hierarchy = config.hierarchy()
         self.hft_nodes = nn.ModuleDict()
         for name, layer in self._layer_of.items():
@@ -94,7 +95,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         self._fused = {}
         for name in self._layer_of:
             nodes, memory = self.hft_nodes[flat(name)], beside(self.hft_memory, name)
-            fused = self._fused[name] = HFTFused(name, nodes, memory)
+            fused = self._fused[name] = HFTFused(name, nodes, memory, self._owner)
             self._hooks.append(self.base_model.get_submodule(name).register_forward_hook(fused.on_linear))
 
     def activate(
@@ -102,13 +103,16 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
     ) -> AbstractContextManager[None]:
         """Within the block, passes that name no task of their own take this one.
 
-        `forward` and `generate` take `task=` themselves; this is for code that calls parts of the model.
+        `forward` and `generate` take `task=` themselves; this is for code that calls parts of the model. It holds for this
+        thread: one that is started within the block asks the router.
 
         Args:
             task: a name, a name a row, or ids [B]; `"backbone"` for the plain backbone, None to change nothing.
             num_rows: B, to check a list against.
             rank: of one name only: make all linears' factors now, filled with zeros up to this R, so that a decoder compiled
                 inside meets the same graph for every task (see `fold`). Parameters must not change within the block.
+
+        Within the block a task's rank must not change (`trim`, `seal` with `rank_tolerance`).
 
         Raises:
             ValueError: an unknown name, or as many names as there are not rows; a rank that is too small, or given while a
@@ -122,9 +126,9 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
     def _one_pass(self, task: Task | None, num_rows: int | None) -> AbstractContextManager[None]:
         """As `activate`, for a single pass: parameters do not change within it, so what is right when it begins stays so."""
         if task is None:
-            if self._folded_path is not None:
+            if self._folded_path is not None or self._unmerged is not None:
                 return on_path(self._folded_path)
-            if (path := active_path()) is not None:
+            if (path := active_path(self._owner)) is not None:
                 path.check(num_rows)
             return nullcontext()
         made = None if torch.compiler.is_compiling() else made_paths()
@@ -133,7 +137,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         rows = tuple(self._rows(task, num_rows))
         if (id(self), rows) not in made:
             path = self._path(task, num_rows, is_one_pass=True)
-            made[id(self), rows] = None if path is None else path.with_wide_factors()
+            made[id(self), rows] = None if path is None else path.with_wide_factors()  # None: merged
         return on_path(made[id(self), rows])
 
     def _path(self, task: Task, num_rows: int | None, is_one_pass: bool = False) -> HFTPath | None:
@@ -142,13 +146,13 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
             return self._on_folded(rows)
         names = [name for name in dict.fromkeys(rows) if name is not None]
         if not names:
-            return None
+            return HFTPath(self._owner, ())
         paths = tuple(self._task_path(name, self._kept_factors(name, is_one_pass)) for name in names)
         if len(set(rows)) == 1:
-            return HFTPath(paths)
+            return HFTPath(self._owner, paths)
         places = [len(names) if row is None else names.index(row) for row in rows]
         in_order = places == list(range(len(rows)))
-        return HFTPath(paths, torch.tensor(places, device=paths[0].gates.device), in_order)
+        return HFTPath(self._owner, paths, torch.tensor(places, device=paths[0].gates.device), in_order)
 
     def _kept_factors(self, task: str, is_one_pass: bool) -> dict[str, Pair] | None:
         """What linears may use again of earlier passes, and add to."""
@@ -180,11 +184,15 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         if isinstance(task, str):
             names: list[str | None] = [task]
         else:
-            names = self._names_of(task) if isinstance(task, torch.Tensor) else list(task)
+            names = self._names_of(task.reshape(-1)) if isinstance(task, torch.Tensor) else list(task)
             if not names or num_rows not in (None, len(names)):
                 raise ValueError(f"`task` names {len(names)} tasks for {num_rows} rows; give one name, or one a row.")
         names = [None if name in (None, BACKBONE) else name for name in names]
         for name in names:
+            if name in self.config.left_out:
+                raise ValueError(
+                    f"Task {name!r} was left out when this part of a model was loaded: load it with `tasks`."
+                )
             if name is not None and name not in self.hierarchy:
                 raise ValueError(f"Unknown task {name!r}. {nearest(name, [*self.hierarchy.names, BACKBONE])}")
         return names

@@ -67,7 +67,7 @@ class HFTFactors(nn.Module):
         init.zeros_(up_OR)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True):
-        return super()._apply(never_narrower(fn), recurse)
+        return super()._apply(never_rounding(fn), recurse)
 
     def extra_repr(self) -> str:
         return f"in={self.in_features}, out={self.out_features}, layer={self.layer}, names={self.names()}"
@@ -77,15 +77,16 @@ class HFTNodes(HFTFactors):
     """All tasks' nodes beside one linear: node n adds B_n A_n x. A is [R, I], B is [O, R]."""
 
 
-def never_narrower(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """What `Module.to` does to a tensor, but for a dtype with fewer bits: what a task has learnt is rounded by sealing only.
+def never_rounding(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What `Module.to` does to a tensor, but for a dtype that would round it: sealing only rounds what was learnt.
 
     Factors are cast where they are used; gates always compute in float32.
     """
 
     def moved(tensor: torch.Tensor) -> torch.Tensor:
         other = fn(tensor)
-        return tensor.to(other.device) if other.element_size() < tensor.element_size() else other
+        rounds = torch.promote_types(tensor.dtype, other.dtype) != other.dtype
+        return tensor.to(other.device) if rounds else other
 
     return moved
 

@@ -70,12 +70,17 @@ class HFTTaskPath:
         return gates_N[columns]
 
 
+class HFTOwner:
+    """Whose a path is: each model has one. Several models may run in a thread, one within another's pass."""
+
+
 @dataclass(frozen=True)
 class HFTPath:
     """The paths that a batch takes.
 
     Args:
-        tasks: those that any row takes, each once.
+        owner: the model's whose tasks these are.
+        tasks: those that any row takes, each once; none for the plain backbone.
         task_of_row_B: for each row its place in `tasks`, and one more than the last for the plain backbone; None if all rows
             take the only one.
         in_order: whether the places are 0, 1, 2, ...: each row has a task of its own.
@@ -83,6 +88,7 @@ class HFTPath:
             in float32; linears add theirs. None otherwise.
     """
 
+    owner: HFTOwner
     tasks: tuple[HFTTaskPath, ...]
     task_of_row_B: torch.Tensor | None = None
     in_order: bool = False
@@ -116,9 +122,10 @@ class _ThreadState(threading.local):
 _state = _ThreadState()
 
 
-def active_path() -> HFTPath | None:
-    """The path of the pass that this thread is in, or None: the plain backbone."""
-    return _state.path
+def active_path(owner: HFTOwner) -> HFTPath | None:
+    """The path of the pass of a model that this thread is in; None if none is, or another model's: the plain backbone."""
+    path = _state.path
+    return path if path is not None and path.owner is owner else None
 
 
 @contextmanager

@@ -205,8 +205,10 @@ class HFTRouter:
             regular_MM = self.gram_MM + self.config.ridge * scale * torch.eye(M, dtype=torch.float64)
             factor_MM = torch.linalg.cholesky(regular_MM)
             cross_MK = torch.stack([self.cross_M[task] for task in self.tasks()], 1)
-            self._solved = _Solution(factor_MM, torch.cholesky_solve(cross_MK, factor_MM))
-            self._calibrate(self._solved)
+            solved = _Solution(factor_MM, torch.cholesky_solve(cross_MK, factor_MM))
+            self._calibrate(solved)
+            self._solved = solved  # whole: another thread may ask meanwhile
+            return solved
         return self._solved
 
     def _calibrate(self, solved: "_Solution") -> None:

@@ -57,13 +57,18 @@ class HFTRouting:
             ValueError: an unknown task, fewer than two prompts, an empty one, or one whose hidden states are not finite.
         """
         self.hierarchy.check(task)
+        self._check_prompts(task, prompts)
+        features_ND = self.features_of(prompts, batch_size)
+        held_out_N = torch.arange(len(prompts)) % 4 == 0
+        self.hft_router.add(task, features_ND[~held_out_N], features_ND[held_out_N])
+
+    def _check_prompts(self, task: str, prompts: Sequence[Sequence[int]]) -> None:
         if len(prompts) < 2:
             raise ValueError(f"The router got {len(prompts)} prompts of task {task!r}; give two or more.")
         if empty := [place for place, prompt in enumerate(prompts) if not len(prompt)]:
             raise ValueError(f"Prompt {empty[0]} of task {task!r} has no tokens ({len(empty)} such); leave it out.")
-        features_ND = self.features_of(prompts, batch_size)
-        held_out_N = torch.arange(len(prompts)) % 4 == 0
-        self.hft_router.add(task, features_ND[~held_out_N], features_ND[held_out_N])
+        if isinstance(prompts, str) or any(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(f"The prompts of task {task!r} are texts; give token ids: tokenizer(texts)['input_ids'].")
 
     def features_of(self, prompts: Sequence[Sequence[int]], batch_size: int = 16) -> torch.Tensor:
         """The features [N, D] of N prompts, given as token ids, computed in batches of similar length; on the CPU."""
@@ -87,6 +92,10 @@ class HFTRouting:
             ValueError: prompts without tokens.
         """
         self._check_unmerged()  # it looks at the backbone's own features
+        if input_ids.ndim != 2:
+            raise ValueError(
+                f"`input_ids` has the shape {list(input_ids.shape)}; the router reads rows of tokens, [B, T]."
+            )
         if input_ids.shape[-1] == 0:
             raise ValueError(f"`input_ids` has the shape {list(input_ids.shape)}: there are no tokens to route by.")
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask

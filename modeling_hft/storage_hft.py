@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import resolve_revision
 
 from .attention_hft import best_attention, without_weights
-from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig
+from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig, check_keys
 from .files_hft import SHARED_FILE, WRITING, WRITTEN, disk_errors, finish_writing, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
@@ -77,9 +77,9 @@ class HFTStorage(HFTSlimFiles):
             backbone = os.path.abspath(backbone)  # a relative name would mean another folder elsewhere
         if "subfolder" in kwargs:
             raise ValueError("`subfolder` is not supported: a slim model could not say where its backbone is.")
-        _check_keys(HFTGatingConfig, "gating_config", gating_config)
-        _check_keys(HFTMemoryConfig, "memory_config", memory_config)
-        _check_keys(HFTRouterConfig, "router_config", router_config)
+        check_keys(HFTGatingConfig, "gating_config", gating_config)
+        check_keys(HFTMemoryConfig, "memory_config", memory_config)
+        check_keys(HFTRouterConfig, "router_config", router_config)
         download = _download(kwargs)
         text_config = AutoConfig.from_pretrained(backbone, **download)
         if text_config.model_type == HFTConfig.model_type:
@@ -149,7 +149,7 @@ class HFTStorage(HFTSlimFiles):
         cls,
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args: Any,
-        config: HFTConfig | None = None,
+        config: HFTConfig | str | os.PathLike | None = None,
         backbone: str | os.PathLike | None = None,
         tasks: Sequence[str] | None = None,
         **kwargs: Any,
@@ -158,7 +158,7 @@ class HFTStorage(HFTSlimFiles):
 
         Args:
             pretrained_model_name_or_path: Hub id or folder of the HFT model (not of a backbone: see `from_backbone`).
-            config: read from the same place by default.
+            config: a config or where one is; read from the same place by default.
             backbone: where to take the backbone of a slim model from instead of where its config says.
             tasks: only these sealed tasks of a slim model and what they stand on; no other task's file is read. The router
                 still knows the others, and has the plain backbone answer their prompts. All tasks by default.
@@ -173,7 +173,9 @@ class HFTStorage(HFTSlimFiles):
         kwargs.pop("adapter_kwargs", None)  # carries this repository's commit, which is not the backbone's
         download = _download(kwargs)
         info = kwargs.pop("output_loading_info", False)
-        if finish_writing(repo) and config is not None:  # read before that
+        config = read_config(os.fspath(config)) if isinstance(config, (str, os.PathLike)) else config
+        finished = finish_writing(os.path.join(repo, download.get("subfolder") or ""))
+        if finished and config is not None:  # read before that
             left_out, config = config.left_out, read_config(repo, **download)
             tasks = [name for name in config.task_names() if name not in left_out] if left_out else tasks
         if config is None:
@@ -208,7 +210,7 @@ class HFTStorage(HFTSlimFiles):
         model._read_router(repo, **download)
         model._finish()
         model.config.name_or_path = repo
-        if model.can_generate():
+        if model.can_generate() and kwargs.get("generation_config") is None:
             with contextlib.suppress(OSError):  # then the backbone's holds
                 model.generation_config = GenerationConfig.from_pretrained(repo, **download)
         return (model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if info else model
@@ -270,8 +272,8 @@ class HFTStorage(HFTSlimFiles):
                 "choose another folder."
             )
         if is_main_process:
-            # Weights of the other form, which a reader would take for this one's.
-            stale = ("model-*-of-*.safetensors", "model.*safetensors*") if slim else (SHARED_FILE,)
+            # Weights of the other form, which a reader would take for this one's, and shards of an older save.
+            stale = ("model-*-of-*.safetensors", "model.*safetensors*" if slim else f"{SHARED_FILE}*")
             stale = () if kwargs.get("variant") else stale  # of which a folder may hold several
             with replacing(save_directory, stale=stale) as folder, disk_errors(save_directory):
                 if slim:
@@ -380,11 +382,3 @@ def _commit(repo: str, download: Mapping[str, Any]) -> str | None:
 
 def _download(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name in _DOWNLOAD}
-
-
-def _check_keys(config_class: type[PreTrainedConfig], name: str, given: Any) -> None:
-    """transformers takes unknown keys of a config without a word."""
-    known = list(config_class.__annotations__)
-    for key in given if isinstance(given, dict) else ():
-        if key not in known:
-            raise ValueError(f"`{name}` has the unknown key {key!r}. {nearest(key, known)}")

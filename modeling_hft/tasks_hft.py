@@ -1,6 +1,7 @@
 """The life of a task: added, started with its stage, trained, sealed; or removed."""
 
 import importlib
+import numbers
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -43,12 +44,15 @@ class HFTTasks(HFTOwnership):
         if name.lower() in map(str.lower, self.config.left_out):
             raise ValueError(f"The task {name!r} is in the whole of which this model is a part; choose another name.")
         rank = self.config.rank if rank is None else rank
-        if not isinstance(rank, int) or rank < 1:
+        if not isinstance(rank, numbers.Integral) or rank < 1:
             raise ValueError(f"`rank` of task {name!r} is {rank}; a node needs a whole rank of 1 or more.")
+        parents = (
+            parents if parents is None or isinstance(parents, str) else list(parents)
+        )  # once: it may be a generator
         self.hierarchy = Hierarchy(
             {**{task: self.hierarchy.parents(task) for task in self.hierarchy.names}, name: parents}
         )
-        entry = {"name": name, "parents": list(parents), "rank": rank, "sealed": False, "pages": [], "borrows": []}
+        entry = {"name": name, "parents": parents, "rank": int(rank), "sealed": False, "pages": [], "borrows": []}
         self.config.tasks.append(entry)
         self._make_node(entry)
         with torch.no_grad():
@@ -83,8 +87,8 @@ class HFTTasks(HFTOwnership):
             reader = importlib.import_module("hft.lora_io_hft")
         except ImportError as error:
             raise ImportError("Importing a LoRA needs the package itself: pip install modeling-hft.") from error
-        if len(prompts) == 1:
-            raise ValueError(f"There is one prompt of task {name!r}; the router needs two or more, or none.")
+        if len(prompts):
+            self._check_prompts(name, prompts)
         factors = reader.read_lora(adapter, self, **download)
         for parent in parents:
             if not self.config.task(parent)["sealed"]:
@@ -92,18 +96,22 @@ class HFTTasks(HFTOwnership):
                     f"Task {name!r} would stand on {parent!r}, which is not sealed; seal {parent!r} first."
                 )
         self.add_task(name, parents, rank=max(len(down_RI) for down_RI, _ in factors.values()))
-        for linear in self._layer_of:
-            down_RI, up_OR = self.hft_nodes[flat(linear)].pair(name)
-            down_RI.zero_()
-            up_OR.zero_()
-            if linear in factors:
-                rank = len(factors[linear][0])
-                down_RI[:rank], up_OR[:, :rank] = factors[linear]
-        # As it was learnt, whatever gates start at.
-        self.hft_gates.of(name)[:, self.sources(name).nodes.index(name)] = 1.0
-        self.seal([name])
-        if prompts:
-            self.add_routes(name, prompts)
+        try:
+            for linear in self._layer_of:
+                down_RI, up_OR = self.hft_nodes[flat(linear)].pair(name)
+                down_RI.zero_()
+                up_OR.zero_()
+                if linear in factors:
+                    rank = len(factors[linear][0])
+                    down_RI[:rank], up_OR[:, :rank] = factors[linear]
+            # As it was learnt, whatever gates start at.
+            self.hft_gates.of(name)[:, self.sources(name).nodes.index(name)] = 1.0
+            self.seal([name])
+            if len(prompts):
+                self.add_routes(name, prompts)
+        except BaseException:
+            self.remove_task(name)
+            raise
 
     def remove_task(self, name: str, cascade: bool = False) -> list[str]:
         """Removes a task. What others compute does not change; the ids of later tasks move up.
@@ -147,6 +155,7 @@ class HFTTasks(HFTOwnership):
         for task in removed:
             self.hft_gates.remove(task)
             self.hft_router.remove(task)
+        self._kept.clear()  # it may hold what was removed
         self.config.tasks = tasks
         self.config.pages = [page for page in self.config.pages if page["id"] in read]
         for page in self.config.pages:
@@ -167,7 +176,9 @@ class HFTTasks(HFTOwnership):
         Raises:
             ValueError: if one of them is unknown or sealed.
         """
-        tasks = sorted(tasks, key=self.hierarchy.level)
+        tasks = self._each_once(tasks)
+        for writer in writers or ():
+            self.hierarchy.check(writer)
         self.set_trainable(tasks)  # checks the names before anything changes
         new = [task for task in tasks if not self._has_learnt(task)]
         without = [task for task in new if self._open_page(task) is None and (writers is None or task in writers)]
@@ -178,6 +189,12 @@ class HFTTasks(HFTOwnership):
             own = self._open_page(task)
             self._begin_as_parents(task, sealed if own is None else [*sealed, own])
         self.set_trainable(tasks)
+
+    def _each_once(self, tasks: Iterable[str]) -> list[str]:
+        """These tasks, lowest first; ValueError if one is unknown, or they are one string."""
+        if isinstance(tasks, str):
+            raise ValueError(f"The tasks are the string {tasks!r}; give a list: [{tasks!r}].")
+        return sorted(dict.fromkeys(tasks), key=self.hierarchy.level)
 
     def _has_learnt(self, task: str) -> bool:
         return any(nodes.pair(task)[1].any() for nodes in self.hft_nodes.values())
@@ -298,7 +315,7 @@ class HFTTasks(HFTOwnership):
                 task that would stay open; with `rank_tolerance`, as `trim`. Then nothing has changed.
         """
         self._check_unfolded()
-        tasks = sorted(tasks, key=self.hierarchy.level)
+        tasks = [task for task in self._each_once(tasks) if not self.config.task(task)["sealed"]]
         for task in tasks:
             for parent in self.hierarchy.parents(task):
                 if not self.config.task(parent)["sealed"] and parent not in tasks:
@@ -318,13 +335,11 @@ class HFTTasks(HFTOwnership):
             rows = {task: list((validation or {}).get(task, ())) for task in tasks}
             for task in tasks:
                 self._check_trim(task, rows[task], rank_tolerance)
-            trims = [self.trim(task, rows[task], rank_tolerance) for task in tasks]
+            trims = self._trim_all(rows, rank_tolerance)
         for entry, parameters in [
             *((self.config.task(task), self.task_parameters(task)) for task in tasks),
             *((page, self.page_parameters(page["id"])) for page in pages),
         ]:
-            if entry["sealed"]:
-                continue
             entry["sealed"] = True
             for name, parameter in parameters.items():
                 parameter.requires_grad_(False)

@@ -106,6 +106,16 @@ class HFTTrimming:
         saved = (old_rank - rank) * numbers_a_rank(self.hft_nodes) * self.backbone.dtype.itemsize
         return HFTTrim(task, old_rank, rank, statistics.mean(before), statistics.mean(after), error, saved)
 
+    def _trim_all(self, validation: Mapping[str, Sequence[Any]], tolerance: float) -> list[HFTTrim]:
+        """A trim of each of these tasks by its rows, or of none if one of them fails."""
+        before = {task: {key: nodes.pair(task) for key, nodes in self.hft_nodes.items()} for task in validation}
+        try:
+            return [self.trim(task, rows, tolerance) for task, rows in validation.items()]
+        except BaseException:
+            for task, pairs in before.items():
+                self._put_node(task, pairs)
+            raise
+
     def _check_trim(self, task: str, rows: Sequence[Any], tolerance: float) -> None:
         self._check_unfolded()
         if self.config.task(task)["sealed"]:

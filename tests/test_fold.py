@@ -184,3 +184,36 @@ def test_a_path_of_a_given_rank_is_refused_while_another_task_is_folded(sealed):
     sealed.fold("a", merge=True)
     with pytest.raises(ValueError, match="The model is folded for task 'a'; call unfold"):
         sealed.activate("b", rank=sealed.widest_rank())
+
+
+def test_a_merge_that_fails_leaves_the_backbone_as_it_was(sealed, monkeypatch):
+    before, linears, x = snapshot(sealed), [], prompts(2, 6)
+
+    def fail(weight, *args, original=torch.Tensor.copy_):
+        linears.append(weight)
+        if len(linears) == 5:
+            raise MemoryError
+        return original(weight, *args)
+
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr(torch.Tensor, "copy_", fail)
+        sealed.fold("d", merge=True)
+    assert len(linears) > 5 and snapshot(sealed) == before
+    with torch.no_grad():
+        expected = sealed(x, task="e").logits
+        sealed.fold("e", merge=True)
+        with sealed.activate("e"):
+            torch.testing.assert_close(sealed(x).logits, expected, rtol=1e-4, atol=1e-4)
+    sealed.unfold()
+    assert snapshot(sealed) == before
+
+
+def test_folding_within_an_active_path_serves_the_folded_task(sealed):
+    x = prompts(2, 6)
+    with torch.no_grad():
+        expected = sealed(x, task="e").logits
+        for merge in (False, True):
+            with sealed.activate("d"):
+                sealed.fold("e", merge=merge)
+                torch.testing.assert_close(sealed(x).logits, expected, rtol=1e-4, atol=1e-4)
+                sealed.unfold()

@@ -9,7 +9,7 @@ import hft
 from hft.fused_hft import _PathProduct
 
 from .test_model import prompts
-from .tiny import bits, fill
+from .tiny import bits, fill, grow
 
 
 def chain(backbones, dtype=torch.float32, **options) -> hft.HFTForCausalLM:
@@ -147,3 +147,16 @@ def test_so_are_the_tokens_of_a_mixed_batch_a_row_each(backbones):
     narrow = added(x_BTI[:, -1:], tasks, False)
     assert bits(mixed) != bits(narrow)
     assert bits(added(x_BTI, tasks, True)) == bits(added(x_BTI, tasks, False))
+
+
+def test_9_a_rows_tokens_do_not_depend_on_its_neighbours_tasks_in_16_bit(backbones):
+    """A token a row is multiplied in float32, and so it is beside any number of others, of one task or of several."""
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": [], "b": []}, rank=3, dtype=torch.bfloat16, attn_implementation="eager"
+    )
+    grow(model)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    for seed in range(6):
+        x = prompts(8, 6, seed=seed)
+        one = model.generate(x, task="a", **options)
+        assert model.generate(x, task=["a"] * 7 + ["b"], **options)[:7].tolist() == one[:7].tolist()

@@ -38,6 +38,7 @@ def test_drawing_names_every_task_once_and_further_parents():
         ({"a": [], "A": []}, "The task names 'a' and 'A' are duplicates"),
         ({"a": [], "b": ["a", "a"]}, "names its parent 'a' twice"),
         ({"a": "b", "b": []}, "are the string 'b'; give a list: ['b']"),
+        ({"a": None}, "The parents of task 'a' are None; give a list, [] for a root."),
         ({"../x": []}, "cannot be a task's name: use 1 to 64 letters"),
         ({"a.b": []}, "cannot be a task's name"),
         ({"Backbone": []}, "the word is reserved for the plain backbone"),

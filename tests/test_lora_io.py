@@ -195,6 +195,28 @@ def test_a_shelf_of_loras_becomes_one_routed_model(backbones, tmp_path):
     assert model.hierarchy.path("both") == ("one", "both")
 
 
+def test_a_lora_whose_prompts_teach_nothing_is_not_imported(backbones, tmp_path, monkeypatch):
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
+    lora(backbones, tmp_path)
+    before, tasks = snapshot(model), copy.deepcopy(model.config.tasks)
+    for prompts_, message in (
+        ([], None),
+        ([[5, 6]], "The router got 1 prompts of task 'x'; give two or more."),
+        ([[5, 6], [], [7]], "Prompt 1 of task 'x' has no tokens"),
+        (["hello", "there"], "are texts; give token ids"),
+    ):
+        if message is not None:
+            with pytest.raises(ValueError, match=re.escape(message)):
+                model.import_lora("x", tmp_path, prompts=prompts_)
+        monkeypatch.setattr(type(model), "seal", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):  # in the middle
+            model.import_lora("x", tmp_path)
+        monkeypatch.undo()
+        assert (snapshot(model), model.config.tasks) == (before, tasks)
+    model.import_lora("x", tmp_path)
+    assert model.config.sealed_tasks() == ["x"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -215,7 +237,7 @@ def test_other_adapters_are_refused(backbones, tmp_path, change, message):
     before, tasks = snapshot(model), copy.deepcopy(model.config.tasks)
     with pytest.raises(ValueError, match=re.escape(message)):
         model.import_lora("x", tmp_path)
-    with pytest.raises(ValueError, match="There is one prompt of task 'x'; the router needs two or more, or none"):
+    with pytest.raises(ValueError, match="The router got 1 prompts of task 'x'; give two or more"):
         model.import_lora("x", tmp_path, prompts=[[5, 6]])
     assert (snapshot(model), model.config.tasks) == (before, tasks)
 

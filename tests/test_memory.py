@@ -1,8 +1,10 @@
 """The memory: pages that a stage's tasks write together and later tasks read."""
 
 import copy
+import json
 import re
 
+import numpy
 import pytest
 import torch
 
@@ -150,3 +152,14 @@ def test_a_config_that_reads_what_is_not_there_is_refused():
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             hft.HFTConfig(tasks=[{"name": "a", key: value}])
+
+
+def test_writers_are_tasks_and_ranks_whole_numbers_of_any_kind(grown):
+    grown.add_task("late")
+    with pytest.raises(ValueError, match="Unknown task 'typo'"):
+        grown.start_stage(["late"], writers=["typo"])
+    with pytest.raises(ValueError, match=re.escape("The tasks are the string 'late'; give a list: ['late'].")):
+        grown.start_stage("late")
+    grown.add_task("more", (parent for parent in ["late"]), rank=numpy.int64(2))
+    assert grown.config.task("more")["rank"] == 2 and grown.hierarchy.parents("more") == ("late",)
+    json.dumps(grown.config.to_dict())

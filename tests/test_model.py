@@ -335,13 +335,42 @@ def test_threads_do_not_share_the_active_path(model):
         for thread in threads:
             thread.join()
     assert not wrong
-    assert active_path() is None
+    assert active_path(model._owner) is None
 
 
 def test_the_path_ends_with_the_pass_also_when_it_fails(model):
     with pytest.raises(IndexError):
         model(torch.tensor([[10**6]]), task="d")
-    assert active_path() is None
+    assert active_path(model._owner) is None
+
+
+def test_a_path_is_one_models_and_no_other_takes_it(model, backbones):
+    x = prompts(2, 6)
+    twin, other = copy.deepcopy(model), hft.HFTForCausalLM.from_backbone(backbones["llama"], {"z": []})
+    fill(twin, std=0.4)
+    with torch.no_grad():
+        plain, expected = bits(model(x).logits), bits(twin(x, task="a").logits)
+        answer = twin.generate(x, max_new_tokens=4, do_sample=False).tolist()
+        for within in ({}, {"rank": 9}):
+            with model.activate("a", **within):
+                assert bits(twin(x).logits) == bits(other(x).logits) == plain
+                assert bits(twin.base_model(x)[0]) == bits(other.base_model(x)[0])
+                assert twin.generate(x, max_new_tokens=4, do_sample=False).tolist() == answer
+                assert bits(twin(x, task="a").logits) == expected
+                with twin.activate("a"):
+                    assert bits(twin(x).logits) == expected and bits(model(x).logits) == plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_dtype_never_rounds_what_was_learnt(model, dtype):
+    model.to(dtype)
+    model.seal(model.hierarchy.names)
+    before = {name: p.double() for name, p in model.named_parameters() if name.startswith("hft_")}
+    for other in (torch.float16, torch.bfloat16, torch.float32, torch.float16):
+        model.to(other)
+        assert model.backbone.dtype == other
+        for name, tensor in before.items():
+            assert bits(model.get_parameter(name).double()) == bits(tensor), name
 
 
 def test_a_copy_is_a_model_of_its_own(model):

@@ -50,7 +50,9 @@ def test_only_the_files_of_the_path_are_read(whole, model, tmp_path):
     with torch.no_grad():
         for task in ("e", "f", ["f", None]):
             assert bits(part(x, task=task).logits) == bits(model(x, task=task).logits)
-    with pytest.raises(ValueError, match="Unknown task 'd'"):
+    with pytest.raises(
+        ValueError, match="Task 'd' was left out when this part of a model was loaded: load it with `t"
+    ):
         part(x, task="d")
     with pytest.raises(OSError, match="the file is missing"):
         hft.HFTForCausalLM.from_pretrained(folder, tasks=["b"])
@@ -114,6 +116,22 @@ def test_the_router_leaves_other_tasks_prompts_to_the_backbone(whole, model):
         else:
             assert theirs == ours
     assert [route.task for route in part.route_features(part.features_of(x.tolist()))] == [r.task for r in found]
+
+
+def test_in_doubt_a_part_goes_back_to_the_ancestor_that_the_whole_goes_to(backbones, tmp_path):
+    """Of two that are as near, whatever was loaded."""
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"r2": [], "r1": [], "x": ["r2", "r1"]})
+    for level in model.hierarchy.levels():
+        model.start_stage(level)
+        model.seal(level)
+    model.save_pretrained(tmp_path)
+    for tasks in (["r1"], ["r2"], ["r1", "r2"], ["x"]):
+        part = hft.HFTForCausalLM.from_pretrained(tmp_path, tasks=tasks)
+        assert part.config.whole_hierarchy().lowest_common_ancestor(["x", "x"]) == "x"
+    whole = {**model.config.hierarchy()._parents, "y": ("r2", "r1")}
+    for order in (["r2", "r1", "x", "y"], ["y", "x", "r1", "r2"]):
+        tree = hft.Hierarchy({name: whole[name] for name in order})
+        assert tree.lowest_common_ancestor(["x", "y"]) == "r1"
 
 
 def test_a_part_never_wipes_out_the_rest(whole, tmp_path):

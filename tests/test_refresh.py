@@ -106,6 +106,16 @@ def test_a_child_of_a_refreshed_task_starts_as_it(grown, tmp_path):
         assert bits(loaded(x, task=task).logits) == bits(grown(x, task=task).logits)
 
 
+def test_a_model_whose_parent_was_refreshed_is_built_from_its_config(grown, tmp_path):
+    """A child that was there before reads less than its parent now does."""
+    grown.add_task("child", ["a"])
+    assert grown.refresh_gates("a", rows_like(grown, "f"), num_steps=40, learning_rate=0.1).kept
+    assert set(grown.sources("a").labels()) - set(grown.sources("child").labels())
+    empty = type(grown)(grown.config)
+    assert empty.hierarchy.names == grown.hierarchy.names
+    assert empty.gates("child").values.shape == grown.gates("child").values.shape
+
+
 def test_the_losses_are_those_of_rows_alone(grown):
     """Left padding and kept positions change nothing."""
     rows = rows_like(grown, "f", 7)

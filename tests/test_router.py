@@ -299,3 +299,36 @@ def test_an_active_task_is_not_asked_for(routed):
     with routed.activate(["nli", None]):
         answer, routes = routed.generate(x, max_new_tokens=3, num_beams=2, return_route=True)
     assert torch.equal(answer, rows) and [route.task for route in routes] == ["nli", "backbone"]
+
+
+def test_the_backbone_may_be_active_and_is_not_asked_for_either(routed):
+    x = typical(1, 3)
+    options = {"max_new_tokens": 4, "do_sample": False, "return_route": True}
+    expected, _ = routed.generate(x, task="backbone", **options)
+    with routed.activate("backbone"):
+        answer, (route,) = routed.generate(x, **options)
+    assert route.task == "backbone" and route.reason == "active around the call"
+    assert answer.tolist() == expected.tolist()
+
+
+def test_threads_that_ask_at_once_see_whole_solutions(monkeypatch):
+    """A solution is there for others only once it is calibrated."""
+    router = router_of(clusters("abcd"), "abcd")
+    calibrate = HFTRouter._calibrate
+
+    def slowly(self, solved):
+        assert self._solved is None
+        calibrate(self, solved)
+
+    monkeypatch.setattr(HFTRouter, "_calibrate", slowly)
+    router.route(clusters("a")["a"], hft.Hierarchy({name: [] for name in "abcd"}))
+    assert router._solved.temperature < 1 and router._solved.most_leverage < 1e9
+
+
+def test_texts_and_single_rows_are_no_prompts(routed):
+    with pytest.raises(ValueError, match=re.escape("are texts; give token ids: tokenizer(texts)['input_ids'].")):
+        routed.add_routes("nli", ["hello", "there"])
+    with pytest.raises(ValueError, match=re.escape("has the shape [3]; the router reads rows of tokens, [B, T].")):
+        routed.route(torch.tensor([5, 6, 7]))
+    config = hft.HFTRouterConfig(confidence=1)
+    assert config.confidence == 1

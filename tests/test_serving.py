@@ -161,3 +161,44 @@ def test_one_thread_routes_while_another_generates(mixed):
         ended.set()
         thread.join()
     assert not failed
+
+
+def test_the_models_own_generation_config_may_name_the_task(mixed):
+    x = prompts(2, 6)
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
+    expected = {task: mixed.generate(x, task=task, **options).tolist() for task in ("a", "b", "backbone")}
+    assert expected["a"] != expected["b"] != expected["backbone"]
+    mixed.generation_config.task = "b"
+    assert mixed.generate(x, **options).tolist() == expected["b"]
+    assert mixed.generate(x, generation_config=GenerationConfig(**options)).tolist() == expected["b"]
+    for task in ("a", "backbone"):
+        assert mixed.generate(x, task=task, **options).tolist() == expected[task]
+        config = GenerationConfig(**options, task=task)
+        assert mixed.generate(x, generation_config=config).tolist() == expected[task]
+    rows = mixed.generate(x, task=["a", "b"], num_beams=1, **options).tolist()
+    assert rows == [expected["a"][0], expected["b"][1]]
+
+
+def test_guidance_guides_a_task_by_itself(mixed):
+    """Both passes of classifier-free guidance are on the task's path, as when it is folded."""
+    x = prompts(1, 6)
+    options = {"max_new_tokens": 8, "do_sample": False, "guidance_scale": 3.0, "eos_token_id": None}
+    answers = [mixed.generate(x, task="b", **options).tolist()]
+    answers += [mixed.generate(x, task="b", generation_config=GenerationConfig(**options)).tolist()]
+    mixed.fold("b")
+    expected = mixed.generate(x, **options).tolist()
+    mixed.unfold()
+    assert answers == [expected] * 2
+    with pytest.raises(ValueError, match=r"`guidance_scale` needs one task for all prompts, and these have a, b; gen"):
+        mixed.generate(prompts(2, 6), task=["a", "b"], **options)
+
+
+def test_pads_do_not_count_with_a_configuration_that_names_none(routed):  # noqa: F811
+    """transformers takes ids that a configuration lacks from the model's own."""
+    x = typical(1, 3)
+    padded = torch.cat([torch.zeros(1, 20, dtype=torch.long), x], 1)
+    config = GenerationConfig(max_new_tokens=2)
+    (expected,) = routed.generate(padded, max_new_tokens=2, return_route=True)[1]
+    (route,) = routed.generate(padded, generation_config=config, return_route=True)[1]
+    assert route.probabilities == expected.probabilities
+    assert route.probabilities == pytest.approx(routed.route(x)[0].probabilities, abs=1e-4)

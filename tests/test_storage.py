@@ -16,7 +16,7 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import hft
 
@@ -145,7 +145,7 @@ REMOTE = """
 
 @pytest.mark.parametrize("slim", [True, False])
 def test_7_loads_as_remote_code_where_the_package_cannot_be_imported(model, tmp_path, tokenizer, slim):
-    model.seal("aebcf")
+    model.seal(list("aebcf"))
     folder, out = tmp_path / "model", tmp_path / "out"
     model.save_pretrained(folder, slim=slim)
     tokenizer.save_pretrained(folder)
@@ -168,7 +168,7 @@ BUILD = """
     model = hft.HFTForCausalLM.from_backbone("me/base", {"a": [], "b": ["a"]}, rank=2)
     for parameter in model.hft_nodes.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    model.seal("ab")
+    model.seal(list("ab"))
     model.save_pretrained(out)
     print(float(model(torch.tensor([[5, 6, 7]]), task="b").logits.double().sum()))
 """
@@ -618,3 +618,47 @@ def test_the_backbone_may_be_named_by_a_path_and_is_never_overwritten(saved, bac
     for slim in (True, False):
         with pytest.raises(ValueError, match="is the backbone's own folder"):
             model.save_pretrained(backbones["llama"], slim=slim)
+
+
+@pytest.mark.parametrize("kills", [1, 2, 4])
+def test_a_save_that_was_cut_off_is_finished_by_whoever_reads_it(model, tmp_path, monkeypatch, kills):
+    """In a subfolder as elsewhere; and in a new folder, where auto classes look for config.json before our code runs."""
+    model.seal(["a", "b", "c", "e", "f"])
+    x = prompts(1, 5)
+    expected = bits(model(x, task="d").logits)
+
+    def cut_off(folder):
+        replace, calls = os.replace, []
+
+        def killed(source, target):
+            calls.append(target)
+            if len(calls) > kills:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(os, "replace", killed)
+            model.save_pretrained(folder)
+
+    for i, load in enumerate((AutoModelForCausalLM.from_pretrained, hft.HFTForCausalLM.from_pretrained)):
+        cut_off(tmp_path / f"{i}/sub")
+        assert bits(load(tmp_path / str(i), subfolder="sub")(x, task="d").logits) == expected
+        cut_off(tmp_path / f"new{i}")
+        assert bits(load(tmp_path / f"new{i}")(x, task="d").logits) == expected
+        assert not list(tmp_path.glob("**/.writ*-*/**/*"))
+
+
+@pytest.mark.parametrize("load", [hft.HFTForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])
+def test_none_is_as_good_as_not_given(saved, load):
+    loaded = load(saved, tasks=None, backbone=None)
+    assert len(loaded.hierarchy) == 6
+    ours = load(saved, generation_config=GenerationConfig(max_new_tokens=77))
+    assert (ours.generation_config.max_new_tokens, loaded.generation_config.max_new_tokens) == (77, 7)
+    assert hft.HFTForCausalLM.from_pretrained(saved, config=str(saved)).hierarchy.names == loaded.hierarchy.names
+
+
+def test_shards_of_an_older_save_do_not_stay(model, tmp_path):
+    model.save_pretrained(tmp_path, slim=False, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("model-*"))) > 3
+    model.save_pretrained(tmp_path, slim=False)
+    assert [path.name for path in tmp_path.glob("model[.-]*")] == ["model.safetensors"]

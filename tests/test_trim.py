@@ -182,6 +182,23 @@ def test_an_interrupted_trim_changes_nothing(grown, monkeypatch):
     assert snapshot(grown) == before and grown.config.to_dict() == config
 
 
+def test_a_stage_is_trimmed_whole_or_not_at_all(grown):
+    grown.add_task("c", ["a"])
+    grown.start_stage(["b", "c"])
+    fill(grown, only_trainable=True)
+    reduce(grown, "b", 2)
+    before, config = snapshot(grown), grown.config.to_dict()
+    good, bad = rows_like(grown, "b", 6), [{"input_ids": [5], "labels": [5]}] * 2  # nothing to predict
+    with pytest.raises(ValueError, match="token"):
+        grown.seal(["b", "c"], rank_tolerance=100.0, validation={"b": good, "c": bad})
+    assert snapshot(grown) == before and grown.config.to_dict() == config
+    assert [name for name, p in grown.named_parameters() if p.requires_grad]
+    trims = grown.seal(["a", "b", "c", "b"], rank_tolerance=100.0, validation={"b": good, "c": good})
+    assert [(its.task, its.rank) for its in trims] == [("b", 1), ("c", 1)]  # what is sealed already is not asked about
+    with pytest.raises(ValueError, match=re.escape("The tasks are the string 'bc'; give a list: ['bc'].")):
+        grown.seal("bc")
+
+
 def test_3_a_child_of_a_cut_parent_starts_as_it(grown):
     reduce(grown, "b", 2)
     (found,) = grown.seal(["b"], rank_tolerance=0.05, validation={"b": rows_like(grown, "b", 8)})
