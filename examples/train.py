@@ -33,7 +33,9 @@ class ModelArguments:
 def main() -> None:
     parser = TrlParser((ModelArguments, HFTTrainingConfig))
     arguments, training = parser.parse_args_and_config()
-    hierarchy, files = json.loads(arguments.hierarchy), json.loads(arguments.files)
+    hierarchy, files = (
+        json.loads(given) if isinstance(given, str) else given for given in (arguments.hierarchy, arguments.files)
+    )
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.backbone)
     nf4 = BitsAndBytesConfig(

@@ -48,7 +48,8 @@ def replacing(directory: str | os.PathLike, last: str = "config.json", stale: It
         stale: patterns of files to remove at the end, except those that the block wrote.
 
     Raises:
-        OSError: if the folder cannot be made or written to; nothing in it has changed then.
+        OSError: if the folder cannot be made or written to, or a file's place is taken by a folder; nothing in it has
+            changed then.
     """
     directory = Path(directory)
     try:
@@ -62,6 +63,11 @@ def replacing(directory: str | os.PathLike, last: str = "config.json", stale: It
     try:
         yield staging
         files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
+        for name in files:
+            if (directory / name).is_dir():
+                raise IsADirectoryError(
+                    f"'{directory / name}' is a folder, and a file is to be written there; move it away."
+                )
         new = not (directory / last).exists()  # then it is what readers look for, and they do the rest
         plan = {"files": sorted(files, key=lambda name: (name == last) != new), "stale": list(stale)}
         (staging / _PLAN).write_text(json.dumps(plan))

@@ -40,7 +40,8 @@ class HFTTasks(HFTOwnership):
         """
         self._check_unfolded()
         if name in self.hierarchy:
-            raise ValueError(f"The task {name!r} is a duplicate: this model has one; choose another name.")
+            state = "sealed" if self.config.task(name)["sealed"] else "open, and can be trained or resumed"
+            raise ValueError(f"The task {name!r} is a duplicate: this model has one, {state}; choose another name.")
         if name.lower() in map(str.lower, self.config.left_out):
             raise ValueError(f"The task {name!r} is in the whole of which this model is a part; choose another name.")
         rank = self.config.rank if rank is None else rank
@@ -312,7 +313,8 @@ class HFTTasks(HFTOwnership):
 
         Raises:
             ValueError: if one of them is unknown, or stands on a task that is not sealed, or writes a page together with a
-                task that would stay open; with `rank_tolerance`, as `trim`. Then nothing has changed.
+                task that would stay open, or has learnt numbers that are not finite; with `rank_tolerance`, as `trim`. Then
+                nothing has changed.
         """
         self._check_unfolded()
         tasks = [task for task in self._each_once(tasks) if not self.config.task(task)["sealed"]]
@@ -329,6 +331,13 @@ class HFTTasks(HFTOwnership):
                     raise ValueError(
                         f"Task {other!r} still writes the memory page {page['id']} together with {', '.join(tasks)}; "
                         "seal the tasks of a stage together."
+                    )
+        for task in tasks:
+            for name, parameter in self.learning_parameters(task).items():
+                if not bool(parameter.isfinite().all()):
+                    raise ValueError(
+                        f"Task {task!r} has learnt numbers that are not finite ({name}), so it is not sealed: its training "
+                        "diverged. Begin it anew with a lower learning rate."
                     )
         trims = []
         if rank_tolerance is not None:

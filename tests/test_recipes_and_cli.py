@@ -16,8 +16,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 import hft
-from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers import HFTTrainer, HFTTrainingConfig, commands
 from hft.trainers.cli import main
+from hft.trainers.loading import load_tokenizer
 from hft.trainers.recipe_data import load_task, to_chat
 from hft.trainers.recipe_data import test_set as find_test_set  # else pytest takes it for a test
 from hft.trainers.recipes import read_recipe
@@ -565,3 +566,37 @@ def test_rows_are_tokenised_as_by_the_trainer(backbones, tokenizer, tmp_path):
         assert ours == {"input_ids": theirs["input_ids"], "labels": theirs["labels"]}
         (cut,) = tokenize_rows([row], tokenizer, max_length=6)
         assert cut == {"input_ids": ours["input_ids"][-6:], "labels": ours["labels"][-6:]}
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("eval m --recipe r --batch_size -1", "--batch_size is -1; it must be 1 or more."),
+        ("report m --recipe r --samples 0", "--samples is 0; it must be 1 or more."),
+        ("refresh m --recipe r --batch_size 0", "--batch_size is 0; it must be 1 or more."),
+        ("generate m hi --max_new_tokens 0", "--max_new_tokens is 0; it must be 1 or more."),
+        ("generate m hi -x", "`hft generate` does not know '-x'; see `hft generate --help`."),
+        ("eval m --recipe r --out .", "--out is '.', a folder; name a file in it."),
+    ],
+)
+def test_wrong_numbers_and_options_are_refused_before_anything_is_loaded(capsys, command, message):
+    assert main(command.split()) == 2
+    assert f"hft: error: {message}" in capsys.readouterr().err
+
+
+def test_only_a_stopped_training_is_said_to_go_on(monkeypatch, capsys):
+    for command in ("train r", "generate m hi"):
+        monkeypatch.setattr(commands, command.split()[0], lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(command.split()) == 130
+        assert ("--resume" in capsys.readouterr().err) == command.startswith("train")
+
+
+def test_without_a_tokenizer_of_its_own_a_model_has_its_backbones(backbones, tokenizer, tmp_path):
+    hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}).save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+def test_what_yaml_reads_as_a_number_may_be_a_folder(tmp_path):
+    (tmp_path / "r.yaml").write_text("backbone: x\nhierarchy: {a: []}\ndata: 123\noutput_dir: 2024\n")
+    recipe = read_recipe(tmp_path / "r.yaml")
+    assert recipe.data == "123" and recipe.training_arguments()["output_dir"] == "2024"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import hft
+from hft.trainers.run_record import write_json
 
 from .hub import Hub, serving
 from .test_model import prompts
@@ -662,3 +663,11 @@ def test_shards_of_an_older_save_do_not_stay(model, tmp_path):
     assert len(list(tmp_path.glob("model-*"))) > 3
     model.save_pretrained(tmp_path, slim=False)
     assert [path.name for path in tmp_path.glob("model[.-]*")] == ["model.safetensors"]
+
+
+def test_a_file_is_not_written_in_a_folders_place_and_nothing_stays_behind(tmp_path):
+    (tmp_path / "results").mkdir()
+    with pytest.raises(OSError, match=r"results' is a folder, and a file is to be written there; move it away\."):
+        write_json(tmp_path / "results", {})
+    write_json(tmp_path / "scores.json", {"a": 1})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "scores.json"]

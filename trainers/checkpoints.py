@@ -1,6 +1,7 @@
 """The folder of a run: which checkpoints in it are whole, and where a resumed run goes on."""
 
 import json
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -32,14 +33,15 @@ class RunFolder:
 
     def run(self) -> "RunFolder":
         """The folder of the run, of which this may be a checkpoint."""
-        return RunFolder(self.path.parent.parent, self.writes) if self._is_checkpoint() else self
+        return RunFolder(self.path.parent.parent, self.writes) if self.is_checkpoint() else self
 
     def is_same(self, other: "RunFolder") -> bool:
         """Whether both are the same folder."""
         return self.path.resolve() == other.path.resolve()
 
-    def _is_checkpoint(self) -> bool:
-        return self.path.name.startswith(PREFIX_CHECKPOINT_DIR)
+    def is_checkpoint(self) -> bool:
+        """Whether it is one checkpoint in a run's folder."""
+        return step_of(self.path) is not None
 
     def begin(self, sealed: Collection[str] = ()) -> None:
         """From here on the folder describes a new run; a resume must never pick up another one's checkpoints.
@@ -53,21 +55,49 @@ class RunFolder:
             ValueError: if there are others, or the folder holds a model with learnt tasks that this one would overwrite, or
                 a config.json that cannot be read.
         """
-        go_on = "go on with it by resume_from_checkpoint=True (`hft train --resume`), take another output_dir, or delete it"
+        go_on = (
+            "go on with it by resume_from_checkpoint=True (`hft train --resume`), take another output_dir, or delete"
+        )
         finish_writing(self.path)
-        old = sorted(self.path.glob(f"stage-*/{PREFIX_CHECKPOINT_DIR}-*"))
-        done = [checkpoint for checkpoint in old if is_whole(checkpoint) and set(_tasks_in(checkpoint)) <= set(sealed)]
+        old = self._checkpoints()
+        there = set(_tasks_in(self.path))  # without those that were removed since; none where there is no model
+        done = [
+            checkpoint
+            for checkpoint in old
+            if is_whole(checkpoint) and set(its := _tasks_in(checkpoint)) & (there or set(its)) <= set(sealed)
+        ]
         if others := [checkpoint for checkpoint in old if checkpoint not in done]:
             first = others[0].relative_to(self.path)
-            raise ValueError(f"'{self.path}' holds checkpoints of an earlier run ({first}); {go_on}.")
+            raise ValueError(
+                f"'{self.path}' holds checkpoints of an earlier run ({first}); {go_on} its stage-* folders."
+            )
         if lost := sorted(set(_tasks_in(self.path, sealed_only=True)) - set(sealed)):
             raise ValueError(
                 f"'{self.path}' holds a model that has learnt {', '.join(lost)}, which this run's model has not and which "
-                f"would be lost; {go_on}."
+                f"would be lost; {go_on} it."
             )
         for checkpoint in done if self.writes else ():
             shutil.rmtree(checkpoint)
         self._sweep()
+
+    def go_back(self, checkpoint: "RunFolder") -> None:
+        """From here on the folder describes a run that is at one of its own checkpoints: no later ones are left.
+
+        Else a resume would pick up what was learnt before, the next time that the run is cut off.
+        """
+        place, stage = step_of(checkpoint.path), stage_of(checkpoint.path)
+        for other in self._checkpoints() if self.writes else ():
+            if (stage_of(other), step_of(other) or 0) > (stage, place):
+                shutil.rmtree(other)
+
+    def forget_checkpoints(self) -> None:
+        """Removes all checkpoints, as of a model that has lost a task, which no run could go on from."""
+        for checkpoint in self._checkpoints() if self.writes else ():
+            shutil.rmtree(checkpoint)
+
+    def _checkpoints(self) -> list[Path]:
+        found = sorted(self.path.glob(f"stage-*/{PREFIX_CHECKPOINT_DIR}-*"))
+        return [path for path in found if step_of(path) is not None and stage_of(path) is not None]
 
     def _sweep(self) -> None:
         """Removes what a kill left of a save that never came to its end."""
@@ -90,7 +120,7 @@ class RunFolder:
         Raises:
             ValueError: a folder that holds no run, or a checkpoint that was cut off.
         """
-        if self._is_checkpoint():
+        if self.is_checkpoint():
             if not is_whole(self.path):
                 raise ValueError(
                     f"'{self.path}' is no whole checkpoint (no trainer_state.json); give the run's folder instead."
@@ -131,8 +161,23 @@ def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint of a stage; one that a kill cut off while it was written does not count."""
     if not folder.is_dir():
         return None
-    found = [path for path in folder.iterdir() if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") and is_whole(path)]
-    return str(max(found, key=lambda path: int(path.name.rsplit("-", 1)[1]))) if found else None
+    found = [path for path in folder.iterdir() if step_of(path) is not None and is_whole(path)]
+    return str(max(found, key=step_of)) if found else None
+
+
+def step_of(path: str | Path) -> int | None:
+    """The step of a checkpoint, by its name; None if it is none, such as a copy that somebody kept."""
+    return _number_in(Path(path), PREFIX_CHECKPOINT_DIR)
+
+
+def stage_of(checkpoint: Path) -> int | None:
+    """The level of the stage whose folder a checkpoint is in; None if it is in no stage's."""
+    return _number_in(checkpoint.parent, "stage")
+
+
+def _number_in(path: Path, before: str) -> int | None:
+    match = re.fullmatch(rf"{before}-(\d+)", path.name)
+    return int(match[1]) if match else None
 
 
 def is_whole(checkpoint: Path) -> bool:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import it misses an optional kernel
     try:
         if args.command == "generate":  # argparse gives prompts that follow an option to nobody
-            while rest and not rest[0].startswith("--"):
+            while rest and not rest[0].startswith("-"):
                 args.prompt.append(rest.pop(0))
         if args.command == "serve":
             return commands.serve(args.model, rest)
@@ -39,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from .doctor import doctor
 
             return doctor()
+        _check_counts(args)
         if args.command == "plan":
             _check_plan(args)
         overrides = _overrides(rest)
@@ -51,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hft: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nhft: stopped; `hft train ... --resume` goes on from the last checkpoint.", file=sys.stderr)
+        more = "; `hft train ... --resume` goes on from the last checkpoint" if args.command == "train" else ""
+        print(f"\nhft: stopped{more}.", file=sys.stderr)
         return 130
     return 0
 
@@ -145,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--task", action="append", help="only this task; may be repeated")
     evaluate.add_argument("--samples", type=int, help="rows a task, instead of the recipe's eval_samples")
     evaluate.add_argument("--batch_size", type=int, default=16)
-    evaluate.add_argument("--out", help="write the scores to this JSON file")
+    evaluate.add_argument("--out", type=Path, help="write the scores to this JSON file")
 
     report = add("report", help="one HTML page of a run, with its pictures, and who helps whom")
     report.add_argument(
@@ -165,15 +167,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_counts(args: argparse.Namespace) -> None:
+    """Raises ValueError for a number of something that is below 1."""
+    for name in ("batch_size", "max_new_tokens", "max_parents", "rows", "samples", "steps"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be 1 or more.")
+
+
 def _check_plan(args: argparse.Namespace) -> None:
     """Whether the options of `hft plan` go together, before anything is measured.
 
     Raises:
         ValueError: a number out of its range, or an option that would be ignored.
     """
-    for name in ("steps", "rows", "max_parents"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be 1 or more.")
     for name, why in (("backbone", "it has one"), ("yaml", "for its tasks no recipe is written")):
         if args.model is not None and getattr(args, name) is not None:
             raise ValueError(f"--{name} does not go with --model: {why}; leave one of them out.")

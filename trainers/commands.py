@@ -48,6 +48,11 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     trainer.create_model_card()
     if not is_main:
         return
+    if "stopped" in output.metrics:
+        print(
+            f"Stopped at step {output.metrics['stopped']} of {trainer.stage}; `hft train ... --resume` goes on from there."
+        )
+        return
     print(
         f"{output.global_step} steps in {output.metrics['train_runtime']:.0f} s; the model is in {config.output_dir}"
     )
@@ -90,10 +95,10 @@ def plan(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
 
 def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
-    from transformers import AutoTokenizer
-
     import hft
+    from hft.files_hft import check_writable
 
+    from .loading import load_tokenizer
     from .recipe_data import load_task
     from .task_data import tokenize_rows
 
@@ -105,7 +110,8 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
         raise ValueError(
             f"'{args.model}' has no sealed task of the recipe's ({', '.join(own)}); is it another model's?"
         )
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    check_writable(args.model)
+    tokenizer = load_tokenizer(args.model)
     data = {}
     for task in tasks:
         config.sealed_task(task)
@@ -124,92 +130,9 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
 
 def export(args: argparse.Namespace, _: dict[str, Any]) -> None:
-    from transformers import AutoTokenizer
+    from .export_command import export_tasks
 
-    import hft
-    from hft.hierarchy_hft import BACKBONE
-
-    from .export import check_free, write_serving_notes
-
-    if args.all == (args.task is not None):
-        raise ValueError("Give one task by --task, or --all.")
-    if args.all and (args.merged or args.to == "merged"):
-        raise ValueError("--all writes LoRAs; a merged model is written for one --task at a time.")
-    if args.merged and args.to != "gguf":
-        raise ValueError("--merged goes with --to gguf; a whole model for transformers is --to merged.")
-    is_gguf_backbone = args.to == "gguf" and (args.all or args.task == BACKBONE)
-    is_whole = args.to == "merged" or args.merged
-    if args.onto != "backbone" and not (is_whole or is_gguf_backbone):
-        raise ValueError("--onto says what a whole model is merged onto; a LoRA is merged onto nothing. Leave it out.")
-    if args.max_rank is not None and (is_whole or args.task == BACKBONE):
-        raise ValueError("--max_rank cuts a LoRA, and a whole model has none. Leave it out.")
-    config, _gates = hft.read_gates(args.model)
-    check_free(args.out, None if args.all else args.to)  # before anything is loaded
-    if args.task is not None and (args.to, args.task) != ("gguf", BACKBONE):
-        config.hierarchy().check(args.task)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
-    model = _load(args.model, args.load_in_4bit)
-    tasks, reports = model.hierarchy.names, []
-    for task in [args.task] if not args.all else [BACKBONE, *tasks] if args.to == "gguf" else tasks:
-        folder = args.out / task if args.all else args.out
-        report, what = _export_one(args, model, tokenizer, task, folder)
-        reports.append(report)
-        print(f"{folder}: {task}, {what}; read again: {_agreement(report)}")
-        if "llama_cpp" in report:
-            print(f"  in llama.cpp: {_agreement(report['llama_cpp'])}")
-    if args.all and args.to == "gguf":
-        from .gguf_export import write_llama_notes
-
-        write_llama_notes(args.out, config.backbone, tasks)
-    elif args.all:
-        write_serving_notes(args.out, config.backbone, tasks, [report["rank"] for report in reports])
-    if args.all:
-        print(f"How to serve them: {args.out / 'README.md'}")
-
-
-def _export_one(args: argparse.Namespace, model: Any, tokenizer: Any, task: str, folder: Path) -> tuple[dict, str]:
-    """One task in one form: its report, and what was written in words."""
-    from hft.hierarchy_hft import BACKBONE
-
-    from .export import export_merged, export_peft
-
-    if args.to == "merged":
-        return export_merged(model, tokenizer, task, folder, args.onto), f"merged onto the {args.onto}"
-    if args.to == "peft":
-        report = export_peft(model, tokenizer, task, folder, args.max_rank)
-        what = f"rank {report['path_rank']} in {report['rank']}"
-    else:
-        try:
-            from .gguf_export import export_gguf_lora, export_gguf_model
-        except ImportError as error:
-            raise ImportError(
-                f"`--to gguf` needs the package gguf: pip install 'modeling-hft[gguf]' ({error})."
-            ) from error
-        if args.merged or task == BACKBONE:
-            report = export_gguf_model(model, tokenizer, task, folder, args.onto)
-            return report, f"a whole model in {report['dtype'].removeprefix('torch.')}, on the {args.onto}"
-        backbone = args.out / BACKBONE / f"{BACKBONE}.gguf" if args.all else None
-        report = export_gguf_lora(model, tokenizer, task, folder, args.max_rank, backbone)
-        what = f"a LoRA of rank {report['rank']}"
-    return report, what + (f", cut with an error of {report['svd_error']:.3f}" if report["svd_error"] else "")
-
-
-def _agreement(report: dict[str, Any]) -> str:
-    return (
-        f"logits differ by {report['max_difference']:.3g}, KL {report['kl']:.2g}, "
-        f"same first choice at {100 * report['top1']:.1f} % of positions"
-    )
-
-
-def _load(model: str, load_in_4bit: bool):
-    from transformers import BitsAndBytesConfig
-
-    import hft
-
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
-    return hft.HFTForCausalLM.from_pretrained(
-        model, quantization_config=nf4 if load_in_4bit else None, device_map="auto"
-    )
+    export_tasks(args)
 
 
 def merge(args: argparse.Namespace, _: dict[str, Any]) -> None:
@@ -229,16 +152,19 @@ def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
     from hft.slim_hft import files_left
 
+    from .checkpoints import RunFolder
+    from .loading import load_model
     from .model_card import renew_model_card
     from .run_record import RunRecord
 
     config, _gates = hft.read_gates(args.model)
     config.hierarchy().check(args.task)
-    model = _load(str(args.model), load_in_4bit=False)
+    model = load_model(args.model)
     removed = model.remove_task(args.task, cascade=args.cascade)
     model.save_pretrained(args.model)
     for path in files_left(args.model, model.config):
         (args.model / path).unlink()  # after the config, which no longer names it
+    RunFolder(args.model).forget_checkpoints()  # they hold what was removed
     renew_model_card(args.model, RunRecord.load(args.model).without(removed))
     print(f"Removed {', '.join(removed)}; {len(model.config.tasks)} tasks are left in {args.model}")
 
@@ -272,6 +198,7 @@ def serve(model: str, rest: Sequence[str]) -> int:
 
 
 def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from hft.files_hft import check_writable
     from hft.hierarchy_hft import BACKBONE
 
     from .evaluation import mean_and_error, score_task
@@ -279,6 +206,10 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from .recipe_data import test_set
     from .run_record import write_json
 
+    if args.out is not None:
+        if args.out.is_dir():
+            raise ValueError(f"--out is '{args.out}', a folder; name a file in it.")
+        check_writable(args.out.parent)  # now, not after all has been measured
     recipe, model, tokenizer, tasks = _with_recipe(args)
     results = {}
     for task in args.task or ():
@@ -297,12 +228,13 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
         results[task] = {"rows": len(data.rows), "metric": metric_name(data.score), **cells}
         shown = [f"{cells[column]:.1f} ± {cells[f'{column}_se']:.1f}" for column in columns]
         print(f"{task:<16}{len(data.rows):>6}" + "".join(text.rjust(16) for text in shown), flush=True)
-    if args.out:
-        write_json(Path(args.out), {"model": args.model, "split": args.split, "tasks": results})
+    if args.out is not None:
+        write_json(args.out, {"model": args.model, "split": args.split, "tasks": results})
 
 
 def report(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
+    from hft.files_hft import check_writable
 
     from .interference import advice
     from .report import write_report
@@ -310,6 +242,7 @@ def report(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
     config, gates = hft.read_gates(args.model)
     record = RunRecord.load(args.model)
+    check_writable(args.model)
     if args.recipe is not None:
         _measure(args, record)
         record.save(args.model)
@@ -343,9 +276,9 @@ def _measure(args: argparse.Namespace, record: Any) -> None:
 
 def _with_recipe(args: argparse.Namespace) -> tuple[Any, Any, Any, list[str]]:
     """The recipe of the data, the model, its tokenizer, and those of its tasks that the recipe describes."""
-    from transformers import AutoTokenizer
-
     import hft
+
+    from .loading import load_tokenizer
 
     recipe = _recipe_of(args)
     model = hft.HFTForCausalLM.from_pretrained(
@@ -354,7 +287,7 @@ def _with_recipe(args: argparse.Namespace) -> tuple[Any, Any, Any, list[str]]:
     tasks = [task for task in model.hierarchy.names if task in recipe.tasks()]
     if not tasks:
         raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")
-    return recipe, model, AutoTokenizer.from_pretrained(args.model, trust_remote_code=False), tasks
+    return recipe, model, load_tokenizer(args.model), tasks
 
 
 def _recipe_of(args: argparse.Namespace) -> Any:
@@ -369,16 +302,15 @@ def _recipe_of(args: argparse.Namespace) -> Any:
 
 
 def generate(args: argparse.Namespace, _: dict[str, Any]) -> None:
-    from transformers import AutoTokenizer
-
     from hft.hierarchy_hft import BACKBONE
 
     from .evaluation import generate_answers
+    from .loading import load_model, load_tokenizer
 
-    model = _load(args.model, args.load_in_4bit)
+    model = load_model(args.model, args.load_in_4bit)
     if args.task not in (None, BACKBONE):
         model.hierarchy.check(args.task)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+    tokenizer = load_tokenizer(args.model)
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ValueError("There is no prompt: give one as an argument, or one a line on standard input.")

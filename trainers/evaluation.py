@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.hierarchy_hft import BACKBONE
 
-from .metrics import OPTIONS, Metric, Row, exact_match, reference
+from .metrics import OPTIONS, Metric, Row, exact_match, find_metric, reference
 
 
 Messages = Sequence[Mapping[str, str]]
@@ -22,14 +22,21 @@ class EvalSet:
 
     Args:
         rows: prompt-completion rows, as TRL takes them: strings, or lists of messages.
-        score: an answer and its row -> a number from 0 to 1; or `OPTIONS`, to choose the likeliest of each row's "options"
-            instead of generating. See `find_metric`.
+        score: an answer and its row -> a number from 0 to 1, or the name of one, see `find_metric`; `OPTIONS` chooses the
+            likeliest of each row's "options" instead of generating.
         max_new_tokens: where an answer is cut off.
+
+    Raises:
+        ValueError: an unknown metric.
     """
 
     rows: Sequence[Row]
     score: Metric | str = exact_match
     max_new_tokens: int = 16
+
+    def __post_init__(self):
+        if isinstance(self.score, str):
+            object.__setattr__(self, "score", find_metric(self.score))
 
 
 @torch.inference_mode()

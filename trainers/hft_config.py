@@ -91,13 +91,32 @@ class HFTTrainingConfig(SFTConfig):
             ("load_best_model_at_end", self.load_best_model_at_end),
             ("metric_for_best_model", self.metric_for_best_model is not None),
             ("save_strategy='best'", self.save_strategy == "best"),
-            ("lr_scheduler_type='reduce_lr_on_plateau'", self.lr_scheduler_type == "reduce_lr_on_plateau"),
+            *(
+                (f"lr_scheduler_type={its!r}", self.lr_scheduler_type == its)
+                for its in ("reduce_lr_on_plateau", "greedy")
+            ),
         ):
             if given:
                 raise ValueError(
                     f"`{name}` is not supported: each stage evaluates other tasks, so no one metric could choose for all of "
                     "them. To stop early, set `mastery_patience` or `mastery_accuracy`."
                 )
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of 1 or more.")
+        if not isinstance(self.max_steps, int):
+            raise ValueError(
+                f"`max_steps` is {self.max_steps!r}; it must be a whole number (-1: as many as there are)."
+            )
+        for name in ("learning_rate", "gate_learning_rate", "num_train_epochs"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` is {value!r}; it must be a number of 0 or more.")
+        if self.has_mastery() and self.fp16:
+            raise ValueError(
+                "`fp16` does not go with `mastery_accuracy` or `mastery_patience`: its scaler cannot pass over the steps of "
+                "a task that has left. Train in bf16 or float32, or without mastery."
+            )
         if self.mastery_accuracy is not None and not 0 < self.mastery_accuracy <= 1:
             raise ValueError(f"`mastery_accuracy` is {self.mastery_accuracy}; it must be above 0 and at most 1.")
         if self.mastery_patience is not None and self.mastery_patience < 1:
@@ -109,6 +128,8 @@ class HFTTrainingConfig(SFTConfig):
         for name in TASK_LISTS:
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; give a list of tasks.")
+            if getattr(self, name) is not None:
+                setattr(self, name, list(getattr(self, name)))  # as it comes back from a file
         if self.task_learning_rates and not self.learning_rate > 0:
             raise ValueError(
                 f"`learning_rate` is {self.learning_rate}; with `task_learning_rates` it must be above 0."

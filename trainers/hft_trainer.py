@@ -32,6 +32,7 @@ from .stages import HFTStages
 from .task_data import (
     OneTaskCollator,
     TaskDatasets,
+    alone,
     check_messages,
     is_tagged,
     learnable,
@@ -129,6 +130,12 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
                 eval_dataset=eval_sets or None,
                 **kwargs,
             )
+        for task in self._train_sets if args.rank_tolerance is not None else ():
+            if (left := len(alone(self.eval_dataset[task]))) < 2:
+                raise ValueError(
+                    f"`rank_tolerance` needs two rows or more of task {task!r} in `eval_dataset`, and {left} is left when "
+                    "they are prepared; give more, or raise `max_length`."
+                )
         self.data_collator = OneTaskCollator(self.data_collator)
         self._compiled: CompiledDecoder | None = None
         if args.torch_compile:

@@ -106,9 +106,9 @@ def advice(
             points = f"{abs(found['drop']):.1f} ± {found['drop_se']:.1f}"
             if found["gate"] == 0:
                 said.append(f"{task} lets nothing of {what} in.")
-            elif found["drop"] > 2 * found["drop_se"] > 0:
+            elif found["drop"] > 2 * found["drop_se"]:
                 said.append(f"{task} rests on {what}: without it, it loses {points} points.")
-            elif -found["drop"] > 2 * found["drop_se"] > 0:
+            elif -found["drop"] > 2 * found["drop_se"]:
                 said.append(
                     f"{what} is in the way of {task}, which gains {points} points without it: refresh its gates "
                     "(`hft refresh`)."

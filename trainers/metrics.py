@@ -57,6 +57,10 @@ def _reasoning_gym(family: str) -> Metric:
     score = get_score_answer_fn(family)
 
     def full_marks(answer: str, row: Row) -> float:
+        if "entry" not in row:
+            raise ValueError(
+                f"The metric reasoning_gym:{family} reads the column `entry`, which a row lacks (it has {', '.join(row)})."
+            )
         return float(score(answer.strip(), row["entry"]) >= 0.99)
 
     return full_marks
@@ -103,4 +107,6 @@ def find_metric(name: str) -> Metric | str:
 
 def metric_name(metric: Metric | str) -> str:
     """How a metric is called in tables."""
-    return metric if isinstance(metric, str) else metric.__name__.replace("_", " ")
+    if isinstance(metric, str):
+        return metric
+    return getattr(metric, "__name__", type(metric).__name__).replace("_", " ")

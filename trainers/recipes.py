@@ -263,7 +263,7 @@ def _find(path: str | os.PathLike) -> Path:
 
 
 def _as_meant(key: str, value: Any, its_type: Any) -> Any:
-    """YAML 1.1 reads 1e-3 (without a dot) as a string, and the words no and off as false."""
+    """YAML 1.1 reads 1e-3 (without a dot) as a string, the words no and off as false, and text of digits as a number."""
     if value is False and key.endswith("_strategy"):
         return "no"
     if key == "memory_config" and isinstance(value, dict) and value.get("read") is False:
@@ -271,6 +271,8 @@ def _as_meant(key: str, value: Any, its_type: Any) -> Any:
     if key in TASK_NUMBERS and isinstance(value, dict):
         return {task: _as_meant(f"{key}[{task!r}]", number, float) for task, number in value.items()}
     wanted = set(typing.get_args(its_type) or [its_type]) - {type(None)}
+    if wanted == {str} and type(value) in (int, float):  # a folder may be called 2024
+        return str(value)
     if not isinstance(value, str) or wanted not in ({float}, {int}):
         return value
     with contextlib.suppress(ValueError):

@@ -36,7 +36,9 @@ def learn_routes(
         found = prompts_of(train_sets[task], tokenizer, count)
         prompts = [list(prompt) for prompt in dict.fromkeys(map(tuple, found))]  # each once
         if len(prompts) < 2:
-            logger.warning(f"The rows of task {task!r} have no prompts, so the router does not learn to know it.")
+            logger.warning(
+                f"Of task {task!r} there are fewer than two different prompts, so the router does not learn to know it."
+            )
             continue
         model.add_routes(task, prompts)
 

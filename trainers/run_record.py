@@ -151,12 +151,20 @@ class RunRecord:
 
     def matrix(self) -> list[dict[str, float]]:
         """The task-by-stage matrix of scores, see `transfer`; only the stages that were scored."""
-        rows = [stage["scores"] for stage in self.stages if stage.get("scores")]
-        return [{task: score["score"] for task, score in row.items()} for row in rows]
+        return [{task: score["score"] for task, score in row.items()} for row in self._scores()]
 
     def last_scores(self) -> dict[str, dict[str, Any]]:
         """What tasks scored after the last stage that was tested; empty if none was."""
-        return next((stage["scores"] for stage in reversed(self.stages) if stage.get("scores")), {})
+        return (self._scores() or [{}])[-1]
+
+    def _scores(self) -> list[dict[str, Score]]:
+        """After each stage that was scored: all tasks that ever were, since what is sealed goes on scoring the same."""
+        rows, known = [], {}
+        for stage in self.stages:
+            if scores := stage.get("scores"):
+                known = {**known, **scores}
+                rows.append(known)
+        return rows
 
     def measures(self) -> dict[str, float]:
         """Average performance, forgetting, backward and forward transfer, in points; empty without a matrix."""

@@ -25,15 +25,19 @@ from .trackers import begin_stage, show_picture
 class HFTSharing:
     """The part of `HFTTrainer` that writes down and hands on what came out."""
 
-    def _begin_record(self, folder: Path, resumes: bool) -> None:
+    def _begin_record(self, folder: Path, resumes: bool, within_stage: bool = False) -> None:
         """Before the first stage; a resumed run goes on with what its folder holds, a model that grows with its past."""
         sealed = self.model.config.sealed_tasks()
         self.record = RunRecord.load(folder) if resumes or sealed else RunRecord()
         if not resumes:
             self.record = self.record.past_of(sealed)
+        # Of a run that went back to an earlier checkpoint, later stages are no longer there.
+        self.record.stages = [stage for stage in self.record.stages if set(stage["tasks"]) <= set(sealed)]
         args = self.args.to_dict()  # enums as text
         budget = {name: args[name] for name in BUDGET if args[name] is not None}
-        for name in ("page_tasks", "task_learning_rates"):
+        # A stage that is resumed goes on at the rates that its optimizer was saved with.
+        rates = ("learning_rate", "gate_learning_rate") if within_stage else ()
+        for name in ("page_tasks", "task_learning_rates", *rates):
             now, before = budget.get(name), self.record.budget.get(name)
             if self.record.budget and now != before:
                 raise ValueError(
@@ -99,7 +103,7 @@ class HFTSharing:
         Args:
             commit_message: of the commit.
             token: to use instead of `args.hub_token`.
-            kwargs: `revision`.
+            kwargs: `revision`; `args.hub_revision` by default.
 
         Returns:
             The commit's address.
@@ -120,7 +124,7 @@ class HFTSharing:
                 commit_message,
                 self.args.hub_private_repo,
                 token or self.args.hub_token,
-                kwargs.get("revision"),
+                kwargs.get("revision") or self.args.hub_revision,
             )
         return str(commit)
 

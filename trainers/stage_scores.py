@@ -62,12 +62,17 @@ class StageScores:
 
 
 def check_sets(sets: Mapping[str, EvalSet], known: Sequence[str]) -> None:
-    """Raises ValueError for a test set of an unknown task, or an empty one."""
+    """Raises ValueError for a test set of an unknown task, an empty one, or one of rows in another form."""
     for task, data in sets.items():
         if task not in known:
             raise ValueError(f"`test_sets` has rows of the unknown task {task!r}. {nearest(task, known)}")
         if not data.rows:
             raise ValueError(f"`test_sets[{task!r}]` is empty; leave it out, or give it rows.")
+        if missing := [key for key in ("prompt", "completion") if key not in data.rows[0]]:
+            raise ValueError(
+                f"A row of `test_sets[{task!r}]` lacks {missing[0]!r} (it has {', '.join(data.rows[0])}); give "
+                "prompt-completion rows."
+            )
 
 
 def in_words(scores: Mapping[str, Mapping[str, Any]]) -> str:

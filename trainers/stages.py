@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hft.trimmed_hft import HFTTrim
 
-from .checkpoints import RunFolder
+from .checkpoints import RunFolder, last_checkpoint, step_of
 from .curriculum import Mastery, Stage, open_stages
 from .routes import learn_routes
 from .task_data import alone
@@ -33,12 +33,17 @@ class HFTStages:
                 (from the start if nothing was saved); a string names another run's folder or one checkpoint in it. Tasks
                 without a checkpoint start as they are in this model: build it with the same seed.
 
+        A callback that stops the training stops the run: the stage is kept as a checkpoint to resume from, and not sealed.
+        (Tasks that have learnt enough leave a stage by `mastery_accuracy` or `mastery_patience`.)
+
         Returns:
-            Steps and mean loss over all stages; `metrics` with the seconds.
+            Steps and mean loss over all stages; `metrics` with the seconds, and, of a run that was stopped, the step of the
+            last stage at which it was.
 
         Raises:
             ValueError: a folder to resume from that holds no run, or an `output_dir` that holds another run's checkpoints or
-                a model with learnt tasks that this one has not; or a task that was added after this trainer was made.
+                a model with learnt tasks that this one has not; a task that was added after this trainer was made; a stage
+                without steps; or a task that has learnt numbers that are not finite.
         """
         checkpoint, own = None, RunFolder(self._root, self.args.should_save)
         run = own
@@ -47,6 +52,10 @@ class HFTStages:
             source = RunFolder(path, self.args.should_save)
             run = source.run()
             checkpoint = source.restore(self.model, is_own=run.is_same(own))
+            if run.is_same(own) and source.is_checkpoint():
+                self.accelerator.wait_for_everyone()  # all have read it
+                own.go_back(source)
+                self.save_model(_internal_call=True)
         if not (resume_from_checkpoint and run.is_same(own)):
             own.begin(self.model.config.sealed_tasks())
             self.save_model(_internal_call=True)
@@ -56,17 +65,30 @@ class HFTStages:
             raise ValueError(
                 f"The task {missing[0]!r} was added after this trainer was made; make a new one with its data."
             )
-        outputs = []
-        self._begin_record(run.path, resumes=bool(resume_from_checkpoint))
-        for stage in open_stages(self.model.hierarchy, config.sealed_tasks()):
+        stages, outputs = open_stages(self.model.hierarchy, config.sealed_tasks()), []
+        for stage in stages:
+            self._check_steps(stage)
+        self._begin_record(run.path, bool(resume_from_checkpoint), within_stage=checkpoint is not None)
+        for stage in stages:
+            if outputs:
+                self._watch_for_signals()
             outputs.append(self._train_stage(stage, checkpoint, **kwargs))
             checkpoint = None
+            if "stopped" in outputs[-1].metrics:
+                logger.warning(
+                    f"{stage} was stopped at step {outputs[-1].global_step}; a resumed run goes on from there."
+                )
+                break
+        if self.args.push_to_hub and not stages:
+            self.push_to_hub()  # what a resumed run could not before
         steps = sum(output.global_step for output in outputs)
         loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
         seconds = sum(output.metrics["train_runtime"] for output in outputs)
         metrics = {"train_runtime": seconds, "train_loss": loss, "stages": len(outputs)}
         if self.args.has_mastery():
-            metrics["saved_steps"] = sum(output.metrics["saved_steps"] for output in outputs)
+            metrics["saved_steps"] = sum(output.metrics.get("saved_steps", 0) for output in outputs)
+        if outputs and "stopped" in outputs[-1].metrics:
+            metrics["stopped"] = outputs[-1].metrics["stopped"]
         return TrainOutput(steps, loss, metrics)
 
     def _train_stage(self, stage: Stage, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
@@ -91,12 +113,18 @@ class HFTStages:
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
         try:
             output = self._learn(checkpoint, **kwargs)
+            is_stopped = self.state.global_step < self._num_steps() and not self.mastery.all_mastered()
+            if is_stopped:
+                self._keep_checkpoint()
         finally:
             for name, value in changed.items():
                 setattr(self.args, name, value)
             self.eval_dataset = all_eval_sets
             self.model.forward = forward
             vars(self.model).pop("_original_forward", None)
+        if is_stopped:
+            output.metrics["stopped"] = self.state.global_step
+            return output
         if self.args.has_mastery():
             turns = self._get_train_sampler().turns_after
             saved = {
@@ -121,6 +149,11 @@ class HFTStages:
         """TRL's training of the stage, or what is left of it after a checkpoint: nothing, if that was its last."""
         if checkpoint is None:
             return super().train(**kwargs)
+        if not any(Path(checkpoint).glob("optimizer*")):
+            logger.warning(
+                f"'{checkpoint}' has no optimizer's state (`save_only_model`): its optimizer begins anew, so "
+                "the result is not that of an uninterrupted run."
+            )
         state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         for logs in state.log_history:
             self.mastery.observe_log(logs)
@@ -132,6 +165,34 @@ class HFTStages:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         # The Trainer divides what was lost since by all steps.
         return output._replace(training_loss=mean_loss(self.state.log_history) or output.training_loss)
+
+    def _keep_checkpoint(self) -> None:
+        """What a stage that was stopped goes on from, if it was not saved at this step."""
+        found = last_checkpoint(Path(self.args.output_dir))
+        if self.state.global_step and (found is None or step_of(found) != self.state.global_step):
+            self._save_checkpoint(self.model, trial=None)
+
+    def _watch_for_signals(self) -> None:
+        """transformers' `enable_jit_checkpoint` stops to listen when a training, here a stage, has ended."""
+        for callback in self.callback_handler.callbacks:
+            if manager := getattr(callback, "jit_manager", None):
+                manager.setup_signal_handler()
+
+    def _check_steps(self, stage: Stage) -> None:
+        """Warns of tasks of a stage that take no step before they are sealed for good; refuses a stage without any."""
+        self.stage = stage
+        steps = self._num_steps()
+        if steps < 1:
+            raise ValueError(
+                f"{stage} has no steps (`num_train_epochs` is {self.args.num_train_epochs}), and its tasks would be sealed "
+                "for good without having learnt anything; raise it, or set `max_steps`."
+            )
+        turns = self._sampler.turns_after(0, steps)
+        if idle := [task for task in stage.tasks if task not in turns]:
+            logger.warning(
+                f"{stage} has {steps} steps, and none of them is of {', '.join(idle)}, sealed for good without having "
+                "learnt anything: raise `max_steps`, unless this is but a try."
+            )
 
     def _num_steps(self) -> int:
         sampler = self._get_train_sampler()

@@ -79,9 +79,18 @@ def open_sets(sets: Mapping[str, Dataset], open_tasks: Sequence[str]) -> dict[st
 
 
 def tag_rows(dataset: Dataset, task_id: int) -> Dataset:
-    """Tokenised rows with their task's id in a column `task`, in one layout for all tasks, so that they concatenate."""
+    """Tokenised rows with their task's id in a column `task`, in one layout for all tasks, so that they concatenate.
+
+    Raises:
+        ValueError: rows with masks that nobody has made labels of.
+    """
     columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
     if "labels" not in columns:
+        if masks := [name for name in ("completion_mask", "assistant_masks") if name in dataset.column_names]:
+            raise ValueError(
+                f"Tokenised rows have the column {masks[0]!r} and no 'labels', so whole rows, prompts included, would be "
+                "learnt; give 'labels', with -100 where nothing is to be learnt."
+            )
         dataset = dataset.map(lambda row: {"labels": row["input_ids"]})
         columns.append("labels")
     dataset = dataset.select_columns(columns).add_column("task", [task_id] * len(dataset))

@@ -1,0 +1,289 @@
+"""Runs that are stopped from outside, go back, or are asked for what would seal tasks that have learnt nothing."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+
+import hft
+from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers.checkpoints import RunFolder, last_checkpoint
+from hft.trainers.evaluation import EvalSet
+from hft.trainers.interference import advice
+from hft.trainers.metrics import metric_name
+from hft.trainers.run_record import RunRecord, as_score
+
+from .test_resume import TREE, learnt
+from .test_trainer import Kill, make, rows
+from .tiny import bits
+
+
+class Stop(TrainerCallback):
+    """Stops a training as a time limit would, at one step of one stage."""
+
+    def __init__(self, trainer, level: int, step: int):
+        self.trainer, self.level, self.step = trainer, level, step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if (self.trainer.stage.level, state.global_step) == (self.level, self.step):
+            control.should_training_stop = True
+
+
+@pytest.mark.parametrize(("level", "step"), [(1, 1), (1, 2), (2, 3)])
+def test_a_stopped_stage_is_not_sealed_and_goes_on(backbones, tokenizer, tmp_path, level, step):
+    """Whether its last step was saved or not; and no later stage begins."""
+    whole = make(backbones, tokenizer, tmp_path / "whole", TREE)
+    whole.train()
+    stopped = make(backbones, tokenizer, tmp_path / "cut", TREE)
+    stopped.add_callback(Stop(stopped, level, step))
+    output = stopped.train()
+    assert output.metrics["stopped"] == step
+    assert stopped.model.config.sealed_tasks() == ["a", "b"][: level - 1]
+    assert hft.HFTConfig.from_pretrained(tmp_path / "cut").sealed_tasks() == ["a", "b"][: level - 1]
+    assert last_checkpoint(tmp_path / f"cut/stage-{level}").endswith(f"checkpoint-{step}")
+    resumed = make(backbones, tokenizer, tmp_path / "cut", TREE)
+    output = resumed.train(resume_from_checkpoint=True)
+    assert "stopped" not in output.metrics and learnt(resumed) == learnt(whole)
+
+
+def test_a_signal_is_heard_in_each_stage(backbones, tokenizer, tmp_path):
+    """transformers' own checkpoint on SIGTERM, as batch systems send it."""
+    whole = make(backbones, tokenizer, tmp_path / "whole", TREE)
+    whole.train()
+    trainer = make(backbones, tokenizer, tmp_path / "cut", TREE, enable_jit_checkpoint=True)
+    (manager,) = [c.jit_manager for c in trainer.callback_handler.callbacks if hasattr(c, "jit_manager")]
+    armed = []
+    setup = manager.setup_signal_handler
+    manager.setup_signal_handler = lambda: (armed.append(trainer.stage.level), setup())
+
+    class Send(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if (trainer.stage.level, state.global_step) == (2, 1):
+                manager.is_checkpoint_requested = True  # what the handler does some seconds after the signal
+
+    trainer.add_callback(Send())
+    assert trainer.train().metrics["stopped"] in (1, 2) and armed == [1]
+    assert trainer.model.config.sealed_tasks() == ["a"]
+    resumed = make(backbones, tokenizer, tmp_path / "cut", TREE)
+    resumed.train(resume_from_checkpoint=True)
+    assert learnt(resumed) == learnt(whole)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoint-final"])
+def test_a_run_may_be_called_as_checkpoints_are(backbones, tokenizer, tmp_path, name):
+    trainer = make(backbones, tokenizer, tmp_path / name, TREE)
+    trainer.add_callback(Kill(3, "step"))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    kept = tmp_path / name / "stage-1/checkpoint-2"
+    shutil.copytree(kept, kept.with_name("checkpoint-2-backup"))
+    resumed = make(backbones, tokenizer, tmp_path / name, TREE)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.model.config.sealed_tasks() == ["a", "b"]
+
+
+@pytest.mark.parametrize("cut", [("_train_stage", 1), ("_train_stage", 2)])
+def test_a_run_that_went_back_never_meets_what_it_had_learnt_before(backbones, tokenizer, tmp_path, cut):
+    """Redone from a checkpoint with other data, and cut off again: within that stage, and before the next one's first."""
+    train = {"a": rows(1), "b": rows(2)}
+    other = {"a": rows(5), "b": rows(6)}
+    options = {"num_train_epochs": 3}
+    make(backbones, tokenizer, tmp_path / "run", TREE, train, **options).train()
+    shutil.copytree(tmp_path / "run", tmp_path / "whole")
+    back = "stage-1/checkpoint-2"
+    whole = make(backbones, tokenizer, tmp_path / "whole", TREE, other, **options)
+    whole.train(resume_from_checkpoint=str(tmp_path / "whole" / back))
+
+    again = make(backbones, tokenizer, tmp_path / "run", TREE, other, **options)
+
+    class Cut(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if (again.stage.level, state.global_step) == ((1, 3) if cut[1] == 1 else (2, 1)):
+                raise KeyboardInterrupt
+
+    again.add_callback(Cut())
+    with pytest.raises(KeyboardInterrupt):
+        again.train(resume_from_checkpoint=str(tmp_path / "run" / back))
+    record = RunRecord.load(tmp_path / "run")
+    assert [stage["tasks"] for stage in record.stages] == [["a"]][: cut[1] - 1]
+    resumed = make(backbones, tokenizer, tmp_path / "run", TREE, other, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert learnt(resumed) == learnt(whole)
+
+
+def test_tasks_that_take_no_step_are_named_and_a_stage_without_any_is_refused(backbones, tokenizer, tmp_path, caplog):
+    trainer = make(backbones, tokenizer, tmp_path / "0", {"a": [], "e": []}, num_train_epochs=0)
+    with pytest.raises(ValueError, match=re.escape("stage 1/1: a, e has no steps (`num_train_epochs` is 0), and its")):
+        trainer.train()
+    assert trainer.model.config.sealed_tasks() == []
+    with caplog.at_level("WARNING"):
+        make(backbones, tokenizer, tmp_path / "1", {"a": [], "e": []}, max_steps=1).train()
+    assert "stage 1/1: a, e has 1 steps, and none of them is of e, sealed for good" in caplog.text
+
+
+def test_what_diverged_is_not_sealed(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path, TREE)
+
+    class Diverge(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            with torch.no_grad():
+                next(iter(trainer.model.task_parameters("a").values())).fill_(torch.nan)
+
+    trainer.add_callback(Diverge())
+    with pytest.raises(ValueError, match=r"Task 'a' has learnt numbers that are not finite .* its training diverged"):
+        trainer.train()
+    assert trainer.model.config.sealed_tasks() == hft.HFTConfig.from_pretrained(tmp_path).sealed_tasks() == []
+
+
+@pytest.mark.parametrize("changed", [{"learning_rate": 1e-4}, {"gate_learning_rate": 1e-3}])
+def test_a_stage_goes_on_at_its_own_rates(backbones, tokenizer, tmp_path, changed):
+    """Its optimizer's groups are told apart by them; between stages they may change."""
+    for level in (1, 2):
+        folder = tmp_path / str(level)
+        trainer = make(backbones, tokenizer, folder, TREE)
+
+        class Cut(TrainerCallback):
+            def on_step_begin(self, args, state, control, level=level, trainer=trainer, **kwargs):
+                if (trainer.stage.level, state.global_step) == (level, 2 if level == 1 else 0):
+                    raise KeyboardInterrupt
+
+        trainer.add_callback(Cut())
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        resumed = make(backbones, tokenizer, folder, TREE, **changed)
+        if level == 1:
+            (name,) = changed
+            with pytest.raises(
+                ValueError, match=f"`{name}` is .*, and the run to be resumed was begun with .*; give that"
+            ):
+                resumed.train(resume_from_checkpoint=True)
+        else:
+            resumed.train(resume_from_checkpoint=True)
+
+
+def test_without_an_optimizers_state_a_resume_says_so(backbones, tokenizer, tmp_path, caplog):
+    trainer = make(backbones, tokenizer, tmp_path, TREE, save_only_model=True)
+    trainer.add_callback(Kill(3, "step"))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    with caplog.at_level("WARNING"):
+        make(backbones, tokenizer, tmp_path, TREE).train(resume_from_checkpoint=True)
+    assert "has no optimizer's state (`save_only_model`): its optimizer begins anew" in caplog.text
+
+
+def test_lists_of_tasks_may_be_tuples_and_are_resumed(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path, TREE, page_tasks=("a",))
+    trainer.add_callback(Kill(3, "step"))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    make(backbones, tokenizer, tmp_path, TREE, page_tasks=("a",)).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("include", ["all", "non_padding"])
+@pytest.mark.parametrize("disable_tqdm", [True, False])
+def test_logs_may_count_tokens(backbones, tokenizer, tmp_path, capsys, include, disable_tqdm):
+    make(
+        backbones, tokenizer, tmp_path, {"a": []}, include_num_input_tokens_seen=include, disable_tqdm=disable_tqdm
+    ).train()
+    shown = "".join(capsys.readouterr())
+    assert "step 1/4: loss " in shown and "stage 1/1: a: 4 steps in" in shown
+
+
+def test_masks_without_labels_are_refused(backbones, tokenizer, tmp_path):
+    train = {"a": Dataset.from_list([{"input_ids": [5, 6, 7, 8], "completion_mask": [0, 0, 1, 1]}] * 4)}
+    with pytest.raises(
+        ValueError, match="have the column 'completion_mask' and no 'labels', so whole rows, prompts inc"
+    ):
+        make(backbones, tokenizer, tmp_path, {"a": []}, train, dataset_kwargs={"skip_prepare_dataset": True})
+
+
+def test_rows_to_trim_by_are_counted_before_the_training(backbones, tokenizer, tmp_path):
+    checks = {"a": Dataset.from_list([{"prompt": "p" * n, "completion": " c"} for n in (3, 90)])}
+    with pytest.raises(
+        ValueError, match="needs two rows or more of task 'a' in `eval_dataset`, and 1 is left when they"
+    ):
+        make(backbones, tokenizer, tmp_path, {"a": []}, None, checks, rank_tolerance=0.1, max_length=20)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scheduler_type": "greedy"}, "`lr_scheduler_type='greedy'` is not supported: each stage evaluates other"),
+        (
+            {"gradient_accumulation_steps": 0},
+            "`gradient_accumulation_steps` is 0; it must be a whole number of 1 or m",
+        ),
+        ({"max_steps": 1.5}, "`max_steps` is 1.5; it must be a whole number"),
+        ({"learning_rate": None}, "`learning_rate` is None; it must be a number of 0 or more."),
+        ({"num_train_epochs": -1}, "`num_train_epochs` is -1; it must be a number of 0 or more."),
+        (
+            {"fp16": True, "bf16": False, "mastery_patience": 1, "eval_strategy": "steps"},
+            "`fp16` does not go with `mastery_accuracy` or `mastery_patience`",
+        ),
+    ],
+)
+def test_arguments_that_no_stage_could_use(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HFTTrainingConfig(output_dir=str(tmp_path), **options)
+
+
+def test_a_model_that_has_lost_a_task_grows_in_its_folder(backbones, tokenizer, tmp_path):
+    make(backbones, tokenizer, tmp_path, TREE).train()
+    model = hft.HFTForCausalLM.from_pretrained(tmp_path)
+    model.remove_task("b")
+    model.save_pretrained(tmp_path)
+    before = bits(model(torch.tensor([[5, 6, 7]]), task="a").logits)
+    model.add_task("c", ["a"])
+    args = HFTTrainingConfig(output_dir=str(tmp_path), bf16=False, num_train_epochs=1, disable_tqdm=True)
+    grown = HFTTrainer(model, args, {"c": rows(3)}, processing_class=tokenizer)
+    grown.train()
+    assert not list(tmp_path.glob("stage-1/checkpoint-*"))
+    loaded = hft.HFTForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.sealed_tasks() == ["a", "c"]
+    assert bits(loaded(torch.tensor([[5, 6, 7]]), task="a").logits) == before
+    RunFolder(tmp_path).forget_checkpoints()
+    assert not list(tmp_path.glob("stage-*/checkpoint-*"))
+
+
+def test_scores_of_what_is_sealed_stay_when_others_are_learnt():
+    record = RunRecord(before={"a": as_score([0.0, 0.0]), "b": as_score([0.0, 0.0])})
+    for level, scores in enumerate(({"a": [1.0, 1.0]}, {"b": [0.0, 0.0]}), start=1):
+        (task,) = scores
+        record.add_stage(
+            {"level": level, "tasks": [task], "log": [], "scores": {t: as_score(its) for t, its in scores.items()}}
+        )
+    assert record.matrix() == [{"a": 100.0}, {"a": 100.0, "b": 0.0}]
+    assert record.measures()["average_performance"] == 50 and record.measures()["forgetting"] == 0
+    assert set(record.last_scores()) == {"a", "b"}
+    json.dumps(record.last_scores())
+
+
+def test_a_loss_of_every_row_is_a_loss():
+    found = {"score": 0.0, "se": 0.0, "drop": 100.0, "drop_se": 0.0, "gate": 1.0}
+    assert advice({"b": ["a"]}, {"b": {"a": found}}, {}) == ["b rests on a: without it, it loses 100.0 ± 0.0 points."]
+    gains = {**found, "drop": -100.0}
+    assert "is in the way of b" in advice({"b": ["a"]}, {"b": {"a": gains}}, {})[0]
+    nothing = {**found, "drop": 0.0}
+    assert "does not measurably use" in advice({"b": ["a"]}, {"b": {"a": nothing}}, {})[0]
+
+
+def test_a_metric_may_be_named_or_any_callable(backbones, tokenizer, tmp_path):
+    class Mine:
+        def __call__(self, answer, row):
+            return 1.0
+
+    assert metric_name(Mine()) == "Mine"
+    assert metric_name(EvalSet([], "exact_match").score) == "exact match"
+    with pytest.raises(ValueError, match="Unknown metric 'exact_mach'"):
+        EvalSet([], "exact_mach")
+    messages = [{"messages": [{"role": "user", "content": "x"}]}]
+    with pytest.raises(
+        ValueError, match=re.escape("A row of `test_sets['a']` lacks 'prompt' (it has messages); give")
+    ):
+        model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
+        args = HFTTrainingConfig(output_dir=str(tmp_path), bf16=False)
+        HFTTrainer(model, args, {"a": rows(1)}, test_sets={"a": EvalSet(messages)}, processing_class=tokenizer)

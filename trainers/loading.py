@@ -1,0 +1,36 @@
+"""A saved model and its tokenizer, as commands load them."""
+
+import os
+from pathlib import Path
+
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+import hft
+
+
+def load_model(model: str | os.PathLike, load_in_4bit: bool = False) -> PreTrainedModel:
+    """A saved HFT model, with its backbone in NF4 if that is asked for; raises as `from_pretrained`.
+
+    Args:
+        model: folder or Hub id.
+        load_in_4bit: hold the backbone in NF4.
+    """
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    return hft.HFTForCausalLM.from_pretrained(
+        model, quantization_config=nf4 if load_in_4bit else None, device_map="auto"
+    )
+
+
+def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer of a saved HFT model: the backbone's where `model.save_pretrained` alone wrote the folder.
+
+    Args:
+        model: folder or Hub id.
+
+    Raises:
+        OSError: if the backbone, whose it is then, cannot be found.
+    """
+    if Path(model).is_dir() and not (Path(model) / "tokenizer_config.json").exists():
+        config, _gates = hft.read_gates(model)
+        return AutoTokenizer.from_pretrained(config.backbone, revision=config.backbone_revision)
+    return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
