@@ -162,7 +162,8 @@ class HFTStorage(HFTSlimFiles):
             backbone: where to take the backbone of a slim model from instead of where its config says.
             tasks: only these sealed tasks of a slim model and what they stand on; no other task's file is read. The router
                 still knows the others, and has the plain backbone answer their prompts. All tasks by default.
-            kwargs: as for transformers: `quantization_config`, `dtype`, `device_map`, `attn_implementation`, ...
+            kwargs: as for transformers: `quantization_config`, `dtype`, `device_map`, `attn_implementation`, ... In the full
+                form a `dtype` with fewer bits rounds the tasks, too.
 
         Raises:
             OSError: if a file is missing or cut short, or the backbone cannot be found.

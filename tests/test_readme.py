@@ -143,6 +143,17 @@ def test_the_qualitys_sentences(figures):
     )
 
 
+def test_more_rows_in_place_of_more_epochs():
+    cells = {cell["setting"]: cell for cell in read_cells("quality.jsonl") if cell["name"] == "quality-medium-family"}
+    joint, root, thirds = (
+        (f"{cells[its]['test']['ap']:.1f}", f"{cells[its]['validation']['ap']:.1f}")
+        for its in ("joint@0.002", "hft_root_no_memory@0.002", "hft_root_no_memory_thirds@0.002")
+    )
+    assert "joint LoRA has {} on test rows ({} on validation rows), ".format(*joint) in PROSE
+    assert "one root for all {} ({}), in thirds {} ({}), each at 2e-3.".format(*root, *thirds) in PROSE
+    assert cells["joint@0.001"]["validation"]["ap"] < cells["joint@0.002"]["validation"]["ap"]
+
+
 def test_the_fourteen_tasks():
     cells = {cell["method"]: cell for cell in read_cells("quality.jsonl") if cell["name"] == "quality-small-cl14"}
     hft, joint = cells["hft_families_thirds"], cells["joint"]

@@ -8,9 +8,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .curriculum import Stage
 
 
-def _summary(stage: Stage | None, logs: dict[str, Any]) -> str:
+def _summary(stage: Stage | None, logs: dict[str, Any], steps: int) -> str:
     """What the Trainer logs at the end of a stage, as a sentence."""
-    steps = round(logs["train_runtime"] * logs.get("train_steps_per_second", 0))
     return f"{stage}: {steps} steps in {logs['train_runtime']:.0f} s, mean loss {logs['train_loss']:.3f}"
 
 
@@ -20,7 +19,7 @@ def _in_words(logs: dict[str, Any], state: Any, stage: Stage | None) -> str | No
     Empty for scores, which are printed elsewhere; None if it has to be shown as it is.
     """
     if "train_loss" in logs:  # `train_runtime` may be in each log
-        return _summary(stage, logs)
+        return _summary(stage, logs, state.global_step)
     if any(name.startswith("score/") for name in logs):
         return ""
     where, tasks = f"step {state.global_step}/{state.max_steps}: ", stage.tasks if stage is not None else ()

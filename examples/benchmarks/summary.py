@@ -82,7 +82,7 @@ def quality() -> dict[str, float]:
     from table import BASELINES, HIERARCHIES, LOW_RESOURCE, learnable, own_hierarchy, runs, test_scores
 
     figures: dict[str, float] = {}
-    for budget, tasks in itertools.product(("short", "small", "full"), ("family", "cl14")):
+    for budget, tasks in itertools.product(("short", "small", "medium", "full"), ("family", "cl14")):
         cells, prefix = read(f"quality-{budget}-{tasks}"), f"quality.{budget}.{tasks}"
         if not cells:
             continue
