@@ -40,7 +40,7 @@ def replacing(directory: str | os.PathLike, last: str = "config.json", stale: It
 
     All of them do, or none: what the block wrote is whole once its folder has another name, and moves from there. If that is
     cut off, `finish_writing` does the rest, before anything is read or written next. Each file appears under its name
-    whole, `last` after all others, or before them where there was none. Files that the block did not write stay.
+    whole, `last` after all others (a new config.json before them). Files that the block did not write stay.
 
     Args:
         directory: the folder to write to; made if missing.
@@ -48,8 +48,8 @@ def replacing(directory: str | os.PathLike, last: str = "config.json", stale: It
         stale: patterns of files to remove at the end, except those that the block wrote.
 
     Raises:
-        OSError: if the folder cannot be made or written to, or a file's place is taken by a folder; nothing in it has
-            changed then.
+        OSError: if the folder cannot be made or written to, or a place is taken, a file's by a folder or a folder's by a
+            file; nothing in it has changed then.
     """
     directory = Path(directory)
     try:
@@ -64,11 +64,15 @@ def replacing(directory: str | os.PathLike, last: str = "config.json", stale: It
         yield staging
         files = sorted(path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file())
         for name in files:
-            if (directory / name).is_dir():
-                raise IsADirectoryError(
-                    f"'{directory / name}' is a folder, and a file is to be written there; move it away."
+            target = directory / name
+            if target.is_dir():
+                raise IsADirectoryError(f"'{target}' is a folder, and a file is to be written there; move it away.")
+            if target.parent.exists() and not target.parent.is_dir():
+                raise NotADirectoryError(
+                    f"'{target.parent}' is a file, and a folder is to be made there; move it away."
                 )
-        new = not (directory / last).exists()  # then it is what readers look for, and they do the rest
+        # A config.json that was not there is what readers look for first, and they do the rest.
+        new = last == "config.json" and not (directory / last).exists()
         plan = {"files": sorted(files, key=lambda name: (name == last) != new), "stale": list(stale)}
         (staging / _PLAN).write_text(json.dumps(plan))
         os.rename(staging, directory / staging.name.replace(WRITING, WRITTEN))

@@ -54,10 +54,10 @@ class HFTGenerationMixin(GenerationMixin):
         bound = _SIGNATURE.bind_partial(self, inputs, *args, **kwargs).arguments  # others by position, too
         kwargs = {name: value for name, value in bound.items() if name not in ("self", "inputs", "kwargs")}
         kwargs.update(bound.get("kwargs", {}))
-        configs = kwargs.get("generation_config"), self.generation_config
-        named = [vars(config)["task"] for config in configs if "task" in vars(config or object)]
-        task = named[0] if task is None and named else task  # so a request to a server can name one
-        task = self._folded if task is None else task
+        if task is None:  # how a request to a server can name one
+            task = getattr(kwargs.get("generation_config"), "task", self._folded)
+        if task is None and active_path(self._owner) is None:
+            task = getattr(self.generation_config, "task", None)
         prompts = inputs if inputs is not None else kwargs.get("input_ids")
         num_rows = num_rows_of(prompts, kwargs.get("inputs_embeds"))
         active = active_path(self._owner) if task is None else None
@@ -79,7 +79,7 @@ class HFTGenerationMixin(GenerationMixin):
         if (assistant := kwargs.get("assistant_model")) is not None:  # transformers hands it what `forward` gets
             if assistant.config.model_type == self.config.model_type:
                 raise ValueError(
-                    "`assistant_model` is an HFT model, too, and would take this one's path; give a plain one."
+                    "`assistant_model` is an HFT model, too, and nothing says which of its tasks drafts; give a plain one."
                 )
             around = names[0]
         elif self._is_guided(kwargs):  # transformers' unconditional pass does not get what `forward` gets
@@ -90,7 +90,8 @@ class HFTGenerationMixin(GenerationMixin):
                 )
             around = names[0]
         elif len(set(names)) == 1:  # a name needs no copying for each beam
-            if active is None and (names[0] != BACKBONE or task is not None):
+            is_made = active is not None and any(path.kept is not None for path in active.tasks)
+            if not is_made and (names[0] != BACKBONE or task is not None or active is not None):
                 kwargs["task"] = names[0]
         else:  # ids [B], which generate repeats for each beam
             known = self.config.task_names()

@@ -186,6 +186,8 @@ def read_lora(repo: str | os.PathLike, model: PreTrainedModel, **download: Any) 
                 f"'{repo}' has factors {list(pair['A'].shape)} and {list(pair['B'].shape)} at {linear!r}, which is "
                 f"{nodes.in_features} -> {nodes.out_features} here. Is it an adapter of another backbone?"
             )
+        if not all(bool(factor.isfinite().all()) for factor in pair.values()):
+            raise ValueError(f"'{repo}' has numbers that are not finite at {linear!r}; its training diverged.")
         alpha = _of_pattern(config.get("alpha_pattern"), f"{prefix}.{linear}", config["lora_alpha"])
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         factors[linear] = (pair["A"], pair["B"] * scaling)

@@ -104,7 +104,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         """Within the block, passes that name no task of their own take this one.
 
         `forward` and `generate` take `task=` themselves; this is for code that calls parts of the model. It holds for this
-        thread: one that is started within the block asks the router.
+        thread: in one that is started within the block, `forward` runs the plain backbone and `generate` asks the router.
 
         Args:
             task: a name, a name a row, or ids [B]; `"backbone"` for the plain backbone, None to change nothing.

@@ -174,7 +174,9 @@ class HFTStorage(HFTSlimFiles):
         kwargs.pop("adapter_kwargs", None)  # carries this repository's commit, which is not the backbone's
         download = _download(kwargs)
         info = kwargs.pop("output_loading_info", False)
-        config = read_config(os.fspath(config)) if isinstance(config, (str, os.PathLike)) else config
+        if isinstance(config, (str, os.PathLike)):
+            elsewhere = {name: value for name, value in download.items() if name not in ("revision", "subfolder")}
+            config = read_config(os.fspath(config), **elsewhere)
         finished = finish_writing(os.path.join(repo, download.get("subfolder") or ""))
         if finished and config is not None:  # read before that
             left_out, config = config.left_out, read_config(repo, **download)

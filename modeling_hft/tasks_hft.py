@@ -47,9 +47,7 @@ class HFTTasks(HFTOwnership):
         rank = self.config.rank if rank is None else rank
         if not isinstance(rank, numbers.Integral) or rank < 1:
             raise ValueError(f"`rank` of task {name!r} is {rank}; a node needs a whole rank of 1 or more.")
-        parents = (
-            parents if parents is None or isinstance(parents, str) else list(parents)
-        )  # once: it may be a generator
+        parents = _listed(parents)
         self.hierarchy = Hierarchy(
             {**{task: self.hierarchy.parents(task) for task in self.hierarchy.names}, name: parents}
         )
@@ -90,7 +88,7 @@ class HFTTasks(HFTOwnership):
             raise ImportError("Importing a LoRA needs the package itself: pip install modeling-hft.") from error
         if len(prompts):
             self._check_prompts(name, prompts)
-        factors = reader.read_lora(adapter, self, **download)
+        factors, parents = reader.read_lora(adapter, self, **download), _listed(parents)
         for parent in parents:
             if not self.config.task(parent)["sealed"]:
                 raise ValueError(
@@ -337,7 +335,7 @@ class HFTTasks(HFTOwnership):
                 if not bool(parameter.isfinite().all()):
                     raise ValueError(
                         f"Task {task!r} has learnt numbers that are not finite ({name}), so it is not sealed: its training "
-                        "diverged. Begin it anew with a lower learning rate."
+                        "diverged. Begin it anew with a lower learning rate; in a run, delete its stage's folder and resume."
                     )
         trims = []
         if rank_tolerance is not None:
@@ -356,6 +354,11 @@ class HFTTasks(HFTOwnership):
                 if not name.startswith("hft_gates."):
                     parameter.data = parameter.data.to(self.backbone.dtype)
         return trims
+
+
+def _listed(parents: Any) -> Any:
+    """Parents as a list, once, since they may be a generator; what `Hierarchy` refuses, as it is."""
+    return parents if parents is None or isinstance(parents, str) else list(parents)
 
 
 def _dtype(entry: Mapping[str, Any]) -> torch.dtype:

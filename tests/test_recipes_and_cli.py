@@ -584,6 +584,14 @@ def test_wrong_numbers_and_options_are_refused_before_anything_is_loaded(capsys,
     assert f"hft: error: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("prompt", ["-5 + 3 =", "-5", "-.5", "- milk\n- eggs"])
+def test_prompts_may_begin_with_a_dash(monkeypatch, prompt):
+    asked = []
+    monkeypatch.setattr(commands, "generate", lambda args, _: asked.append((args.task, args.prompt)))
+    assert main(["generate", "m", "--task", "a", prompt]) == 0
+    assert asked == [("a", [prompt])]
+
+
 def test_only_a_stopped_training_is_said_to_go_on(monkeypatch, capsys):
     for command in ("train r", "generate m hi"):
         monkeypatch.setattr(commands, command.split()[0], lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))

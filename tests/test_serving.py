@@ -175,6 +175,11 @@ def test_the_models_own_generation_config_may_name_the_task(mixed):
         assert mixed.generate(x, task=task, **options).tolist() == expected[task]
         config = GenerationConfig(**options, task=task)
         assert mixed.generate(x, generation_config=config).tolist() == expected[task]
+    with mixed.activate("a"):
+        assert mixed.generate(x, **options).tolist() == expected["a"]
+    mixed.fold("a")
+    assert mixed.generate(x, **options).tolist() == expected["a"]
+    mixed.unfold()
     rows = mixed.generate(x, task=["a", "b"], num_beams=1, **options).tolist()
     assert rows == [expected["a"][0], expected["b"][1]]
 

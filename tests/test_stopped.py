@@ -1,8 +1,11 @@
 """Runs that are stopped from outside, go back, or are asked for what would seal tasks that have learnt nothing."""
 
 import json
+import os
 import re
 import shutil
+import signal
+import time
 
 import pytest
 import torch
@@ -54,26 +57,27 @@ def test_a_signal_is_heard_in_each_stage(backbones, tokenizer, tmp_path):
     """transformers' own checkpoint on SIGTERM, as batch systems send it."""
     whole = make(backbones, tokenizer, tmp_path / "whole", TREE)
     whole.train()
+    before = signal.getsignal(signal.SIGTERM)
     trainer = make(backbones, tokenizer, tmp_path / "cut", TREE, enable_jit_checkpoint=True)
     (manager,) = [c.jit_manager for c in trainer.callback_handler.callbacks if hasattr(c, "jit_manager")]
-    armed = []
-    setup = manager.setup_signal_handler
-    manager.setup_signal_handler = lambda: (armed.append(trainer.stage.level), setup())
+    manager.kill_wait = 0
 
     class Send(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_step_begin(self, args, state, control, **kwargs):
             if (trainer.stage.level, state.global_step) == (2, 1):
-                manager.is_checkpoint_requested = True  # what the handler does some seconds after the signal
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not manager.is_checkpoint_requested:
+                    time.sleep(0.01)
 
     trainer.add_callback(Send())
-    assert trainer.train().metrics["stopped"] in (1, 2) and armed == [1]
-    assert trainer.model.config.sealed_tasks() == ["a"]
-    resumed = make(backbones, tokenizer, tmp_path / "cut", TREE)
+    assert trainer.train().metrics["stopped"] == 2
+    assert trainer.model.config.sealed_tasks() == ["a"] and signal.getsignal(signal.SIGTERM) == before
+    resumed = make(backbones, tokenizer, tmp_path / "cut", TREE, enable_jit_checkpoint=True)
     resumed.train(resume_from_checkpoint=True)
-    assert learnt(resumed) == learnt(whole)
+    assert learnt(resumed) == learnt(whole) and signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "checkpoint-final"])
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoint-final", "checkpoint-7"])
 def test_a_run_may_be_called_as_checkpoints_are(backbones, tokenizer, tmp_path, name):
     trainer = make(backbones, tokenizer, tmp_path / name, TREE)
     trainer.add_callback(Kill(3, "step"))
@@ -86,7 +90,7 @@ def test_a_run_may_be_called_as_checkpoints_are(backbones, tokenizer, tmp_path, 
     assert resumed.model.config.sealed_tasks() == ["a", "b"]
 
 
-@pytest.mark.parametrize("cut", [("_train_stage", 1), ("_train_stage", 2)])
+@pytest.mark.parametrize("cut", [1, 2])
 def test_a_run_that_went_back_never_meets_what_it_had_learnt_before(backbones, tokenizer, tmp_path, cut):
     """Redone from a checkpoint with other data, and cut off again: within that stage, and before the next one's first."""
     train = {"a": rows(1), "b": rows(2)}
@@ -102,17 +106,84 @@ def test_a_run_that_went_back_never_meets_what_it_had_learnt_before(backbones, t
 
     class Cut(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            if (again.stage.level, state.global_step) == ((1, 3) if cut[1] == 1 else (2, 1)):
+            if (again.stage.level, state.global_step) == ((1, 3) if cut == 1 else (2, 1)):
                 raise KeyboardInterrupt
 
     again.add_callback(Cut())
     with pytest.raises(KeyboardInterrupt):
         again.train(resume_from_checkpoint=str(tmp_path / "run" / back))
     record = RunRecord.load(tmp_path / "run")
-    assert [stage["tasks"] for stage in record.stages] == [["a"]][: cut[1] - 1]
+    assert [stage["tasks"] for stage in record.stages] == [["a"]][: cut - 1]
     resumed = make(backbones, tokenizer, tmp_path / "run", TREE, other, **options)
     resumed.train(resume_from_checkpoint=True)
     assert learnt(resumed) == learnt(whole)
+
+
+def files_of(folder) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_cannot_go_back_loses_nothing(backbones, tokenizer, tmp_path, monkeypatch):
+    """Refused, or cut off while later checkpoints go and the model is saved."""
+    run = tmp_path / "run"
+    make(backbones, tokenizer, run, TREE).train()
+    before = files_of(run)
+    for options, message in (
+        (
+            {"learning_rate": 1e-3},
+            "`learning_rate` is 0.001, and stage 1, which is to be resumed, was begun with 0.01",
+        ),
+        ({"page_tasks": ["a"]}, "`page_tasks` is ['a'], and the run to be resumed was begun with None"),
+        ({"num_train_epochs": 0}, "has no steps"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            make(backbones, tokenizer, run, TREE, **options).train(str(run / "stage-1/checkpoint-2"))
+        assert files_of(run) == before
+    trainer = make(backbones, tokenizer, run, TREE)
+    monkeypatch.setattr(trainer, "save_model", lambda **kwargs: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train(str(run / "stage-1/checkpoint-2"))
+    lost = before.keys() - files_of(run).keys()
+    assert lost and all(name.endswith("trainer_state.json") for name in lost)
+    again = make(backbones, tokenizer, run, TREE)
+    assert again.train(resume_from_checkpoint=True).global_step == 0  # as if it had not been asked
+    assert again.model.config.sealed_tasks() == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ["stage-1/checkpoint-best", "kept/checkpoint-2"])
+def test_a_copy_of_a_checkpoint_is_one_wherever_it_is(backbones, tokenizer, tmp_path, name):
+    run = tmp_path / "run"
+    whole = make(backbones, tokenizer, run, TREE)
+    whole.train()
+    shutil.copytree(run / "stage-1/checkpoint-2", run / name)
+    for folder in (tmp_path / "other", run):
+        trainer = make(backbones, tokenizer, folder, TREE)
+        output = trainer.train(resume_from_checkpoint=str(run / name))
+        assert (output.global_step, learnt(trainer)) == (8, learnt(whole))
+        assert trainer.log_history[0]["step"] == 3
+    assert (run / name).is_dir()
+
+
+def test_another_runs_checkpoints_are_never_removed(backbones, tokenizer, tmp_path):
+    stopped = make(backbones, tokenizer, tmp_path, TREE)
+    stopped.add_callback(Stop(stopped, 2, 2))
+    stopped.train()
+    hft.HFTForCausalLM.from_backbone(backbones["llama"], {"x": []}).save_pretrained(tmp_path)
+    before = files_of(tmp_path)
+    with pytest.raises(ValueError, match=r"holds checkpoints of an earlier run .* or delete its stage-\* folders"):
+        make(backbones, tokenizer, tmp_path, {"x": []}).train()
+    assert files_of(tmp_path) == before
+
+
+def test_a_resumed_run_keeps_what_is_known_of_a_removed_tasks_siblings(backbones, tokenizer, tmp_path):
+    make(backbones, tokenizer, tmp_path, {"a": [], "c": []}).train()
+    model = hft.HFTForCausalLM.from_pretrained(tmp_path)
+    model.remove_task("c")
+    model.add_task("d", ["a"])
+    model.save_pretrained(tmp_path)
+    args = HFTTrainingConfig(output_dir=str(tmp_path), bf16=False, num_train_epochs=1, disable_tqdm=True)
+    HFTTrainer(model, args, {"d": rows(3)}, processing_class=tokenizer).train(resume_from_checkpoint=True)
+    assert [stage["tasks"] for stage in RunRecord.load(tmp_path).stages] == [["a"], ["d"]]
 
 
 def test_tasks_that_take_no_step_are_named_and_a_stage_without_any_is_refused(backbones, tokenizer, tmp_path, caplog):
@@ -158,7 +229,7 @@ def test_a_stage_goes_on_at_its_own_rates(backbones, tokenizer, tmp_path, change
         if level == 1:
             (name,) = changed
             with pytest.raises(
-                ValueError, match=f"`{name}` is .*, and the run to be resumed was begun with .*; give that"
+                ValueError, match=f"`{name}` is .*, and stage 1, which is to be resumed, was begun with .*; give that"
             ):
                 resumed.train(resume_from_checkpoint=True)
         else:

@@ -671,3 +671,10 @@ def test_a_file_is_not_written_in_a_folders_place_and_nothing_stays_behind(tmp_p
         write_json(tmp_path / "results", {})
     write_json(tmp_path / "scores.json", {"a": 1})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["results", "scores.json"]
+
+
+def test_a_folder_is_not_made_in_a_files_place(model, tmp_path):
+    (tmp_path / "tasks").write_text("mine")
+    with pytest.raises(OSError, match=r"tasks' is a file, and a folder is to be made there; move it away\."):
+        model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["tasks"]

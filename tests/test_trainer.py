@@ -194,6 +194,9 @@ def test_8_resumes_from_a_named_checkpoint(backbones, tokenizer, tmp_path, unint
     resumed.train(resume_from_checkpoint=checkpoint)
     assert snapshot(resumed.model) == uninterrupted
     with pytest.raises(ValueError, match=r"is no whole checkpoint \(no trainer_state.json\); give the run's folder"):
+        missing = tmp_path / "moved/stage-2/checkpoint-9"
+        make(backbones, tokenizer, tmp_path / "third").train(resume_from_checkpoint=str(missing))
+    with pytest.raises(ValueError, match=r"holds no run to resume \(no config.json\); give a run's folder, or True"):
         make(backbones, tokenizer, tmp_path / "third").train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
 
 

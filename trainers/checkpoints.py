@@ -3,7 +3,8 @@
 import json
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -40,8 +41,10 @@ class RunFolder:
         return self.path.resolve() == other.path.resolve()
 
     def is_checkpoint(self) -> bool:
-        """Whether it is one checkpoint in a run's folder."""
-        return step_of(self.path) is not None
+        """Whether it is one checkpoint in a run's folder, whole or not, and not a run that is called like one."""
+        if not self.path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") or any(self.path.glob("stage-*")):
+            return False
+        return stage_of(self.path) is not None or is_whole(self.path)
 
     def begin(self, sealed: Collection[str] = ()) -> None:
         """From here on the folder describes a new run; a resume must never pick up another one's checkpoints.
@@ -60,12 +63,8 @@ class RunFolder:
         )
         finish_writing(self.path)
         old = self._checkpoints()
-        there = set(_tasks_in(self.path))  # without those that were removed since; none where there is no model
-        done = [
-            checkpoint
-            for checkpoint in old
-            if is_whole(checkpoint) and set(its := _tasks_in(checkpoint)) & (there or set(its)) <= set(sealed)
-        ]
+        there = set(_tasks_in(self.path))  # without those that were removed since
+        done = [path for path in old if is_whole(path) and _are_learnt(set(_tasks_in(path)), there, set(sealed))]
         if others := [checkpoint for checkpoint in old if checkpoint not in done]:
             first = others[0].relative_to(self.path)
             raise ValueError(
@@ -80,15 +79,24 @@ class RunFolder:
             shutil.rmtree(checkpoint)
         self._sweep()
 
-    def go_back(self, checkpoint: "RunFolder") -> None:
-        """From here on the folder describes a run that is at one of its own checkpoints: no later ones are left.
+    @contextmanager
+    def going_back(self, stage: int | None, step: int) -> Iterator[None]:
+        """Around saving a model that is at one of the run's own checkpoints: no later ones are left, nor what they became.
 
-        Else a resume would pick up what was learnt before, the next time that the run is cut off.
+        Else a resume would pick up what was learnt before, the next time that the run is cut off. They stop to be whole
+        before the folder's model changes, and go when it has: cut off in between, the run is where it was.
+
+        Args:
+            stage: the level of the stage that goes on.
+            step: from which step.
         """
-        place, stage = step_of(checkpoint.path), stage_of(checkpoint.path)
-        for other in self._checkpoints() if self.writes else ():
-            if (stage_of(other), step_of(other) or 0) > (stage, place):
-                shutil.rmtree(other)
+        later = [path for path in self._checkpoints() if (stage_of(path), step_of(path)) > (stage, step)]
+        later = later if self.writes and stage is not None else []
+        for path in later:
+            (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        yield
+        for path in later:
+            shutil.rmtree(path)
 
     def forget_checkpoints(self) -> None:
         """Removes all checkpoints, as of a model that has lost a task, which no run could go on from."""
@@ -163,6 +171,17 @@ def last_checkpoint(folder: Path) -> str | None:
         return None
     found = [path for path in folder.iterdir() if step_of(path) is not None and is_whole(path)]
     return str(max(found, key=step_of)) if found else None
+
+
+def _are_learnt(tasks: set[str], there: set[str], sealed: set[str]) -> bool:
+    """Whether a checkpoint of these tasks is of no more use: all that its folder's model still has of them are sealed."""
+    left = tasks & there if there else tasks
+    return bool(left) and left <= sealed
+
+
+def step_in(checkpoint: str | Path) -> int:
+    """The step that a whole checkpoint is of, whatever it is called."""
+    return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["global_step"]
 
 
 def step_of(path: str | Path) -> int | None:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import it misses an optional kernel
     try:
         if args.command == "generate":  # argparse gives prompts that follow an option to nobody
-            while rest and not rest[0].startswith("-"):
+            while rest and not _is_option(rest[0]):
                 args.prompt.append(rest.pop(0))
         if args.command == "serve":
             return commands.serve(args.model, rest)
@@ -165,6 +166,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max_new_tokens", type=int, default=64)
     generate.add_argument("--load_in_4bit", action="store_true", help="hold the backbone in NF4")
     return parser
+
+
+def _is_option(word: str) -> bool:
+    """As argparse tells them from arguments: "-x" is one, and "-5" or "- milk" is a prompt."""
+    return word.startswith("-") and " " not in word and not re.fullmatch(r"-\d+|-\d*\.\d+", word)
 
 
 def _check_counts(args: argparse.Namespace) -> None:

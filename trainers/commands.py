@@ -152,13 +152,20 @@ def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
     from hft.slim_hft import files_left
 
-    from .checkpoints import RunFolder
+    from .checkpoints import RunFolder, last_checkpoint
+    from .curriculum import open_stages
     from .loading import load_model
     from .model_card import renew_model_card
     from .run_record import RunRecord
 
     config, _gates = hft.read_gates(args.model)
     config.hierarchy().check(args.task)
+    begun = open_stages(config.hierarchy(), config.sealed_tasks())[:1]
+    if begun and set(begun[0].tasks) - {args.task} and last_checkpoint(args.model / begun[0].folder):
+        raise ValueError(
+            f"{begun[0]} is half trained, and could not go on without {args.task!r}: finish it first (`hft train "
+            f"--resume`), or delete '{args.model / begun[0].folder}'."
+        )
     model = load_model(args.model)
     removed = model.remove_task(args.task, cascade=args.cascade)
     model.save_pretrained(args.model)

@@ -180,6 +180,10 @@ class HFTTrainingConfig(SFTConfig):
             return self.learning_rate, self.gate_learning_rate
         return own[task], self.gate_learning_rate * own[task] / self.learning_rate
 
+    def base_rates(self) -> dict[str, float]:
+        """The learning rates of tasks that have none of their own."""
+        return {"learning_rate": self.learning_rate, "gate_learning_rate": self.gate_learning_rate}
+
     def writers(self, tasks: Sequence[str]) -> list[str]:
         """Those of a stage's tasks that write its memory page."""
         return [task for task in tasks if self.page_tasks is None or task in self.page_tasks]

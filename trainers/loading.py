@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import hft
+from hft.slim_hft import read_config
 
 
 def load_model(model: str | os.PathLike, load_in_4bit: bool = False) -> PreTrainedModel:
@@ -31,6 +32,8 @@ def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
         OSError: if the backbone, whose it is then, cannot be found.
     """
     if Path(model).is_dir() and not (Path(model) / "tokenizer_config.json").exists():
-        config, _gates = hft.read_gates(model)
-        return AutoTokenizer.from_pretrained(config.backbone, revision=config.backbone_revision)
+        config = read_config(os.fspath(model))
+        return AutoTokenizer.from_pretrained(
+            config.backbone, revision=config.backbone_revision, trust_remote_code=False
+        )
     return AutoTokenizer.from_pretrained(model, trust_remote_code=False)

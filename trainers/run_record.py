@@ -60,6 +60,7 @@ class RunRecord:
         routed: task -> {"score", "se", "rows"} when the router chooses; `confusion`: task -> who answered -> rows.
         sources: task -> source -> {"score", "se", "drop", "drop_se", "gate"}: with that source switched off.
         cross: task -> path -> score of the task's rows on another task's path.
+        rates: level of a stage -> the learning rates that it was begun with.
         machine, versions: what it ran on.
     """
 
@@ -72,6 +73,7 @@ class RunRecord:
     confusion: dict[str, dict[str, int]] = field(default_factory=dict)
     sources: dict[str, dict[str, Score]] = field(default_factory=dict)
     cross: dict[str, dict[str, Score]] = field(default_factory=dict)
+    rates: dict[str, dict[str, float]] = field(default_factory=dict)
     machine: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -105,7 +107,7 @@ class RunRecord:
     def past_of(self, tasks: Collection[str]) -> "RunRecord":
         """What a new training of a model that has learnt these tasks goes on with: what is known of them, stage by stage."""
         known = {*self.data, *self.before, *(task for stage in self.stages for task in stage["tasks"])}
-        return replace(self.without(known - set(tasks)), budget={})
+        return replace(self.without(known - set(tasks)), budget={}, rates={})
 
     def without(self, tasks: Collection[str]) -> "RunRecord":
         """The record of a model that these tasks were removed from. What the router did is not known any more."""

@@ -25,25 +25,44 @@ from .trackers import begin_stage, show_picture
 class HFTSharing:
     """The part of `HFTTrainer` that writes down and hands on what came out."""
 
-    def _begin_record(self, folder: Path, resumes: bool, within_stage: bool = False) -> None:
-        """Before the first stage; a resumed run goes on with what its folder holds, a model that grows with its past."""
+    def _take_record(self, folder: Path, resumes: bool, within: int | None) -> None:
+        """A resumed run goes on with the record that its folder holds, a model that grows with its past; writes nothing.
+
+        Args:
+            folder: the run's.
+            resumes: whether it is resumed.
+            within: the level of the stage that goes on from a checkpoint.
+
+        Raises:
+            ValueError: arguments that the run was begun with are others now.
+        """
         sealed = self.model.config.sealed_tasks()
         self.record = RunRecord.load(folder) if resumes or sealed else RunRecord()
         if not resumes:
             self.record = self.record.past_of(sealed)
         # Of a run that went back to an earlier checkpoint, later stages are no longer there.
-        self.record.stages = [stage for stage in self.record.stages if set(stage["tasks"]) <= set(sealed)]
+        past = {task for stage in self.record.stages for task in stage["tasks"]}
+        self.record.stages = self.record.without(past - set(sealed)).stages
         args = self.args.to_dict()  # enums as text
         budget = {name: args[name] for name in BUDGET if args[name] is not None}
-        # A stage that is resumed goes on at the rates that its optimizer was saved with.
-        rates = ("learning_rate", "gate_learning_rate") if within_stage else ()
-        for name in ("page_tasks", "task_learning_rates", *rates):
+        for name in ("page_tasks", "task_learning_rates"):
             now, before = budget.get(name), self.record.budget.get(name)
             if self.record.budget and now != before:
                 raise ValueError(
                     f"`{name}` is {now}, and the run to be resumed was begun with {before}; give that again, or start anew."
                 )
+        # A stage goes on at the rates that its optimizer was saved with; by them its groups are told apart.
+        begun = self.record.rates.get(str(within), {})
+        for name, now in self.args.base_rates().items():
+            if name in begun and now != begun[name]:
+                raise ValueError(
+                    f"`{name}` is {now}, and stage {within}, which is to be resumed, was begun with {begun[name]}; give "
+                    f"that again, or delete '{folder / f'stage-{within}'}' to begin the stage anew."
+                )
         self.record.budget = budget
+
+    def _begin_record(self) -> None:
+        """Before the first stage: what the backbone scores."""
         for task, rows in self._train_sets.items():
             self.record.data[task] = {"rows": len(rows), **_origin(rows)}
         batch_size, has_bars = self.args.per_device_eval_batch_size, self.is_world_process_zero()

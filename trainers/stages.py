@@ -1,6 +1,7 @@
 """The loop over stages: each is one training of TRL's, from its last checkpoint if it was cut off, and then sealed."""
 
 import math
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,13 @@ from typing import Any
 from datasets import concatenate_datasets
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from hft.trimmed_hft import HFTTrim
 
-from .checkpoints import RunFolder, last_checkpoint, step_of
+from .checkpoints import RunFolder, last_checkpoint, step_in
 from .curriculum import Mastery, Stage, open_stages
 from .routes import learn_routes
 from .task_data import alone
@@ -31,10 +33,11 @@ class HFTStages:
         Args:
             resume_from_checkpoint: True goes on from what `args.output_dir` holds, at whatever point the run was cut off
                 (from the start if nothing was saved); a string names another run's folder or one checkpoint in it. Tasks
-                without a checkpoint start as they are in this model: build it with the same seed.
+                without a checkpoint start as they are in this model: build it with the same seed. From one of this run's
+                own checkpoints the run goes back: what it learnt after it is removed.
 
-        A callback that stops the training stops the run: the stage is kept as a checkpoint to resume from, and not sealed.
-        (Tasks that have learnt enough leave a stage by `mastery_accuracy` or `mastery_patience`.)
+        A callback that stops the training before a stage's last step stops the run: the stage is kept as a checkpoint to
+        resume from, and not sealed. (Tasks that have learnt enough leave by `mastery_accuracy` or `mastery_patience`.)
 
         Returns:
             Steps and mean loss over all stages; `metrics` with the seconds, and, of a run that was stopped, the step of the
@@ -52,14 +55,6 @@ class HFTStages:
             source = RunFolder(path, self.args.should_save)
             run = source.run()
             checkpoint = source.restore(self.model, is_own=run.is_same(own))
-            if run.is_same(own) and source.is_checkpoint():
-                self.accelerator.wait_for_everyone()  # all have read it
-                own.go_back(source)
-                self.save_model(_internal_call=True)
-        if not (resume_from_checkpoint and run.is_same(own)):
-            own.begin(self.model.config.sealed_tasks())
-            self.save_model(_internal_call=True)
-        self.accelerator.wait_for_everyone()  # all have read the folder before anyone trains and writes
         config = self.model.config
         if missing := [task for task in config.open_tasks() if task not in self._prepared]:
             raise ValueError(
@@ -68,7 +63,17 @@ class HFTStages:
         stages, outputs = open_stages(self.model.hierarchy, config.sealed_tasks()), []
         for stage in stages:
             self._check_steps(stage)
-        self._begin_record(run.path, bool(resume_from_checkpoint), within_stage=checkpoint is not None)
+        level = stages[0].level if checkpoint is not None and stages else None
+        self._take_record(run.path, bool(resume_from_checkpoint), level)
+        self.accelerator.wait_for_everyone()  # all have read the folder before anyone writes
+        if not (resume_from_checkpoint and run.is_same(own)):
+            own.begin(config.sealed_tasks())
+            self.save_model(_internal_call=True)
+        elif source.is_checkpoint():
+            with own.going_back(level, step_in(checkpoint)):
+                self.save_model(_internal_call=True)
+        self.accelerator.wait_for_everyone()
+        self._begin_record()
         for stage in stages:
             if outputs:
                 self._watch_for_signals()
@@ -100,6 +105,8 @@ class HFTStages:
         # Dropout and noise do not depend on what came before, which a resumed run has not drawn.
         set_seed(self.args.seed)
         self.model.start_stage(stage.tasks, self.args.writers(stage.tasks))
+        if checkpoint is None:
+            self.record.rates[str(stage.level)] = self.args.base_rates()
         self._begin_stage_record(stage)
         self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])
         all_eval_sets = self.eval_dataset
@@ -169,14 +176,16 @@ class HFTStages:
     def _keep_checkpoint(self) -> None:
         """What a stage that was stopped goes on from, if it was not saved at this step."""
         found = last_checkpoint(Path(self.args.output_dir))
-        if self.state.global_step and (found is None or step_of(found) != self.state.global_step):
+        if self.state.global_step and (found is None or step_in(found) != self.state.global_step):
             self._save_checkpoint(self.model, trial=None)
 
     def _watch_for_signals(self) -> None:
         """transformers' `enable_jit_checkpoint` stops to listen when a training, here a stage, has ended."""
         for callback in self.callback_handler.callbacks:
-            if manager := getattr(callback, "jit_manager", None):
-                manager.setup_signal_handler()
+            if isinstance(callback, JITCheckpointCallback):
+                manager = callback.jit_manager
+                if signal.getsignal(signal.SIGTERM) != manager._sigterm_handler:  # else nothing was trained meanwhile
+                    manager.setup_signal_handler()
 
     def _check_steps(self, stage: Stage) -> None:
         """Warns of tasks of a stage that take no step before they are sealed for good; refuses a stage without any."""
