@@ -142,11 +142,11 @@ def padded(pair: Pair, rank: int) -> Pair:
 
 
 def _are_few_on_cpu(x_BTI: torch.Tensor) -> bool:
-    """Whether a pass has so few tokens, up to 16 in all, that a CPU multiplies them as fast in float32, or faster.
+    """Whether a pass has so few tokens, up to 4 a row and 16 in all, that a CPU multiplies them no slower in float32.
 
     Whatever the tasks of its rows: a row's tokens must not depend on its neighbours'.
     """
-    few = x_BTI.numel() <= 16 * x_BTI.shape[-1]
+    few = x_BTI.ndim == 3 and x_BTI.shape[1] <= 4 and x_BTI.numel() <= 16 * x_BTI.shape[-1]
     return few and x_BTI.device.type == "cpu" and x_BTI.dtype in (torch.bfloat16, torch.float16)
 
 
