@@ -142,9 +142,10 @@ def padded(pair: Pair, rank: int) -> Pair:
 
 
 def _are_few_on_cpu(x_BTI: torch.Tensor) -> bool:
-    """Whether a pass has so few tokens, up to 4 a row and 16 in all, that a CPU multiplies them no slower in float32.
+    """Whether a pass has so few tokens, up to 4 a row and 16 in all, that a CPU had better multiply them in float32.
 
-    Whatever the tasks of its rows: a row's tokens must not depend on its neighbours'.
+    One token is faster so, eight are as fast, 16 up to a tenth slower. It holds whatever the tasks of the rows are: a row's
+    tokens must not depend on its neighbours' tasks.
     """
     few = x_BTI.ndim == 3 and x_BTI.shape[1] <= 4 and x_BTI.numel() <= 16 * x_BTI.shape[-1]
     return few and x_BTI.device.type == "cpu" and x_BTI.dtype in (torch.bfloat16, torch.float16)
