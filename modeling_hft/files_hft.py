@@ -81,11 +81,12 @@ def replacing(directory: str | os.PathLike, last: str = "config.json", stale: It
     finish_writing(directory)
 
 
-def finish_writing(directory: str | os.PathLike) -> bool:
+def finish_writing(directory: str | os.PathLike, subfolder: str | None = None) -> bool:
     """Moves to their places the files of a `replacing` that was cut off once all was written.
 
     Args:
         directory: any folder. Another process may be doing the same.
+        subfolder: the one in it that is meant.
 
     Returns:
         Whether there were any.
@@ -93,7 +94,7 @@ def finish_writing(directory: str | os.PathLike) -> bool:
     Raises:
         OSError: they cannot be moved; they will be next time.
     """
-    directory, found = Path(directory), False
+    directory, found = Path(directory) / (subfolder or ""), False
     for written in sorted(directory.glob(f"{WRITTEN}*")):
         if (written / _PLAN).is_file():  # else all has been moved
             found = True

@@ -135,10 +135,10 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         if made is None:
             return on_path(self._path(task, num_rows, is_one_pass=True))
         rows = tuple(self._rows(task, num_rows))
-        if (id(self), rows) not in made:
+        if (self._owner, rows) not in made:
             path = self._path(task, num_rows, is_one_pass=True)
-            made[id(self), rows] = None if path is None else path.with_wide_factors()  # None: merged
-        return on_path(made[id(self), rows])
+            made[self._owner, rows] = None if path is None else path.with_wide_factors()  # None: merged
+        return on_path(made[self._owner, rows])
 
     def _path(self, task: Task, num_rows: int | None, is_one_pass: bool = False) -> HFTPath | None:
         rows = self._rows(task, num_rows)

@@ -212,7 +212,7 @@ def _config_in(folder: str | os.PathLike) -> dict[str, Any]:
 
 def read_config(repo: str, **download: Any) -> HFTConfig:
     """The config of an HFT model; OSError if there is none, ValueError if it is another kind of model."""
-    finish_writing(os.path.join(repo, download.get("subfolder") or ""))
+    finish_writing(repo, download.get("subfolder"))
     files, _ = PreTrainedConfig.get_config_dict(repo, **download)
     if not files:
         raise OSError(f"'{repo}' holds no model (no config.json).")

@@ -177,8 +177,7 @@ class HFTStorage(HFTSlimFiles):
         if isinstance(config, (str, os.PathLike)):
             elsewhere = {name: value for name, value in download.items() if name not in ("revision", "subfolder")}
             config = read_config(os.fspath(config), **elsewhere)
-        finished = finish_writing(os.path.join(repo, download.get("subfolder") or ""))
-        if finished and config is not None:  # read before that
+        if finish_writing(repo, download.get("subfolder")) and config is not None:  # read before that
             left_out, config = config.left_out, read_config(repo, **download)
             tasks = [name for name in config.task_names() if name not in left_out] if left_out else tasks
         if config is None:

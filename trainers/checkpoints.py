@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,12 +75,11 @@ class RunFolder:
                 f"'{self.path}' holds a model that has learnt {', '.join(lost)}, which this run's model has not and which "
                 f"would be lost; {go_on} it."
             )
-        for checkpoint in done if self.writes else ():
-            shutil.rmtree(checkpoint)
+        self._remove(done)
         self._sweep()
 
     @contextmanager
-    def going_back(self, stage: int | None, step: int) -> Iterator[None]:
+    def going_back(self, stage: int, step: int) -> Iterator[None]:
         """Around saving a model that is at one of the run's own checkpoints: no later ones are left, nor what they became.
 
         Else a resume would pick up what was learnt before, the next time that the run is cut off. They stop to be whole
@@ -91,21 +90,22 @@ class RunFolder:
             step: from which step.
         """
         later = [path for path in self._checkpoints() if (stage_of(path), step_of(path)) > (stage, step)]
-        later = later if self.writes and stage is not None else []
-        for path in later:
+        for path in later if self.writes else ():
             (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
         yield
-        for path in later:
-            shutil.rmtree(path)
+        self._remove(later)
 
     def forget_checkpoints(self) -> None:
         """Removes all checkpoints, as of a model that has lost a task, which no run could go on from."""
-        for checkpoint in self._checkpoints() if self.writes else ():
-            shutil.rmtree(checkpoint)
+        self._remove(self._checkpoints())
 
     def _checkpoints(self) -> list[Path]:
         found = sorted(self.path.glob(f"stage-*/{PREFIX_CHECKPOINT_DIR}-*"))
         return [path for path in found if step_of(path) is not None and stage_of(path) is not None]
+
+    def _remove(self, checkpoints: Iterable[Path]) -> None:
+        for checkpoint in checkpoints if self.writes else ():
+            shutil.rmtree(checkpoint)
 
     def _sweep(self) -> None:
         """Removes what a kill left of a save that never came to its end."""

@@ -101,17 +101,7 @@ class HFTTrainingConfig(SFTConfig):
                     f"`{name}` is not supported: each stage evaluates other tasks, so no one metric could choose for all of "
                     "them. To stop early, set `mastery_patience` or `mastery_accuracy`."
                 )
-        for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of 1 or more.")
-        if not isinstance(self.max_steps, int):
-            raise ValueError(
-                f"`max_steps` is {self.max_steps!r}; it must be a whole number (-1: as many as there are)."
-            )
-        for name in ("learning_rate", "gate_learning_rate", "num_train_epochs"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` is {value!r}; it must be a number of 0 or more.")
+        self._check_numbers()
         if self.has_mastery() and self.fp16:
             raise ValueError(
                 "`fp16` does not go with `mastery_accuracy` or `mastery_patience`: its scaler cannot pass over the steps of "
@@ -162,6 +152,20 @@ class HFTTrainingConfig(SFTConfig):
                     f"Reentrant checkpointing hides from DDP which parameters a step uses, and there are {self.world_size} "
                     f"processes; {leave}."
                 )
+
+    def _check_numbers(self) -> None:
+        """Raises ValueError for numbers with which no step could be taken, before anything is loaded."""
+        for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of 1 or more.")
+        if not isinstance(self.max_steps, int):
+            raise ValueError(
+                f"`max_steps` is {self.max_steps!r}; it must be a whole number (-1: as many as there are)."
+            )
+        for name in ("learning_rate", "gate_learning_rate", "num_train_epochs"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` is {value!r}; it must be a number of 0 or more.")
 
     def sampler(self, num_rows: Mapping[str, int], block_size: int) -> BlockSampler:
         """The order of a stage's rows: task -> how many it has, in blocks of what one optimizer step takes."""

@@ -98,8 +98,6 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
             for task in self._train_sets if wanted else ():
                 if task not in eval_sets:
                     raise ValueError(f"{names} is set, but `eval_dataset` has no rows of the task {task!r}.")
-                if args.rank_tolerance is not None and len(eval_sets[task]) < 2:
-                    raise ValueError(f"`rank_tolerance` needs two rows or more of task {task!r} in `eval_dataset`.")
         if args.push_to_hub:
             check_shareable(model.config)
         if args.should_save:
@@ -131,7 +129,8 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
                 **kwargs,
             )
         for task in self._train_sets if args.rank_tolerance is not None else ():
-            if (left := len(alone(self.eval_dataset[task]))) < 2:
+            rows = self.eval_dataset[task]
+            if (left := len(alone(rows.select(range(min(2, len(rows))))))) < 2:
                 raise ValueError(
                     f"`rank_tolerance` needs two rows or more of task {task!r} in `eval_dataset`, and {left} is left when "
                     "they are prepared; give more, or raise `max_length`."

@@ -69,7 +69,7 @@ class HFTStages:
         if not (resume_from_checkpoint and run.is_same(own)):
             own.begin(config.sealed_tasks())
             self.save_model(_internal_call=True)
-        elif source.is_checkpoint():
+        elif level is not None and source.is_checkpoint():
             with own.going_back(level, step_in(checkpoint)):
                 self.save_model(_internal_call=True)
         self.accelerator.wait_for_everyone()
