@@ -107,6 +107,19 @@ def test_push_load_add_a_task_push_again(hub, tmp_path):
             assert str(tmp_path) not in (folder / name).read_text(), name
 
 
+def test_a_model_pushed_without_a_tokenizer_has_its_backbones(hub, tmp_path):
+    code = """
+        from hft.trainers.loading import load_tokenizer
+        print(load_tokenizer("me/hft").get_vocab() == load_tokenizer("me/base").get_vocab())
+    """
+    with serving(hub) as address:
+        around = environment(tmp_path, address)
+        run_clean(PUSH.replace("    input()\n", "    sys.exit()\n"), tmp_path, **around)
+        assert "tokenizer_config.json" not in files(last(hub, "me/hft")[1])
+        assert run_clean(code, tmp_path, **around) == "True\n"
+    assert run_clean(code, tmp_path, **{**around, "HF_HUB_OFFLINE": "1"}) == "True\n"  # the hub is gone
+
+
 @pytest.mark.parametrize("fails", ["/lfs/", "/commit/", "preupload"])
 def test_a_hub_that_fails_in_the_middle_has_no_half_model(hub, tmp_path, fails):
     code = (

@@ -529,6 +529,22 @@ def test_wrong_models(backbones, tokenizer, tmp_path):
         HFTTrainer(model, args, train_dataset={"a": rows(1)}, processing_class=tokenizer)
 
 
+@pytest.mark.parametrize(
+    "report_to, message",
+    [
+        (
+            "comet_ml",
+            "`report_to` names 'comet_ml', which is not installed or is switched off; install it (pip install",
+        ),
+        (["tensorbord"], "`report_to` names the tracker 'tensorbord'. Did you mean 'tensorboard'?"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_named_before_anything_is_loaded(report_to, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HFTTrainingConfig(output_dir=str(tmp_path), report_to=report_to)
+    assert HFTTrainingConfig(output_dir=str(tmp_path), report_to="none").report_to == []
+
+
 def test_a_task_may_be_called_train_and_its_evaluation_is_its_own(backbones, tokenizer, tmp_path):
     trainer = make(
         backbones, tokenizer, tmp_path, {"train": []}, {"train": rows(1, 9)}, eval_dataset={"train": rows(2, 2)}

@@ -13,6 +13,7 @@ from trl import SFTConfig
 from hft.hierarchy_hft import nearest
 
 from .curriculum import BlockSampler
+from .trackers import check_trackers
 
 
 # Settings that name tasks: some of them, or a number for each.
@@ -143,6 +144,7 @@ class HFTTrainingConfig(SFTConfig):
         if self.ddp_find_unused_parameters is None:  # a step holds one task; what its siblings own gets no gradient
             self.ddp_find_unused_parameters = True
         super().__post_init__()
+        check_trackers(self.report_to)
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):  # by its old name, too, from here on
             leave = "leave `use_reentrant` out of `activation_checkpointing_kwargs`"
             if self.torch_compile:

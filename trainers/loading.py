@@ -1,9 +1,9 @@
 """A saved model and its tokenizer, as commands load them."""
 
 import os
-from pathlib import Path
 
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 import hft
 from hft.slim_hft import read_config
@@ -23,7 +23,7 @@ def load_model(model: str | os.PathLike, load_in_4bit: bool = False) -> PreTrain
 
 
 def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
-    """The tokenizer of a saved HFT model: the backbone's where `model.save_pretrained` alone wrote the folder.
+    """The tokenizer of a saved HFT model: the backbone's where the model was saved, or pushed, without one.
 
     Args:
         model: folder or Hub id.
@@ -31,7 +31,8 @@ def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
     Raises:
         OSError: if the backbone, whose it is then, cannot be found.
     """
-    if Path(model).is_dir() and not (Path(model) / "tokenizer_config.json").exists():
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    if cached_file(os.fspath(model), "tokenizer_config.json", **lenient) is None:
         config = read_config(os.fspath(model))
         return AutoTokenizer.from_pretrained(
             config.backbone, revision=config.backbone_revision, trust_remote_code=False

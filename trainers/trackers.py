@@ -5,7 +5,40 @@ from collections.abc import Iterable
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
+from transformers.integrations import (
+    TensorBoardCallback,
+    TrackioCallback,
+    WandbCallback,
+    get_available_reporting_integrations,
+)
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+from hft.hierarchy_hft import nearest
+
+
+# Their names are not their packages', they need none, or they give way to another.
+UNCHECKED = ("azure_ml", "dagshub", "flyte")
+
+
+def check_trackers(report_to: Iterable[str]) -> None:
+    """Whether `report_to` names trackers that are there, before anything is loaded.
+
+    Args:
+        report_to: as transformers' training arguments have it in the end: a list.
+
+    Raises:
+        ValueError: an unknown tracker, or one whose package is not installed.
+    """
+    for name in report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"`report_to` names the tracker {name!r}. {nearest(name, [*INTEGRATION_TO_CALLBACK, 'none'])}"
+            )
+        if name not in UNCHECKED and name not in get_available_reporting_integrations():
+            raise ValueError(
+                f"`report_to` names {name!r}, which is not installed or is switched off; install it (pip install {name}) "
+                "or leave it out."
+            )
 
 
 def begin_stage(callbacks: Iterable[TrainerCallback]) -> None:
