@@ -297,6 +297,21 @@ def test_the_planners_measures(figures):
     assert sorted(ranks.values()) == [1, 1, 1, 1, 1, 2] and ranks["alone: sst2"] == 2
 
 
+def test_the_sentences_on_full_training_sets(figures):
+    cells = ablation_cells("all")
+    root, chains = cells["root", 0], cells["no_gates", 0]
+    assert len(cells) == 2  # "one seed"
+    higher = mean_loss(root) - mean_loss(chains)
+    assert f"the root is {root['value'] - chains['value']:.1f} points above chains whose gates stay at 1" in PROSE
+    assert f"({root['value']:.1f} and {chains['value']:.1f}), at a loss {higher:.3f} nats higher" in PROSE
+    rte = [cell["tasks"]["rte"]["accuracy"] for cell in (root, chains)]
+    assert f"it carries rte ({rte[0]:.1f}, and {rte[1]:.1f} as the first of its chain)" in PROSE
+    others = [
+        sum(its["accuracy"] for task, its in cell["tasks"].items() if task != "rte") / 6 for cell in (root, chains)
+    ]
+    assert f"over the six other tasks the chains are {others[1] - others[0]:.1f} points better" in PROSE
+
+
 def test_the_sentences_on_the_ablation(figures):
     cells = ablation_cells(200)
     seeds = {1: "one seed", 2: "two seeds", 3: "three seeds"}[len([1 for setting, _ in cells if setting == "root"])]
