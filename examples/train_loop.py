@@ -68,8 +68,11 @@ def train(
         optimizer = torch.optim.AdamW(
             [{"params": factors, "lr": learning_rate}, {"params": gates, "lr": gate_learning_rate}], weight_decay=0.0
         )
-        # A block is one optimizer step, and all its rows belong to one task.
-        sampler = BlockSampler({task: len(rows[task]) for task in stage.tasks}, batch_size * accumulation, seed)
+        # A block is one optimizer step; the rows of each of its micro-batches belong to one task.
+        num_rows = {task: len(rows[task]) for task in stage.tasks}
+        sampler = BlockSampler(
+            num_rows, batch_size * accumulation, seed, turns_a_block=accumulation, together=stage.tasks
+        )
         stage_rows = [(task, row) for task in stage.tasks for row in rows[task]]
         steps_per_epoch = len(sampler) // sampler.block_size
         steps = epochs * steps_per_epoch if max_steps is None else max_steps
@@ -82,9 +85,9 @@ def train(
                 order = list(sampler)
             begin = step % steps_per_epoch * sampler.block_size
             block = [stage_rows[i] for i in order[begin : begin + sampler.block_size]]
-            (task,) = {task for task, _ in block}
             num_labels = sum(label != -100 for _, row in block for label in row["labels"][1:])
             for i in range(0, len(block), batch_size):
+                (task,) = {task for task, _ in block[i : i + batch_size]}
                 batch = collate([row for _, row in block[i : i + batch_size]], pad)
                 # Only this task's path is computed, so only it, of all that is trainable, gets a gradient.
                 logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], task=task).logits[:, :-1]

@@ -193,6 +193,22 @@ class TestBlockSampler:
         together = [row - 4 for row in BlockSampler({"a": 4, "b": 9, "c": 3}, 2, 0) if 4 <= row < 13]
         assert alone == together
 
+    def test_tasks_that_learn_together_share_blocks_and_others_do_not(self):
+        sizes = {"a": 12, "b": 20, "c": 8}
+        mixed = BlockSampler(sizes, 8, 0, turns_a_block=4, together=["c", "a"])
+        apart = BlockSampler(sizes, 8, 0)
+        turns, order = mixed.turns(0), list(mixed)
+        task_of_row = [task for task, size in sizes.items() for _ in range(size)]
+        assert [task_of_row[row] for row in order] == [task for task in turns for _ in range(2)]
+        blocks = [set(turns[i : i + 4]) for i in range(0, len(turns), 4)]
+        assert {"a", "c"} in blocks and all(block == {"b"} or "b" not in block for block in blocks)
+        for task in sizes:  # as many rows of each, in the order that it has alone
+            assert [row for row in order if task_of_row[row] == task] == [r for r in apart if task_of_row[r] == task]
+            assert turns.count(task) == 4 * apart.turns(0).count(task)
+        assert mixed.turns_after(1, 3) == turns[4:12]
+        assert list(BlockSampler(sizes, 8, 0, together=sizes)) == list(apart)  # a block of one turn holds one task
+        assert list(BlockSampler(sizes, 8, 0, turns_a_block=4)) == list(apart)
+
 
 def test_stages_are_the_levels_that_are_open():
     tree = hft.Hierarchy({"a": [], "b": ["a"], "c": [], "d": ["b"]})

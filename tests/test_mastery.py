@@ -115,19 +115,41 @@ def test_the_stage_ends_when_all_are_mastered(backbones, tokenizer, tmp_path):
     assert trainer.model.config.open_tasks() == []
 
 
-def test_resumed_after_mastery_is_as_uninterrupted(backbones, tokenizer, tmp_path, e_is_mastered):
+def test_a_shared_steps_loss_is_a_mean_over_the_tokens_of_those_who_learn(
+    backbones, tokenizer, tmp_path, e_is_mastered
+):
+    steps = {}
+
+    class Counting(Watching):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            task = self._task_names[int(inputs["task"][0])]
+            count = int((inputs["labels"][:, 1:] != -100).sum())
+            steps.setdefault(self.state.global_step, []).append((task, count, int(num_items_in_batch)))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    options = {"hierarchy": {"a": [], "e": []}, "gradient_accumulation_steps": 4}
+    mastering(backbones, tokenizer, tmp_path, cls=Counting, **options).train()
+    shared = {step: its for step, its in steps.items() if {task for task, _, _ in its} == {"a", "e"}}
+    assert min(shared) < 4 < max(shared)
+    for step, its in shared.items():
+        learning = [count for task, count, _ in its if step < 4 or task == "a"]
+        assert {given for _, _, given in its} == {sum(learning)}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_resumed_after_mastery_is_as_uninterrupted(backbones, tokenizer, tmp_path, e_is_mastered, accumulation):
     class Killed(Watching):
         def training_step(self, *args, **kwargs):
             if self.state.global_step == 7:
                 raise KeyboardInterrupt
             return super().training_step(*args, **kwargs)
 
-    hierarchy = {"a": [], "e": []}
-    whole = mastering(backbones, tokenizer, tmp_path / "whole", hierarchy)
+    hierarchy, options = {"a": [], "e": []}, {"gradient_accumulation_steps": accumulation}
+    whole = mastering(backbones, tokenizer, tmp_path / "whole", hierarchy, **options)
     expected = whole.train()
     with pytest.raises(KeyboardInterrupt):
-        mastering(backbones, tokenizer, tmp_path / "cut", hierarchy, cls=Killed).train()
-    resumed = mastering(backbones, tokenizer, tmp_path / "cut", hierarchy)
+        mastering(backbones, tokenizer, tmp_path / "cut", hierarchy, cls=Killed, **options).train()
+    resumed = mastering(backbones, tokenizer, tmp_path / "cut", hierarchy, **options)
     output = resumed.train(resume_from_checkpoint=True)
     assert resumed.mastery.mastered == whole.mastery.mastered == {"e": 4}
     assert output.metrics["saved_steps"] == expected.metrics["saved_steps"] > 3

@@ -57,6 +57,8 @@ def test_what_more_of_anything_costs():
     more = estimate_memory(config, rank=4, slots=2, num_training=3, num_sealed=5)
     assert more.training == 4 * per_rank * (3 * 4 + 2) and more.gradients == base.gradients
     assert more.tasks == 2 * 5 * 4 * per_rank
+    both = estimate_memory(config, rank=4, slots=2, num_training=3, num_stepping=2)
+    assert both.training == more.training and both.gradients == 4 * per_rank * (2 * 4 + 2)
     assert estimate_memory(config, rank=4, gradient_checkpointing=True).activations < base.activations
     hidden = 4 * 10 * config.hidden_size
     head = 4 * config.hidden_size

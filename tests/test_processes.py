@@ -110,7 +110,7 @@ def test_killed_and_resumed_two_processes_learn_what_one_learns(backbones, token
     spec = described(backbones, tmp_path, accumulation=2, options={"save_steps": 3 if step == 4 else 2})
     launch({**spec, "kill": step}, tmp_path, code=1)
     seen = launch({**spec, "resume": True}, tmp_path)
-    single = one_process(backbones, tokenizer, tmp_path, batch=8)
+    single = one_process(backbones, tokenizer, tmp_path, gradient_accumulation_steps=2)
     keep_last(seen, single)
     check_same(seen, tmp_path, single)
 
@@ -151,13 +151,19 @@ def test_accelerate_launch_with_the_shipped_file(backbones, tokenizer, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_sharded_backbone_learns_what_a_whole_one_learns(backbones, tokenizer, tmp_path):
-    """accelerate's FSDP2, by the file that is shipped; killed in the second stage and resumed; rates that differ."""
-    rates = {"task_learning_rates": {"e": 1e-3, "b": 5e-3}, "page_tasks": ["a", "b"]}
-    spec = described(backbones, tmp_path, fsdp=True, options=rates)
-    launch({**spec, "kill": 8}, tmp_path, code=1, file="fsdp2.yaml")
+@pytest.mark.parametrize(
+    "options, step",
+    [
+        ({"task_learning_rates": {"e": 1e-3, "b": 5e-3}, "page_tasks": ["a", "b"]}, 8),
+        ({"gradient_accumulation_steps": 2}, 5),  # a and e share steps
+    ],
+)
+def test_a_sharded_backbone_learns_what_a_whole_one_learns(backbones, tokenizer, tmp_path, options, step):
+    """accelerate's FSDP2, by the file that is shipped; killed in the second stage and resumed."""
+    spec = described(backbones, tmp_path, fsdp=True, options=options)
+    launch({**spec, "kill": step}, tmp_path, code=1, file="fsdp2.yaml")
     seen = launch({**spec, "resume": True}, tmp_path, file="fsdp2.yaml")
-    single = one_process(backbones, tokenizer, tmp_path, **rates)
+    single = one_process(backbones, tokenizer, tmp_path, **options)
     keep_last(seen, single)
     check_same(seen, tmp_path, single)
     assert not list((tmp_path / "run").rglob("*.distcp"))  # no shares: a checkpoint is what it is without FSDP

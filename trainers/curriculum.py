@@ -93,22 +93,31 @@ class Mastery:
 
 
 class BlockSampler:
-    """Row indices in blocks of one task each.
+    """Row indices in turns of one task each: a turn is a micro-batch of every process, and a block an optimizer step.
 
-    A block is what one optimizer step takes (micro-batch x accumulation x processes). So a step belongs to one task:
-    neither its loss, nor its gradient's norm, nor its order of rows depends on the task's siblings. A task's rows come
-    in a new random order each time they have all been seen; a block may reach over from one order into the next.
+    A task has blocks of its own, all turns the same task's: then neither its loss, nor its gradient's norm, nor its order of
+    rows depends on the task's siblings. Tasks that learn something `together` share blocks: their turns come in any order,
+    so that a step on what they share is a step for all of them. A task's rows come in a new random order each time they have
+    all been seen; a block may reach over from one order into the next.
 
     Args:
         num_rows: task -> how many rows it has in the dataset, where tasks follow one another in this order.
-        block_size: rows of a block.
+        block_size: rows of a block (micro-batch x accumulation x processes).
         seed: the same seed gives the same order, also after an interruption.
         passes: task -> passes over its rows in an epoch, above 0; 1 for those that are not in it. Of half a pass the next
             epoch takes the other half.
+        turns_a_block: how many (the accumulation); it divides `block_size`.
+        together: the tasks that share blocks.
     """
 
     def __init__(
-        self, num_rows: Mapping[str, int], block_size: int, seed: int, passes: Mapping[str, float] | None = None
+        self,
+        num_rows: Mapping[str, int],
+        block_size: int,
+        seed: int,
+        passes: Mapping[str, float] | None = None,
+        turns_a_block: int = 1,
+        together: Collection[str] = (),
     ):
         self.num_rows = dict(num_rows)
         self.passes = dict(passes or {})
@@ -116,6 +125,8 @@ class BlockSampler:
         self.block_size = block_size
         self.seed = seed
         self.epoch = 0
+        self.turns_a_block = turns_a_block
+        self.together = [task for task in num_rows if task in together and turns_a_block > 1]
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next iteration gives."""
@@ -129,20 +140,26 @@ class BlockSampler:
         return self.block_size * sum(self.num_blocks(task) for task in self.num_rows)
 
     def turns(self, epoch: int) -> list[str]:
-        """The task of each block of an epoch."""
-        turns = [task for task in self.num_rows for _ in range(self.num_blocks(task))]
-        random.Random(f"{self.seed}/turns/{epoch}").shuffle(turns)
-        return turns
+        """The task of each turn of an epoch."""
+        draw, each = random.Random(f"{self.seed}/turns/{epoch}"), self.turns_a_block
+        mixed = [task for task in self.together for _ in range(self.num_blocks(task) * each)]
+        draw.shuffle(mixed)
+        blocks = [tuple(mixed[i : i + each]) for i in range(0, len(mixed), each)]
+        alone = [task for task in self.num_rows if task not in self.together]
+        blocks += [(task,) * each for task in alone for _ in range(self.num_blocks(task))]
+        draw.shuffle(blocks)
+        return [task for block in blocks for task in block]
 
     def turns_after(self, step: int, last_step: int) -> list[str]:
-        """The task of each block after the first `step` ones, counted over all epochs, up to the block `last_step`."""
+        """The task of each turn after the first `step` blocks, counted over all epochs, up to the block `last_step`."""
         epochs = range(math.ceil(last_step * self.block_size / len(self)))
-        return [task for epoch in epochs for task in self.turns(epoch)][step:last_step]
+        turns = [task for epoch in epochs for task in self.turns(epoch)]
+        return turns[step * self.turns_a_block : last_step * self.turns_a_block]
 
     def __iter__(self) -> Iterator[int]:
         rows = {task: self._rows(task) for task in self.num_rows}
         for task in self.turns(self.epoch):
-            for _ in range(self.block_size):
+            for _ in range(self.block_size // self.turns_a_block):
                 yield next(rows[task])
 
     def _rows(self, task: str) -> Iterator[int]:

@@ -52,8 +52,10 @@ class HFTTrainingConfig(SFTConfig):
             128 rows of `eval_dataset` by no more than this, in nats a token; 0 or more. See `HFTForCausalLM.trim`. None: no
             cuts.
         num_train_epochs, max_steps: of one stage.
-        per_device_train_batch_size: rows of one micro-batch; they always belong to one task, and so do all micro-batches
-            of an optimizer step.
+        mixed_steps: with `gradient_accumulation_steps`, let the micro-batches of an optimizer step be of different tasks,
+            where these write a memory page together. Steps on what they share are then steps for all of them. Other tasks
+            have steps of their own, and so have all if this is False.
+        per_device_train_batch_size: rows of one micro-batch; they always belong to one task.
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the nodes."})
@@ -74,6 +76,9 @@ class HFTTrainingConfig(SFTConfig):
         default=None, metadata={"help": "Learning rate of a task's node, where it is not `learning_rate`."}
     )
 
+    mixed_steps: bool = field(
+        default=True, metadata={"help": "Tasks that write a page together share optimizer steps."}
+    )
     rank_tolerance: float | None = field(
         default=None, metadata={"help": "Nats a token by which a sealed node's cut may raise the validation loss."}
     )
@@ -141,7 +146,7 @@ class HFTTrainingConfig(SFTConfig):
                 "`mastery_accuracy` and `mastery_patience` go by evaluations, and `eval_strategy` is 'no'; "
                 "set it to 'steps', and `eval_steps`."
             )
-        if self.ddp_find_unused_parameters is None:  # a step holds one task; what its siblings own gets no gradient
+        if self.ddp_find_unused_parameters is None:  # what the siblings of a micro-batch's task own gets no gradient
             self.ddp_find_unused_parameters = True
         super().__post_init__()
         check_trackers(self.report_to)
@@ -169,10 +174,16 @@ class HFTTrainingConfig(SFTConfig):
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` is {value!r}; it must be a number of 0 or more.")
 
-    def sampler(self, num_rows: Mapping[str, int], block_size: int) -> BlockSampler:
-        """The order of a stage's rows: task -> how many it has, in blocks of what one optimizer step takes."""
+    def sampler(self, num_rows: Mapping[str, int], block_size: int, together: Collection[str] = ()) -> BlockSampler:
+        """The order of a stage's rows: task -> how many it has, in blocks of what one optimizer step takes.
+
+        Args:
+            num_rows, block_size: see `BlockSampler`.
+            together: the tasks that write a page together, which share steps.
+        """
         seed = self.seed if self.data_seed is None else self.data_seed
-        return BlockSampler(num_rows, block_size, seed, self.task_passes)
+        together = together if self.mixed_steps else ()
+        return BlockSampler(num_rows, block_size, seed, self.task_passes, self.gradient_accumulation_steps, together)
 
     def routed(self, tasks: Sequence[str]) -> list[str]:
         """Those of the tasks that the router learns to know."""

@@ -47,7 +47,7 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
     """Trains the open tasks of an HFT model level by level and seals each level.
 
     Unlike `SFTTrainer`, it takes a dataset a task; `train` runs one training a stage, with a fresh optimizer and schedule,
-    in which only the stage's tasks are trainable and each optimizer step holds one task; and `args.output_dir` is at all
+    in which only the stage's tasks are trainable and each micro-batch holds one task; and `args.output_dir` is at all
     times a model with the stages learnt so far, with the checkpoints of stage n in `stage-n/`.
 
     Args:
@@ -142,7 +142,7 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
         progress = StagePrinter if args.disable_tqdm else StageProgress
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(progress(lambda: self.stage))
-        self.add_callback(StageCallback(self._shrink_gates, lambda: self.mastery, lambda: self._sampler))
+        self.add_callback(StageCallback(self._step_taken, lambda: self.mastery, lambda: self._sampler))
 
     def _ready(self, task: str, rows: Dataset, tokenized: Dataset, args: Any, packing: bool = True) -> Dataset:
         """Tokenised rows of a task, checked, and each with the task's id."""
@@ -188,7 +188,8 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> BlockSampler:
         block = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         rows = {task: len(self._prepared[task]) for task in self.stage.tasks}
-        self._sampler = self.args.sampler(rows, block)
+        has_page = self.model.config.memory_config.read != "off"
+        self._sampler = self.args.sampler(rows, block, self.args.writers(self.stage.tasks) if has_page else ())
         return self._sampler
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
@@ -204,8 +205,8 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
         """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it trains."""
         mastered = self.mastery.mastered
         if mastered and self._task_names[int(inputs["task"][0])] in mastered:  # reading the id makes a GPU wait
-            # The step passes without computing, so that order, schedule and resuming stay what they are.
-            self._stepping = None
+            # It passes without computing, so that order, schedule and resuming stay what they are.
+            self._average_gradients()  # of what others learn in the same step
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._average_gradients()
@@ -249,7 +250,7 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
             if values := self._metrics[mode].get(name):
                 self._means.add(mode, name, values[-1] * count, count)
         if self.model.training:  # in evaluation the Trainer itself logs a loss a task
-            self._stepping = task
+            self._stepping.add(task)
             self._means.add(mode, f"{task}_loss", total, count)
         return result
 
@@ -272,12 +273,21 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
             group_by_rate(optimizer, self.model, self.stage.tasks, self.args)
         return optimizer
 
-    def _shrink_gates(self) -> None:
-        """After an optimizer step: the proximal step on the gates of the task that took it, if one did."""
-        task = self._stepping
-        if task is not None and (columns := self.model.learning_gates(task)):
-            strength = rate_of(self.optimizer, self.model.hft_gates.of(task)) * self.args.gate_shrink
-            self.model.hft_gates.shrink(task, columns, strength)
+    def _step_taken(self) -> None:
+        """After an optimizer step: the proximal step on the gates of the tasks that took it."""
+        for task in sorted(self._stepping) if self.args.gate_shrink else ():
+            if columns := self.model.learning_gates(task):
+                strength = rate_of(self.optimizer, self.model.hft_gates.of(task)) * self.args.gate_shrink
+                self.model.hft_gates.shrink(task, columns, strength)
+        self._stepping.clear()
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        """As the Trainer's: the tokens that a step's loss is a mean over; mastered tasks' do not count if others learn."""
+        mastered = self.mastery.mastered
+        if mastered:
+            left = [its for its in batch_samples if self._task_names[int(its["task"][0])] not in mastered]
+            batch_samples = left or batch_samples
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As SFTTrainer's, with the stage."""

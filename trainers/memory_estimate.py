@@ -42,7 +42,7 @@ class MemoryEstimate:
         backbone: its weights.
         tasks: nodes and pages that no longer train, 2 bytes a number.
         training: the factors that train, in float32.
-        gradients: of those of one task and its page (a step holds one task).
+        gradients: of those of the tasks of a step and their page.
         optimizer: two float32 numbers for each that trains.
         activations: what autograd keeps for the backward pass, without logits.
         logits: a tile of them, the gradient of the hidden states that are scored, on a CPU a part of the head.
@@ -74,6 +74,7 @@ def estimate_memory(
     rank: int,
     path_rank: int | None = None,
     num_training: int = 1,
+    num_stepping: int = 1,
     num_sealed: int = 0,
     slots: int = 8,
     batch_size: int = 8,
@@ -95,7 +96,8 @@ def estimate_memory(
         text_config: the backbone's configuration.
         rank: R of a node.
         path_rank: the ranks of all nodes and slots on the deepest path; R + S by default.
-        num_training, num_sealed: tasks of a stage that train together, and tasks that are there already.
+        num_training, num_stepping, num_sealed: tasks of a stage, those of them that an optimizer step holds (more than one
+            with `mixed_steps`), and tasks that are there already.
         slots: S of the one page that a stage writes; 0 without memory.
         batch_size, length: B and T of a micro-batch.
         num_scored: positions that meet the head, of B T: those of answers; all by default.
@@ -123,7 +125,7 @@ def estimate_memory(
         backbone=backbone,
         tasks=2 * num_sealed * node,
         training=4 * trained,
-        gradients=4 * (node + page),
+        gradients=4 * (num_stepping * node + page),
         optimizer=8 * trained,
         activations=kept,
         logits=_loss_bytes(scored, text_config, on_accelerator),
@@ -156,14 +158,17 @@ def estimate_recipe(
     batch_size, length = training.per_device_train_batch_size, length or training.max_length or 1024
     estimates, num_sealed, num_pages = [], 0, 0
     for tasks in tree.levels():
-        has_page = bool(training.writers(tasks))
+        writers = training.writers(tasks)
+        has_page = bool(writers)
         num_pages += has_page
+        num_stepping = len(writers) if slots and training.mixed_steps else 1
         estimates.append(
             estimate_memory(
                 text_config,
                 rank=rank,
                 path_rank=rank * max(len(tree.path(task)) for task in tasks) + slots * num_pages,
                 num_training=len(tasks),
+                num_stepping=max(1, min(num_stepping, training.gradient_accumulation_steps)),
                 num_sealed=num_sealed,
                 slots=slots * has_page,
                 batch_size=batch_size,

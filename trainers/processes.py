@@ -11,9 +11,11 @@ from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin, 
 class HFTProcesses:
     """The part of `HFTTrainer` that knows of other processes, and of what accelerate would do to the model.
 
-    All processes take the same task in the same step, since a block of `BlockSampler` is what an optimizer step takes in all
-    of them. What other tasks of the stage own gets no gradient in that step, and DDP must look for it
-    (`ddp_find_unused_parameters`); a parameter that no process used keeps no gradient, so the optimizer leaves it alone.
+    All processes take the same task in the same micro-batch, since a turn of `BlockSampler` is what they take together.
+    What other tasks of the stage own gets no gradient from it, and DDP must look for it (`ddp_find_unused_parameters`);
+    a parameter that no process used in a step keeps no gradient, so the optimizer leaves it alone. Where the
+    micro-batches of a step are of different tasks (`mixed_steps`), DDP remembers what each of them used, and averages it
+    with the last.
 
     Under FSDP only the backbone is sharded. Nodes, gates and pages are small, change with each stage, and differ in dtype;
     each process holds them whole, and their gradients are averaged here, before they are clipped.

@@ -25,6 +25,7 @@ BUDGET = (
     "max_steps",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "mixed_steps",
     "learning_rate",
     "task_learning_rates",
     "page_tasks",

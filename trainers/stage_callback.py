@@ -14,18 +14,18 @@ logger = logging.get_logger(__name__)
 
 
 class StageCallback(TrainerCallback):
-    """Shrinks gates after each optimizer step, and notes at each evaluation which tasks are mastered.
+    """Tells the trainer of each optimizer step, and notes at each evaluation which tasks are mastered.
 
     Args:
-        shrink: called after each optimizer step.
+        step_taken: called after each optimizer step.
         mastery: gives the stage's rules.
         sampler: gives the one that orders the stage's rows.
     """
 
     def __init__(
-        self, shrink: Callable[[], None], mastery: Callable[[], Mastery], sampler: Callable[[], BlockSampler]
+        self, step_taken: Callable[[], None], mastery: Callable[[], Mastery], sampler: Callable[[], BlockSampler]
     ):
-        self.shrink = shrink
+        self.step_taken = step_taken
         self.mastery = mastery
         self.sampler = sampler
 
@@ -35,8 +35,7 @@ class StageCallback(TrainerCallback):
         sampler.set_epoch(state.global_step * sampler.block_size // len(sampler))
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.gate_shrink:
-            self.shrink()
+        self.step_taken()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         give_freed_back()  # of loading, or of the stage before

@@ -99,7 +99,7 @@ class HFTStages:
     def _train_stage(self, stage: Stage, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
         self.stage = stage
         self.mastery = Mastery(stage.tasks, self.args.mastery_accuracy, self.args.mastery_patience)
-        self._checked, self._stepping = set(), None
+        self._checked, self._stepping = set(), set()
         self._metrics["train"].clear()  # what the stage before had not logged yet
         self._means.clear()
         # Dropout and noise do not depend on what came before, which a resumed run has not drawn.
@@ -133,9 +133,10 @@ class HFTStages:
             output.metrics["stopped"] = self.state.global_step
             return output
         if self.args.has_mastery():
-            turns = self._get_train_sampler().turns_after
+            sampler = self._get_train_sampler()
             saved = {
-                task: turns(step, self.state.max_steps).count(task) for task, step in self.mastery.mastered.items()
+                task: sampler.turns_after(step, self.state.max_steps).count(task) // sampler.turns_a_block
+                for task, step in self.mastery.mastered.items()
             }
             output.metrics["saved_steps"] = sum(saved.values())
             logger.warning(

@@ -43,6 +43,7 @@ TREE = {
     "cb": ["mnli"],
     "agnews": [],
 }
+FLAT = {task: [] for task in TREE}
 ROOT = {"all": [], **{task: ["all"] for task in TREE}}  # what the planner finds
 MAX_INPUT_TOKENS = 64
 EVAL_ROWS = 200
@@ -135,12 +136,18 @@ def mean_gates(gates: HFTGateTable) -> dict[str, float]:
     return {source: round(mean, 4) for source, mean in gates.mean().items()}
 
 
+# The same rows a step in four micro-batches, which may be of different tasks where these write a page together.
+MIXED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+
 # Setting -> hierarchy for a seed, and what differs from the full method.
 SETTINGS = {
     "full": (lambda seed: TREE, {}),
     "no_memory": (lambda seed: TREE, {"memory_config": {"read": "off"}}),
     "no_gates": (lambda seed: TREE, {"gating_config": {"trainable": False}}),
-    "flat": (lambda seed: {task: [] for task in TREE}, {}),
+    "mixed": (lambda seed: TREE, {"training": MIXED}),
+    "flat": (lambda seed: FLAT, {}),
+    "flat_mixed": (lambda seed: FLAT, {"training": MIXED}),
+    "flat_no_memory": (lambda seed: FLAT, {"memory_config": {"read": "off"}, "training": MIXED}),
     "random_parents": (random_parents, {}),
     "reversed": (lambda seed: reversed_tree(), {}),
     "sequential": (lambda seed: TREE, {"trainer_class": InSequence}),
@@ -162,7 +169,8 @@ def main() -> None:
         tree, options = hierarchy(seed), dict(options)
         with cell(args.out, name, setting, seed) as result:
             train = {task: sample(rows[task], args.samples or None, seed) for task in TREE}
-            train, training = with_roots(train, options.pop("families", {}), TRAINING)
+            training = {**TRAINING, **options.pop("training", {})}
+            train, training = with_roots(train, options.pop("families", {}), training)
             model = train_hft(backbone, tokenizer, tree, train, seed, training, **options)
             tasks = score(model, tokenizer, validation, lambda task: task)
             gates = {task: mean_gates(model.gates(task)) for task in TREE}

@@ -21,7 +21,10 @@ ABLATION = {
     "refreshed": "each task's gates learnt anew in the end",
     "no_memory": "without memory",
     "no_gates": "all gates stay at 1",
+    "mixed": "a step holds several tasks, in micro-batches of one each",
     "flat": "without parents",
+    "flat_mixed": "... a step holds several tasks, in micro-batches of one each",
+    "flat_no_memory": "... ... without memory (a step holds one task)",
     "random_parents": "random parents",
     "reversed": "every edge turned round",
     "sequential": "a stage's tasks one after another",
@@ -35,6 +38,8 @@ ABLATION = {
 }
 # What a setting differs from in one part; of the others: the full method.
 ABLATION_BASES = {
+    "flat_mixed": "flat",
+    "flat_no_memory": "flat_mixed",
     "root_no_gates": "root",
     f"full{OWN_GATES}": "full+rate_5e-2",
     **{f"{setting}{OWN_GATES}": f"full{OWN_GATES}" for setting in ("reversed", "sequential", "topk")},
