@@ -192,7 +192,8 @@ def test_tasks_that_take_no_step_are_named_and_a_stage_without_any_is_refused(ba
         trainer.train()
     assert trainer.model.config.sealed_tasks() == []
     with caplog.at_level("WARNING"):
-        make(backbones, tokenizer, tmp_path / "1", {"a": [], "e": []}, max_steps=1).train()
+        options = {"max_steps": 1, "gradient_accumulation_steps": 1}
+        make(backbones, tokenizer, tmp_path / "1", {"a": [], "e": []}, **options).train()
     assert "stage 1/1: a, e has 1 steps, and none of them is of e, sealed for good" in caplog.text
 
 
