@@ -312,6 +312,24 @@ def test_the_sentences_on_full_training_sets(figures):
     assert f"over the six other tasks the chains are {others[1] - others[0]:.1f} points better" in PROSE
 
 
+def test_the_sentences_on_shared_steps(figures):
+    cells = ablation_cells(200)
+
+    def gaps(setting: str, base: str) -> list[float]:
+        return [mean_loss(cells[setting, seed]) - mean_loss(cells[base, seed]) for seed in range(3)]
+
+    flat, chains, off = gaps("flat_mixed", "flat"), gaps("mixed", "full"), gaps("flat_mixed_no_memory", "flat_mixed")
+    assert max(flat) < 0 and max(chains) < 0 and min(off) > 0  # "in each seed"
+    assert f"the loss is {mean_se(flat, 3)[1:]} nats lower without parents" in PROSE
+    assert f"and {mean_se(chains, 3)[1:]} on the chains, in each of three seeds" in PROSE
+    names = ("flat_minus_flat_mixed", "full_minus_mixed", "flat_mixed_minus_flat_mixed_no_memory")
+    points = [
+        f"{abs(figures[f'ablation.{name}']):.1f} ± {figures[f'ablation.{name}_se']:.1f} points" for name in names
+    ]
+    assert f"the accuracy {points[0].removesuffix(' points')} and {points[1]} higher" in PROSE
+    assert f"the loss is {mean_se(off, 3)} nats higher, in each seed, the accuracy {points[2]} lower" in PROSE
+
+
 def test_the_sentences_on_the_ablation(figures):
     cells = ablation_cells(200)
     seeds = {1: "one seed", 2: "two seeds", 3: "three seeds"}[len([1 for setting, _ in cells if setting == "root"])]

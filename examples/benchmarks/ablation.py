@@ -67,6 +67,15 @@ class InSequence(HFTTrainer):
         return SequentialSampler(sampler.num_rows, sampler.block_size, sampler.seed, sampler.passes)
 
 
+class SharingAnyway(HFTTrainer):
+    """A stage's tasks share optimizer steps even where they write no page."""
+
+    def _get_train_sampler(self, train_dataset=None) -> BlockSampler:
+        sampler = super()._get_train_sampler(train_dataset)
+        self._sampler = self.args.sampler(sampler.num_rows, sampler.block_size, self.stage.tasks)
+        return self._sampler
+
+
 class SequentialSampler(BlockSampler):
     def turns(self, epoch: int) -> list[str]:
         return sorted(super().turns(epoch), key=list(self.num_rows).index)
@@ -147,6 +156,10 @@ SETTINGS = {
     "mixed": (lambda seed: TREE, {"training": MIXED}),
     "flat": (lambda seed: FLAT, {}),
     "flat_mixed": (lambda seed: FLAT, {"training": MIXED}),
+    "flat_mixed_no_memory": (
+        lambda seed: FLAT,
+        {"memory_config": {"read": "off"}, "training": MIXED, "trainer_class": SharingAnyway},
+    ),
     "flat_no_memory": (lambda seed: FLAT, {"memory_config": {"read": "off"}, "training": MIXED}),
     "random_parents": (random_parents, {}),
     "reversed": (lambda seed: reversed_tree(), {}),

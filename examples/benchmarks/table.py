@@ -23,8 +23,9 @@ ABLATION = {
     "no_gates": "all gates stay at 1",
     "mixed": "a step holds several tasks, in micro-batches of one each",
     "flat": "without parents",
+    "flat_no_memory": "... without memory",
     "flat_mixed": "... a step holds several tasks, in micro-batches of one each",
-    "flat_no_memory": "... ... without memory (a step holds one task)",
+    "flat_mixed_no_memory": "... ... without memory",
     "random_parents": "random parents",
     "reversed": "every edge turned round",
     "sequential": "a stage's tasks one after another",
@@ -38,8 +39,9 @@ ABLATION = {
 }
 # What a setting differs from in one part; of the others: the full method.
 ABLATION_BASES = {
+    "flat_no_memory": "flat",
     "flat_mixed": "flat",
-    "flat_no_memory": "flat_mixed",
+    "flat_mixed_no_memory": "flat_mixed",
     "root_no_gates": "root",
     f"full{OWN_GATES}": "full+rate_5e-2",
     **{f"{setting}{OWN_GATES}": f"full{OWN_GATES}" for setting in ("reversed", "sequential", "topk")},
