@@ -319,7 +319,15 @@ def test_the_sentences_on_shared_steps(figures):
         return [mean_loss(cells[setting, seed]) - mean_loss(cells[base, seed]) for seed in range(3)]
 
     flat, chains, off = gaps("flat_mixed", "flat"), gaps("mixed", "full"), gaps("flat_mixed_no_memory", "flat_mixed")
-    assert max(flat) < 0 and max(chains) < 0 and min(off) > 0  # "in each seed"
+    apart = gaps("flat_no_memory", "flat")
+    assert max(flat) < 0 and max(chains) < 0 and min(off) > 0 and min(apart) > 0  # "in each seed"
+    lower = (
+        f"{figures['ablation.flat_minus_flat_no_memory']:.1f} ± {figures['ablation.flat_minus_flat_no_memory_se']:.1f}"
+    )
+    assert (
+        f"the loss is {mean_se(apart, 3)} nats higher without memory, in each seed, the accuracy {lower} points"
+        in PROSE
+    )
     assert f"the loss is {mean_se(flat, 3)[1:]} nats lower without parents" in PROSE
     assert f"and {mean_se(chains, 3)[1:]} on the chains, in each of three seeds" in PROSE
     names = ("flat_minus_flat_mixed", "full_minus_mixed", "flat_mixed_minus_flat_mixed_no_memory")
