@@ -87,8 +87,9 @@ def train(
             block = [stage_rows[i] for i in order[begin : begin + sampler.block_size]]
             num_labels = sum(label != -100 for _, row in block for label in row["labels"][1:])
             for i in range(0, len(block), batch_size):
-                (task,) = {task for task, _ in block[i : i + batch_size]}
-                batch = collate([row for _, row in block[i : i + batch_size]], pad)
+                micro_batch = block[i : i + batch_size]
+                (task,) = {task for task, _ in micro_batch}
+                batch = collate([row for _, row in micro_batch], pad)
                 # Only this task's path is computed, so only it, of all that is trainable, gets a gradient.
                 logits = model(batch["input_ids"], attention_mask=batch["attention_mask"], task=task).logits[:, :-1]
                 loss = torch.nn.functional.cross_entropy(

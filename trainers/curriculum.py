@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -155,6 +156,11 @@ class BlockSampler:
         epochs = range(math.ceil(last_step * self.block_size / len(self)))
         turns = [task for epoch in epochs for task in self.turns(epoch)]
         return turns[step * self.turns_a_block : last_step * self.turns_a_block]
+
+    def steps_after(self, step: int, last_step: int) -> dict[str, int]:
+        """How many whole blocks the turns of each task make, of the same span."""
+        turns = Counter(self.turns_after(step, last_step))
+        return {task: turns[task] // self.turns_a_block for task in self.num_rows}
 
     def __iter__(self) -> Iterator[int]:
         rows = {task: self._rows(task) for task in self.num_rows}

@@ -201,18 +201,22 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
                 eval_dataset = {task: self._ready(task, rows, rows, self.args) for task, rows in eval_dataset.items()}
         return super().evaluate(eval_dataset=eval_dataset, **kwargs)
 
+    def _task_of(self, inputs: Mapping[str, Any]) -> str:
+        """The task of a micro-batch; makes a GPU wait."""
+        return self._task_names[int(inputs["task"][0])]
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it trains."""
         mastered = self.mastery.mastered
-        if mastered and self._task_names[int(inputs["task"][0])] in mastered:  # reading the id makes a GPU wait
+        if mastered and self._task_of(inputs) in mastered:
             # It passes without computing, so that order, schedule and resuming stay what they are.
             self._average_gradients()  # of what others learn in the same step
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._average_gradients()
         if len(self._checked) == len(self.stage.tasks):
-            return loss  # reading the id would make a GPU wait
-        task = self._task_names[int(inputs["task"][0])]
+            return loss  # without asking for the task, for which a GPU would wait
+        task = self._task_of(inputs)
         if task not in self._checked:
             self._checked.add(task)
             own = self.model.learning_parameters(task)
@@ -234,7 +238,8 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
     ) -> Any:
         """As SFTTrainer's, on the batch's path; also logs `<task>_loss`. Means are over tokens, not over batches."""
         inputs, labels = dict(inputs), inputs["labels"]
-        task = self._task_names[int(inputs.pop("task")[0])]
+        task = self._task_of(inputs)
+        del inputs["task"]
         # TRL's fused loss calls `base_model` directly, past any `forward` of ours, so the path is set around it.
         with self._on_path(task), answers_only(self, inputs, return_outputs):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -285,7 +290,7 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
         """As the Trainer's: the tokens that a step's loss is a mean over; mastered tasks' do not count if others learn."""
         mastered = self.mastery.mastered
         if mastered:
-            left = [its for its in batch_samples if self._task_names[int(its["task"][0])] not in mastered]
+            left = [its for its in batch_samples if self._task_of(its) not in mastered]
             batch_samples = left or batch_samples
         return super()._get_num_items_in_batch(batch_samples, device)
 

@@ -158,17 +158,17 @@ def estimate_recipe(
     batch_size, length = training.per_device_train_batch_size, length or training.max_length or 1024
     estimates, num_sealed, num_pages = [], 0, 0
     for tasks in tree.levels():
-        writers = training.writers(tasks)
+        writers = training.writers(tasks) if slots else []
         has_page = bool(writers)
         num_pages += has_page
-        num_stepping = len(writers) if slots and training.mixed_steps else 1
+        num_stepping = min(len(writers), training.gradient_accumulation_steps) if training.mixed_steps else 1
         estimates.append(
             estimate_memory(
                 text_config,
                 rank=rank,
                 path_rank=rank * max(len(tree.path(task)) for task in tasks) + slots * num_pages,
                 num_training=len(tasks),
-                num_stepping=max(1, min(num_stepping, training.gradient_accumulation_steps)),
+                num_stepping=max(1, num_stepping),
                 num_sealed=num_sealed,
                 slots=slots * has_page,
                 batch_size=batch_size,

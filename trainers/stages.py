@@ -133,11 +133,8 @@ class HFTStages:
             output.metrics["stopped"] = self.state.global_step
             return output
         if self.args.has_mastery():
-            sampler = self._get_train_sampler()
-            saved = {
-                task: sampler.turns_after(step, self.state.max_steps).count(task) // sampler.turns_a_block
-                for task, step in self.mastery.mastered.items()
-            }
+            left = self._get_train_sampler().steps_after
+            saved = {task: left(step, self.state.max_steps)[task] for task, step in self.mastery.mastered.items()}
             output.metrics["saved_steps"] = sum(saved.values())
             logger.warning(
                 f"{stage}: mastery saved {sum(saved.values())} of {self.state.max_steps} steps {saved or ''}"

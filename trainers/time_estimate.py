@@ -71,8 +71,7 @@ def task_steps(num_rows: Mapping[str, int], config: HFTTrainingConfig) -> dict[s
     block = config.per_device_train_batch_size * config.gradient_accumulation_steps
     sampler = config.sampler(num_rows, block)
     if config.max_steps > 0:  # of the stage
-        turns = sampler.turns_after(0, config.max_steps)
-        return {task: turns.count(task) // sampler.turns_a_block for task in num_rows}
+        return sampler.steps_after(0, config.max_steps)
     return {task: math.ceil(config.num_train_epochs * sampler.num_blocks(task)) for task in num_rows}
 
 
