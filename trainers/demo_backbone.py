@@ -49,6 +49,8 @@ def find_backbone() -> tuple[str, str]:
 def _convert(source: Path, folder: Path) -> None:
     """A GGUF file -> a folder in the usual form, in one step or not at all.
 
+    Of several processes that do this at once, the first one's folder stays.
+
     A model that was loaded from GGUF counts as quantised and refuses to be saved, so its weights move into a plain one.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -62,4 +64,8 @@ def _convert(source: Path, folder: Path) -> None:
         staging = Path(temporary) / "model"
         plain.save_pretrained(staging)
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(staging)
-        os.replace(staging, folder)
+        try:
+            os.replace(staging, folder)
+        except OSError:  # another process was faster
+            if not (folder / "config.json").exists():
+                raise
