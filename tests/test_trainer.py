@@ -442,7 +442,7 @@ def test_tasks_have_learning_rates_of_their_own(backbones, tokenizer, tmp_path):
     nodes = {task: [p for name, p in model.task_parameters(task).items() if "gates" not in name] for task in "ae"}
     assert {found[id(p)] for p in nodes["a"]} == {trainer.args.learning_rate}
     assert {found[id(p)] for p in nodes["e"]} == {2e-4}
-    assert {found[id(p)] for p in model.page_parameters(1).values()} == {2e-4}  # the lower one
+    assert {found[id(p)] for p in model.page_parameters(1).values()} == {trainer.args.learning_rate}  # no one task's
     assert decayed == set(found)
     with pytest.raises(ValueError, match=r"`task_learning_rates` names the unknown task 'aa'\..*'a'"):
         make(backbones, tokenizer, tmp_path / "2", {"a": []}, task_learning_rates={"aa": 2e-4})

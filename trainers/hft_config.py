@@ -29,7 +29,7 @@ class HFTTrainingConfig(SFTConfig):
     with scaling 1 rather than whole models.
 
     Args:
-        learning_rate: of the nodes.
+        learning_rate: of the nodes and pages.
         gate_learning_rate: of the gates, on what a task inherits. They are single numbers near 1, so they take larger steps
             than the nodes.
         gate_shrink: how strongly the gates on ancestors and older pages are drawn to 0: after each step, by this times the
@@ -45,7 +45,7 @@ class HFTTrainingConfig(SFTConfig):
         task_passes: task -> passes over its rows in an epoch, above 0; 1 for those that it does not name. Of half a pass the
             next epoch takes the other half.
         task_learning_rates: task -> the learning rate of its node, where it is not `learning_rate`; above 0. That of its
-            gates changes by the same factor. A page has the lowest rate of those that write it.
+            gates changes by the same factor. What tasks learn together, their page, has `learning_rate`.
         page_tasks: the tasks that write their stage's memory page; None: all. Leave out a task whose rows are those of
             others, as the root of a family, and those that stand on it: what they share is in the root already.
         rank_tolerance: before a stage is sealed, each task's node is cut to the smallest rank that raises its mean loss on

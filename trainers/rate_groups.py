@@ -32,7 +32,7 @@ def group_by_rate(
             if name.startswith("hft_gates."):
                 gates.setdefault(gate_rate, []).append(parameter)
             else:  # a page is written by several
-                rate[id(parameter)] = min(its_rate, rate.get(id(parameter), its_rate))
+                rate[id(parameter)] = args.learning_rate if name.startswith("hft_memory.") else its_rate
 
     def its_rate_of(parameter: nn.Parameter) -> float:
         return rate[id(parameter)]
