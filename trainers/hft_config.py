@@ -10,6 +10,7 @@ from typing import Any
 from torch import accelerator
 from trl import SFTConfig
 
+from hft.configuration_hft import HFTMemoryConfig
 from hft.hierarchy_hft import nearest
 
 from .curriculum import BlockSampler
@@ -201,9 +202,10 @@ class HFTTrainingConfig(SFTConfig):
         """The learning rates of tasks that have none of their own."""
         return {"learning_rate": self.learning_rate, "gate_learning_rate": self.gate_learning_rate}
 
-    def writers(self, tasks: Sequence[str]) -> list[str]:
-        """Those of a stage's tasks that write its memory page."""
-        return [task for task in tasks if self.page_tasks is None or task in self.page_tasks]
+    def writers(self, tasks: Sequence[str], memory: HFTMemoryConfig) -> list[str]:
+        """Those of a stage's tasks that write its memory page; none where there is no memory."""
+        wanted = [] if memory.read == "off" else tasks if self.page_tasks is None else self.page_tasks
+        return [task for task in tasks if task in wanted]
 
     def check_names(self, known: Collection[str]) -> None:
         """Whether the settings that name tasks name known ones.

@@ -188,8 +188,8 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> BlockSampler:
         block = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         rows = {task: len(self._prepared[task]) for task in self.stage.tasks}
-        has_page = self.model.config.memory_config.read != "off"
-        self._sampler = self.args.sampler(rows, block, self.args.writers(self.stage.tasks) if has_page else ())
+        writers = self.args.writers(self.stage.tasks, self.model.config.memory_config)
+        self._sampler = self.args.sampler(rows, block, writers)
         return self._sampler
 
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:

@@ -154,11 +154,11 @@ def estimate_recipe(
     tree = Hierarchy(recipe.hierarchy)
     training = HFTTrainingConfig(**{**recipe.training_arguments(), "bf16": False, "use_cpu": True})
     memory = HFTMemoryConfig(**(recipe.model.get("memory_config") or {}))
-    rank, slots = recipe.model.get("rank", HFTConfig.rank), 0 if memory.read == "off" else memory.slots
+    rank, slots = recipe.model.get("rank", HFTConfig.rank), memory.slots
     batch_size, length = training.per_device_train_batch_size, length or training.max_length or 1024
     estimates, num_sealed, num_pages = [], 0, 0
     for tasks in tree.levels():
-        writers = training.writers(tasks) if slots else []
+        writers = training.writers(tasks, memory)
         has_page = bool(writers)
         num_pages += has_page
         num_stepping = min(len(writers), training.gradient_accumulation_steps) if training.mixed_steps else 1

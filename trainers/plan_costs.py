@@ -87,14 +87,15 @@ def plan_costs(
     recipe = dataclasses.replace(recipe, hierarchy=plan.parents, mixtures=dict(plan.families))
     training = HFTTrainingConfig(**{**recipe.training_arguments(), "report_to": "none"})
     hierarchy, rank = plan.hierarchy(), model.config.rank
-    slots = 0 if model.config.memory_config.read == "off" else model.config.memory_config.slots
+    memory = model.config.memory_config
+    slots = 0 if memory.read == "off" else memory.slots
     of_roots = {root: [row for task in its for row in rows[task]] for root, its in plan.families.items()}
     num_given, num_rows, lengths, answers = {}, {}, {}, {}
     for task, its in {**rows, **of_roots}.items():
         num_given[task] = len(its)
         num_rows[task], lengths[task], answers[task] = _measure(task, its, tokenizer, training)
     timing = time_steps(model, rows, tokenizer, recipe.training)
-    writers = [training.writers(level) if slots else [] for level in hierarchy.levels()]
+    writers = [training.writers(level, memory) for level in hierarchy.levels()]
     more = {}  # columns of a path beside those of one node and one page, which steps are timed with
     for level, tasks in enumerate(hierarchy.levels()):
         for task in tasks:

@@ -148,6 +148,9 @@ def mean_gates(gates: HFTGateTable) -> dict[str, float]:
 # The same rows a step in four micro-batches, which may be of different tasks where these write a page together.
 MIXED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 
+# ... on a page as large as a node, which the tasks' own nodes only refine.
+REFINED = {**MIXED, "task_learning_rates": dict.fromkeys(TREE, 0.3 * TRAINING["learning_rate"])}
+
 # Setting -> hierarchy for a seed, and what differs from the full method.
 SETTINGS = {
     "full": (lambda seed: TREE, {}),
@@ -161,6 +164,7 @@ SETTINGS = {
         {"memory_config": {"read": "off"}, "training": MIXED, "trainer_class": SharingAnyway},
     ),
     "flat_no_memory": (lambda seed: FLAT, {"memory_config": {"read": "off"}, "training": MIXED}),
+    "flat_refined": (lambda seed: FLAT, {"memory_config": {"slots": 16}, "training": REFINED}),
     "random_parents": (random_parents, {}),
     "reversed": (lambda seed: reversed_tree(), {}),
     "sequential": (lambda seed: TREE, {"trainer_class": InSequence}),

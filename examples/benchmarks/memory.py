@@ -1,16 +1,22 @@
-"""Do the memory's slots hold what is shared? Two unrelated tasks write a page; unrelated tasks come later.
+"""Do the memory's slots hold what is shared? Tasks write a page together; other tasks come later.
 
-    python examples/benchmarks/memory.py --data DIR
+    python examples/benchmarks/memory.py --data DIR --world unrelated    # or related
 
-sst2 (sentiment) and agnews (topic) are learnt first and write page 1 together. Then, each on its own and as a root: yelp and
-mnli, which (a) read page 1 from the start, or let it in from 0, or are learnt in a model without it. For each task the share
-of (b) memory and nodes in what is added at each layer, and (c) the score with page 1 switched off. Validation rows.
+Tasks are learnt first and write page 1 together. Then others, each on its own and as a root, which (a) read page 1 from the
+start, or let it in from 0, or are learnt in a model without it. For each task the share of (b) memory and nodes in what is
+added at each layer, and (c) the score with page 1 switched off. Validation rows.
+
+In the world `unrelated` sst2 (sentiment) and agnews (topic) come first, then yelp and mnli. In the world `related` two tasks
+of sentiment and two of inference come first and share optimizer steps on a page as large as a node, which their own nodes
+refine; then a third of each, and agnews.
 """
 
 import tempfile
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING
+from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, MIXED, TRAINING
 from harness import cell, parser, prepare, read_tasks, sample, saved_model, score, todo, train_hft, train_open
 from transformers import set_seed
 
@@ -18,8 +24,31 @@ import hft
 from hft.trainers.interference import switched_off
 
 
-FIRST = ("sst2", "agnews")
-LATER = ("yelp", "mnli")
+@dataclass
+class World:
+    """Who comes when.
+
+    Args:
+        name: of its cells.
+        first: the tasks that write page 1.
+        later: those that may read it.
+        training: what differs in the training of the first.
+        slots: of page 1.
+    """
+
+    name: str
+    first: tuple[str, ...]
+    later: tuple[str, ...]
+    training: dict[str, Any] = field(default_factory=dict)
+    slots: int = 8
+
+
+TOGETHER = ("sst2", "yelp", "rte", "mnli")
+REFINING = {"task_learning_rates": dict.fromkeys(TOGETHER, 0.3 * TRAINING["learning_rate"])}
+WORLDS = {
+    "unrelated": World("memory", ("sst2", "agnews"), ("yelp", "mnli")),
+    "related": World("memory-related", TOGETHER, ("amazon", "cb", "agnews"), {**MIXED, **REFINING}, 16),
+}
 WAYS = {"reads page 1": {"root_init": 1.0}, "from 0": {"root_init": 0.0}, "without page 1": None}
 
 
@@ -39,38 +68,44 @@ def norms(model: hft.HFTForCausalLM, task: str) -> dict[str, list[float]]:
     return {label: [round(x, 3) for x in column] for label, column in zip(sources.labels(), columns, strict=True)}
 
 
-def score_without(model: hft.HFTForCausalLM, tokenizer, rows, task: str, page: int) -> dict:
+def score_without(model: hft.HFTForCausalLM, tokenizer: Any, rows: list[dict], task: str, page: int) -> dict:
     """The task's score with its gates on a page at 0."""
     with switched_off(model, task, f"page:{page}"):
         return score(model, tokenizer, {task: rows}, lambda task: task)[task]
 
 
 def main() -> None:
-    args = parser(__doc__.splitlines()[0], "memory.jsonl").parse_args()
+    arguments = parser(__doc__.splitlines()[0], "memory.jsonl")
+    arguments.add_argument("--world", default="unrelated", choices=list(WORLDS))
+    args = arguments.parse_args()
+    world = WORLDS[args.world]
+    first, memory = world.first, {"slots": world.slots}
     backbone, tokenizer = prepare(args.backbone)
-    rows, validation = read_tasks(args.data, FIRST + LATER, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
-    settings = ["first", *(f"{task}: {way}" for task in LATER for way in WAYS)]
+    rows, validation = read_tasks(args.data, first + world.later, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
+    settings = ["first", *(f"{task}: {way}" for task in world.later for way in WAYS)]
     base = tempfile.TemporaryDirectory()
     base_seed = None
-    for setting, seed in todo(args.out, "memory", settings, args.seeds):
+    for setting, seed in todo(args.out, world.name, settings, args.seeds):
         if seed != base_seed:
-            train = {task: sample(rows[task], 200, seed) for task in FIRST}
-            model = train_hft(backbone, tokenizer, {task: [] for task in FIRST}, train, seed, TRAINING)
+            train = {task: sample(rows[task], 200, seed) for task in first}
+            training = {**TRAINING, **world.training}
+            tree = {task: [] for task in first}
+            model = train_hft(backbone, tokenizer, tree, train, seed, training, memory_config=memory)
             model.save_pretrained(base.name)
             base_seed = seed
-        with cell(args.out, "memory", setting, seed) as result:
+        with cell(args.out, world.name, setting, seed) as result:
             if setting == "first":
-                tasks = score(model, tokenizer, {task: validation[task] for task in FIRST}, lambda task: task)
-                for task in FIRST:
+                tasks = score(model, tokenizer, {task: validation[task] for task in first}, lambda task: task)
+                for task in first:
                     tasks[task]["without page 1"] = score_without(model, tokenizer, validation[task], task, 1)
-                added = {task: norms(model, task) for task in FIRST}
-                value = sum(tasks[task]["accuracy"] - tasks[task]["without page 1"]["accuracy"] for task in FIRST) / 2
-                result.update(value=round(value, 3), tasks=tasks, added=added)
+                added = {task: norms(model, task) for task in first}
+                fall = sum(its["accuracy"] - its["without page 1"]["accuracy"] for its in tasks.values())
+                result.update(value=round(fall / len(first), 3), tasks=tasks, added=added)
                 continue
             task, way = setting.split(": ")
             train = {task: sample(rows[task], 200, seed)}
             if WAYS[way] is None:
-                model = train_hft(backbone, tokenizer, {task: []}, train, seed, TRAINING)
+                model = train_hft(backbone, tokenizer, {task: []}, train, seed, TRAINING, memory_config=memory)
             else:
                 set_seed(seed)
                 model = saved_model(base.name)

@@ -7,6 +7,7 @@ best average on validation rows (over the seeds that all its rates have run) is 
 Test rows are scored in the same pass and looked at by `table.py` only, for the chosen rate.
 """
 
+import dataclasses
 import functools
 import gc
 import json
@@ -94,6 +95,25 @@ def hft_flat(setup: Setup) -> Outcome:
     return hft_on(setup, {task: [] for task in setup.order})
 
 
+def hft_shared(setup: Setup, refining_rate: float = 0.3, micro_batches: int = 4, **options: Any) -> Outcome:
+    """HFT without a hierarchy: all tasks write one memory page in shared steps, and refine it on their own nodes.
+
+    Args:
+        setup: what all methods share.
+        refining_rate: the nodes' learning rate over the page's.
+        micro_batches: of an optimizer step, each of one task.
+        options: as for `hft_on`.
+    """
+    training = setup.training
+    sharing = {
+        "per_device_train_batch_size": training["per_device_train_batch_size"] // micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+        "task_learning_rates": dict.fromkeys(setup.order, refining_rate * training["learning_rate"]),
+    }
+    setup = dataclasses.replace(setup, training={**training, **sharing})
+    return hft_on(setup, {task: [] for task in setup.order}, memory_config={"slots": RANK}, **options)
+
+
 def hft_families(setup: Setup, **options: Any) -> Outcome:
     """HFT where related tasks stand on a root that learns from all of them, and then refine that."""
     families = {name: [task for task in its if task in setup.order] for name, its in FAMILIES.items()}
@@ -163,6 +183,9 @@ ALL = {
     **METHODS,
     "hft_chains": hft_chains,
     "hft_flat": hft_flat,
+    "hft_shared": hft_shared,
+    "hft_shared_all": functools.partial(hft_shared, refining_rate=1.0),
+    "hft_shared_tenth": functools.partial(hft_shared, refining_rate=0.1),
     "hft_families": hft_families,
     "hft_families_pages": functools.partial(hft_families, pages=True),
     "hft_families_thirds": functools.partial(hft_families, thirds=True),
