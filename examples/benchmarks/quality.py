@@ -184,8 +184,6 @@ ALL = {
     "hft_chains": hft_chains,
     "hft_flat": hft_flat,
     "hft_shared": hft_shared,
-    "hft_shared_all": functools.partial(hft_shared, refining_rate=1.0),
-    "hft_shared_tenth": functools.partial(hft_shared, refining_rate=0.1),
     "hft_families": hft_families,
     "hft_families_pages": functools.partial(hft_families, pages=True),
     "hft_families_thirds": functools.partial(hft_families, thirds=True),

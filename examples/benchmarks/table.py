@@ -26,6 +26,7 @@ ABLATION = {
     "flat_no_memory": "... without memory",
     "flat_mixed": "... a step holds several tasks, in micro-batches of one each",
     "flat_mixed_no_memory": "... ... without memory",
+    "flat_refined": "... ... on a page of 16 slots, which nodes refine at 0.3 of its rate",
     "random_parents": "random parents",
     "reversed": "every edge turned round",
     "sequential": "a stage's tasks one after another",
@@ -42,6 +43,7 @@ ABLATION_BASES = {
     "flat_no_memory": "flat",
     "flat_mixed": "flat",
     "flat_mixed_no_memory": "flat_mixed",
+    "flat_refined": "flat_mixed",
     "root_no_gates": "root",
     f"full{OWN_GATES}": "full+rate_5e-2",
     **{f"{setting}{OWN_GATES}": f"full{OWN_GATES}" for setting in ("reversed", "sequential", "topk")},
@@ -63,6 +65,7 @@ BASELINES = {
 HIERARCHIES = {
     "hft_chains": "chains",
     "hft_flat": "no hierarchy",
+    "hft_shared": "no hierarchy, one page in shared steps",
     "hft_families": "a root a family",
     "hft_families_pages": "a root a family, pages",
     "hft_families_thirds": "a root a family, thirds, pages",
