@@ -27,6 +27,7 @@ from transformers.utils import logging
 import hft
 from hft.files_hft import check_writable
 
+from .compute_dtype import fast_dtype
 from .demo_backbone import find_backbone
 from .evaluation import EvalSet
 from .hft_config import HFTTrainingConfig
@@ -135,6 +136,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     disable_progress_bar()
     set_seed(0)
     backbone, source = find_backbone()
+    dtype = fast_dtype()
     print(f"Backbone: {source}, held in NF4")
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     train, test = {}, {}
@@ -148,14 +150,14 @@ def run_demo(out: Path) -> dict[str, Any]:
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype="bfloat16",
+        bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=True,
     )
     model = hft.HFTForCausalLM.from_backbone(
         backbone,
         {name: task.parents for name, task in TASKS.items()},
         quantization_config=nf4,
-        dtype=torch.bfloat16,
+        dtype=dtype,
     )
     print("The hierarchy, each task with the rows that it learns from:\n")
     print(model.hierarchy.draw({name: f"({len(train[name])} x {task.family})" for name, task in TASKS.items()}))
@@ -172,6 +174,7 @@ def run_demo(out: Path) -> dict[str, Any]:
         gradient_checkpointing=False,
         max_length=256,
         disable_tqdm=False,
+        bf16=dtype == torch.bfloat16,
     )
     trainer = HFTTrainer(model, args, train_dataset=train, test_sets=test, processing_class=tokenizer)
     trainer.train()
@@ -218,10 +221,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-folder, inputs, outputs = sys.argv[1:]
-nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16",
+folder, inputs, outputs, dtype = sys.argv[1:]
+nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype,
                          bnb_4bit_use_double_quant=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, quantization_config=nf4)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype, quantization_config=nf4)
 with torch.inference_mode():
     save_file({task: model(ids, task=task).logits for task, ids in load_file(inputs).items()}, outputs)
 """
@@ -235,7 +238,7 @@ def _reload_difference(
     test: Mapping[str, EvalSet],
 ) -> float:
     """The largest difference of any logit between the model in memory and the saved one in a process without HFT."""
-    prompts = {}
+    prompts, dtype = {}, str(model.dtype).removeprefix("torch.")
     for task in [*test, "backbone"]:
         row = test.get(task, next(iter(test.values()))).rows[0]
         text = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=False)
@@ -245,7 +248,7 @@ def _reload_difference(
         save_file(prompts, inputs)
         environment = {**os.environ, "HF_MODULES_CACHE": str(Path(temporary) / "modules")}
         done = subprocess.run(
-            [sys.executable, "-c", _RELOAD, str(folder.absolute()), str(inputs), str(outputs)],
+            [sys.executable, "-c", _RELOAD, str(folder.absolute()), str(inputs), str(outputs), dtype],
             cwd=temporary,
             env=environment,
             capture_output=True,

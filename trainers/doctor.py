@@ -16,6 +16,8 @@ from transformers.utils import is_flash_attn_2_available
 
 from hft.attention_hft import has_flash_attention
 
+from .compute_dtype import is_bfloat16_slow
+
 
 DISTRIBUTION = "modeling-hft"
 NEEDED = ("", "train", "quant")  # the extras without which `hft train` does not run; "": the core
@@ -83,7 +85,7 @@ def _device() -> Finding:
     if shutil.which("nvidia-smi"):
         advice = "There is an NVIDIA driver, but this PyTorch does not see a GPU: install a CUDA build (pytorch.org)."
         return Finding("device", text, advice)
-    return Finding("device", text)
+    return Finding("device", text + ("; no bfloat16 products: float32 is faster" if is_bfloat16_slow() else ""))
 
 
 def _attention() -> str:

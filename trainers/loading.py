@@ -8,6 +8,8 @@ from transformers.utils import cached_file
 import hft
 from hft.slim_hft import read_config
 
+from .compute_dtype import fast_dtype
+
 
 def load_model(model: str | os.PathLike, load_in_4bit: bool = False) -> PreTrainedModel:
     """A saved HFT model, with its backbone in NF4 if that is asked for; raises as `from_pretrained`.
@@ -16,7 +18,7 @@ def load_model(model: str | os.PathLike, load_in_4bit: bool = False) -> PreTrain
         model: folder or Hub id.
         load_in_4bit: hold the backbone in NF4.
     """
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=fast_dtype())
     return hft.HFTForCausalLM.from_pretrained(
         model, quantization_config=nf4 if load_in_4bit else None, device_map="auto"
     )

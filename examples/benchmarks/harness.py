@@ -23,6 +23,7 @@ from transformers.utils import logging
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig, run_record
+from hft.trainers.compute_dtype import is_bfloat16_slow
 from hft.trainers.cpu_memory import use_memory_well
 from hft.trainers.demo_backbone import find_backbone
 from hft.trainers.evaluation import score_options
@@ -54,6 +55,8 @@ def prepare(backbone: str | None) -> tuple[str, PreTrainedTokenizerBase]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     use_cpu_well()
+    if is_bfloat16_slow():
+        print("This CPU has no products of bfloat16 numbers: a cell of minutes takes hours.", flush=True)
     backbone = find_backbone()[0] if backbone is None else backbone
     return backbone, AutoTokenizer.from_pretrained(backbone)
 
