@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -105,13 +105,15 @@ class HFTSlimFiles:
             for column, source in enumerate(self.sources(task).labels())
         }
 
-    def restore(self, folder: str | os.PathLike, sealed_only: bool = False) -> None:
+    def restore(self, folder: str | os.PathLike, part: Literal["all", "sealed", "open"] = "all") -> None:
         """Takes over what the tasks of a slim folder have learnt and which are sealed, into this model of the same tasks.
 
         Args:
-            folder: written by `save_pretrained` of a model with the same tasks. Tasks that are sealed there may have been
-                trimmed to other ranks.
-            sealed_only: leave open tasks as they are.
+            folder: written by `save_pretrained` of a model with the same tasks. Tasks that are sealed here or there may
+                have been trimmed to other ranks.
+            part: `"sealed"` leaves tasks as they are that are open here and there; one that is sealed here and open there
+                becomes open again, as the folder has it. `"open"` takes only tasks that are open here and there, with the
+                page that they write.
 
         Raises:
             ValueError: if the folder's tasks are others.
@@ -119,30 +121,46 @@ class HFTSlimFiles:
         """
         self._check_unfolded()
         saved = read_config(os.fspath(folder))
-        sealed = saved.sealed_tasks()
+        both_open = {*saved.open_tasks()} & {*self.config.open_tasks()}
 
         def shape(config: HFTConfig) -> list[tuple[Any, ...]]:
             return [
-                (task["name"], task["parents"], *([] if task["name"] in sealed else [task["rank"]]))
+                (task["name"], task["parents"], *([task["rank"]] if task["name"] in both_open else []))
                 for task in config.tasks
             ]
 
         if shape(saved) != shape(self.config):
-            raise ValueError(f"'{folder}' holds other tasks ({shape(saved)}) than this model ({shape(self.config)}).")
-        taken = [task for task in saved.tasks if task["sealed"] or not sealed_only]
-        pages = [page for page in saved.pages if page["sealed"] or not sealed_only]
+            there, here = (
+                ", ".join(
+                    f"{name} on {' and '.join(ups) or 'nothing'}" + (f" (rank {its[0]})" if its else "")
+                    for name, ups, *its in shape(config)
+                )
+                for config in (saved, self.config)
+            )
+            raise ValueError(
+                f"'{folder}' holds other tasks than this model: {there}; and here: {here}. Build the model with the same "
+                "hierarchy and ranks, or take another folder."
+            )
+        taken = [task for task in saved.tasks if part == "all" or (task["name"] in both_open) == (part == "open")]
+        read = {page for task in taken for page in task["pages"]}
+        pages = [page for page in saved.pages if (page["id"] in read if not page["sealed"] else part != "open")]
         tasks_by_name = {entry["name"]: entry for entry in (*self.config.tasks, *taken)}
-        kept = [page for page in self.config.pages if sealed_only and not page["sealed"]]
+        kept = [page for page in self.config.pages if part == "open" or (part == "sealed" and not page["sealed"])]
         pages_by_id = {entry["id"]: entry for entry in (*kept, *pages)}
         self.config.tasks = list(tasks_by_name.values())
         self.config.pages = list(pages_by_id.values())
         self._make_room()
+        self._kept.clear()  # it may hold what was there
         self._read_tasks(folder, taken, pages)
+        if part != "open":
+            self._restore_router(folder, saved)
+        self.set_trainable(self.config.open_tasks())
+
+    def _restore_router(self, folder: str | os.PathLike, saved: HFTConfig) -> None:
         self.hft_router.clear()
         for name in ("tasks", "prefix", "suffix"):  # all that it learns besides its sums
             setattr(self.hft_router.config, name, list(getattr(saved.router_config, name)))
         self._read_router(folder)
-        self.set_trainable(self.config.open_tasks())
 
 
 def lineage(file: Path, parents: Iterable[Mapping[str, Any]]) -> str:
@@ -213,7 +231,12 @@ def _config_in(folder: str | os.PathLike) -> dict[str, Any]:
 def read_config(repo: str, **download: Any) -> HFTConfig:
     """The config of an HFT model; OSError if there is none, ValueError if it is another kind of model."""
     finish_writing(repo, download.get("subfolder"))
-    files, _ = PreTrainedConfig.get_config_dict(repo, **download)
+    try:
+        files, _ = PreTrainedConfig.get_config_dict(repo, **download)
+    except OSError as error:
+        if os.path.isdir(repo):
+            raise
+        raise OSError(f"There is no folder '{repo}', and as a Hub id it cannot be read: {error}") from error
     if not files:
         raise OSError(f"'{repo}' holds no model (no config.json).")
     if files.get("model_type") != HFTConfig.model_type:

@@ -84,6 +84,10 @@ class HFTStorage(HFTSlimFiles):
         text_config = AutoConfig.from_pretrained(backbone, **download)
         if text_config.model_type == HFTConfig.model_type:
             raise ValueError(f"'{backbone}' is an HFT model itself; load it with from_pretrained and use add_task.")
+        if text_config.get_text_config(decoder=True).model_type != text_config.model_type:
+            raise ValueError(
+                f"'{backbone}' is a {text_config.model_type!r}, which takes more than text; give a text model of the family."
+            )
         # Naming the family here gives a clear error before anything heavy is loaded.
         plain = without_weights(text_config)
         adapted_linears(plain.base_model, target_modules)

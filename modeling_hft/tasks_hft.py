@@ -246,7 +246,11 @@ class HFTTasks(HFTOwnership):
                 self.hft_memory[flat(name)].add(str(page["id"]), page["slots"], _dtype(page), device)
 
     def _make_room(self) -> None:
-        """Empty parameters for all that the config lists and the model lacks."""
+        """Empty parameters for all that the config lists and the model lacks; none for pages that it no longer lists."""
+        listed = {str(page["id"]) for page in self.config.pages}
+        for memory in self.hft_memory.values():
+            for gone in set(memory.names()) - listed:
+                memory.remove(gone)
         nodes, memory = next(iter(self.hft_nodes.values())), next(iter(self.hft_memory.values()), None)
         for page in self.config.pages:
             if memory is not None and str(page["id"]) not in memory.names():

@@ -14,7 +14,7 @@ from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.run_record import RunRecord
 
 from .test_mastery import mastering
-from .test_trainer import Kill, make, rows
+from .test_trainer import Kill, data, make, rows
 from .tiny import bits, snapshot
 
 
@@ -106,6 +106,55 @@ def test_8_mastery_at_the_last_checkpoint_ends_the_stage(backbones, tokenizer, t
     assert resumed.train(resume_from_checkpoint=True).global_step == 2 and not hasattr(resumed, "taken")
 
 
+@pytest.mark.parametrize("save_steps", [1, 100])
+def test_a_stage_that_could_not_be_saved_is_trained_again_in_the_same_process(
+    backbones, tokenizer, tmp_path, save_steps
+):
+    """As on a full disk. The folder knows nothing of the stage, or only its checkpoints."""
+    whole = make(backbones, tokenizer, tmp_path / "whole", TREE, save_steps=save_steps)
+    whole.train()
+    trainer = make(
+        backbones, tokenizer, tmp_path / "cut", TREE, cls=dying("_end_stage_record", 1), save_steps=save_steps
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.model.config.sealed_tasks() == ["a"]
+    type(trainer)._end_stage_record = HFTTrainer._end_stage_record
+    trainer.train(resume_from_checkpoint=True)
+    assert learnt(trainer) == learnt(whole)
+    assert [stage["tasks"] for stage in trainer.record.stages] == [["a"], ["b"]]
+
+
+def test_a_task_that_was_refreshed_meanwhile_stays_so(backbones, tokenizer, tmp_path):
+    """The checkpoint that a stage goes on from holds older gates of the tasks below."""
+    killed = make(backbones, tokenizer, tmp_path, TREE, save_steps=1)
+    killed.add_callback(Kill(2, "step"))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    assert hft.HFTConfig.from_pretrained(tmp_path).sealed_tasks() == []
+    done = make(backbones, tokenizer, tmp_path, TREE, cls=dying("_end_stage_record", 2), save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        done.train(resume_from_checkpoint=True)
+    model = hft.HFTForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        model.hft_gates.of("a").mul_(0.5)  # as a refresh might
+    model.save_pretrained(tmp_path)
+    resumed = make(backbones, tokenizer, tmp_path, TREE, save_steps=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert bits(resumed.model.hft_gates.of("a")) == bits(model.hft_gates.of("a"))
+    assert resumed.model.config.sealed_tasks() == ["a", "b"]
+
+
+def test_a_run_goes_back_to_where_nodes_were_whole(backbones, tokenizer, tmp_path):
+    options = {"eval_dataset": data(TREE), "rank_tolerance": 9.0, "save_steps": 1, "max_steps": 2}
+    trainer = make(backbones, tokenizer, tmp_path, TREE, **options)
+    trainer.train()
+    first = learnt(trainer)
+    assert trainer.model.config.task("a")["rank"] < 3
+    trainer.train(resume_from_checkpoint=str(tmp_path / "stage-1/checkpoint-1"))
+    assert learnt(trainer) == first
+
+
 def test_another_runs_folder_overwrites_no_learnt_model(backbones, tokenizer, tmp_path):
     make(backbones, tokenizer, tmp_path / "full", {"z": []}, max_steps=1, save_strategy="no").train()
     with pytest.raises(KeyboardInterrupt):
@@ -149,12 +198,23 @@ class TestRecord:
     def test_a_stage_that_nobody_tested_leaves_the_last_scores(self):
         later = replace(self.record, stages=[*self.record.stages, {"level": 3, "tasks": ["late"], "log": []}])
         assert later.last_scores() == self.record.stages[1]["scores"] and RunRecord().last_scores() == {}
+        assert later.scored_levels() == [1, 2] and len(later.stages) == 3
 
     def test_without_a_task(self):
         left = self.record.without(["b"])
         assert left.data == {"a": {"rows": 3}} and "b" not in json.dumps(vars(left)["stages"])
         assert left.matrix() == [{"a": 5.0}] and left.routed == {} and left.sources == {"a": {"a": {"drop": 1.0}}}
         assert self.record.without([]) == self.record
+
+    def test_after_a_refresh(self):
+        now = self.record.after_refresh("a")
+        assert "a" not in now.last_scores() and now.matrix() == self.record.matrix()
+        assert now.routed == {} and now.sources == {} and now.cross == {}
+        assert RunRecord().after_refresh("a") == RunRecord()  # was never scored
+        now.add_stage(
+            {"level": 3, "tasks": ["late"], "log": [], "scores": {"a": {"score": 7.0}, "late": {"score": 1.0}}}
+        )
+        assert now.last_scores()["a"] == {"score": 7.0}
 
     def test_the_past_of_a_model_that_goes_on(self):
         past = self.record.past_of(["a", "b"])

@@ -16,7 +16,14 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Gemma3Config,
+    GenerationConfig,
+)
 
 import hft
 from hft.trainers.run_record import write_json
@@ -521,11 +528,45 @@ def test_restore_takes_over_tasks_and_seals(saved, model, backbones):
     other.restore(saved)
     assert snapshot(other) == snapshot(model)
     assert (other.config.tasks, other.config.pages) == (model.config.tasks, model.config.pages)
-    twin.restore(saved, sealed_only=True)
+    twin.restore(saved, "sealed")
     assert [page["id"] for page in twin.config.pages] == [1, 2]
     assert twin.config.open_tasks() == ["d"] and twin.config.task("d")["pages"] == []
     x = prompts(1, 5)
     assert bits(twin(x, task="f").logits) == bits(model(x, task="f").logits)
+
+
+def test_restore_opens_again_what_the_folder_has_not_sealed(backbones, tmp_path):
+    """Else a sealed task would read a page that its folder's next stage writes."""
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": ["a"]}, memory_config={"slots": 2})
+    model.save_pretrained(tmp_path)
+    before, x = snapshot(model), prompts(1, 5)
+    model.start_stage(["a"])
+    fill(model, only_trainable=True)
+    model.seal(["a"])
+    model.restore(tmp_path, "sealed")
+    assert model.config.open_tasks() == ["a", "b"] and model.config.pages == []
+    assert snapshot(model) == before and bits(model(x, task="a").logits) == bits(model(x).logits)
+    model.start_stage(["a"])
+    assert model.config.task("a")["pages"] == [1]
+
+
+def test_restore_of_open_tasks_leaves_sealed_ones(saved, model):
+    """Whose gates may have been refreshed since the folder was written."""
+    model.add_task("z", ["a"])
+    model.start_stage(["z"])
+    model.save_pretrained(saved)
+    before = snapshot(model)
+    fill(model, only_trainable=True)
+    with torch.no_grad():
+        model.hft_gates.of("a").mul_(0.5)
+    model.restore(saved, "open")
+    assert {name for name, value in snapshot(model).items() if before[name] != value} == {"hft_gates.g_a"}
+
+
+def test_a_backbone_that_also_takes_images_is_refused(tmp_path):
+    Gemma3Config(text_config={"num_hidden_layers": 1}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is a 'gemma3', which takes more than text; give a text model"):
+        hft.HFTForCausalLM.from_backbone(tmp_path)
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])

@@ -139,7 +139,7 @@ class RunFolder:
         if is_own:
             self._sweep()
         if (self.path / "config.json").exists():
-            model.restore(self.path, sealed_only=True)
+            model.restore(self.path, "sealed")
         elif not is_own:
             raise ValueError(f"'{self.path}' holds no run to resume (no config.json); give a run's folder, or True.")
         sealed = model.config.sealed_tasks()

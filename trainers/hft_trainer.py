@@ -311,5 +311,5 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
         self.model.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self.model.restore(resume_from_checkpoint)
+        self.model.restore(resume_from_checkpoint, "open")  # sealed tasks may have been refreshed since
         self.model.set_trainable(self.stage.tasks)

@@ -61,6 +61,7 @@ class RunRecord:
         routed: task -> {"score", "se", "rows"} when the router chooses; `confusion`: task -> who answered -> rows.
         sources: task -> source -> {"score", "se", "drop", "drop_se", "gate"}: with that source switched off.
         cross: task -> path -> score of the task's rows on another task's path.
+        refreshed: tasks whose gates were learnt anew after they were scored.
         rates: level of a stage -> the learning rates that it was begun with.
         machine, versions: what it ran on.
     """
@@ -74,6 +75,7 @@ class RunRecord:
     confusion: dict[str, dict[str, int]] = field(default_factory=dict)
     sources: dict[str, dict[str, Score]] = field(default_factory=dict)
     cross: dict[str, dict[str, Score]] = field(default_factory=dict)
+    refreshed: list[str] = field(default_factory=list)
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
     machine: str = ""
     versions: dict[str, str] = field(default_factory=dict)
@@ -104,6 +106,7 @@ class RunRecord:
     def add_stage(self, stage: dict[str, Any]) -> None:
         """Takes a stage's results in, in place of older ones of the same tasks."""
         self.stages = [old for old in self.stages if not set(old["tasks"]) & set(stage["tasks"])] + [stage]
+        self.refreshed = [task for task in self.refreshed if task not in stage.get("scores", {})]
 
     def past_of(self, tasks: Collection[str]) -> "RunRecord":
         """What a new training of a model that has learnt these tasks goes on with: what is known of them, stage by stage."""
@@ -136,6 +139,21 @@ class RunRecord:
             confusion={} if tasks else self.confusion,
             sources={task: rest(its) for task, its in rest(self.sources).items()},
             cross={task: rest(its) for task, its in rest(self.cross).items()},
+            refreshed=[task for task in self.refreshed if task not in tasks],
+        )
+
+    def after_refresh(self, task: str) -> "RunRecord":
+        """The record of a model in which a task's gates were learnt anew: how it answers now is not known yet."""
+        return replace(
+            self,
+            routed={},
+            sources={name: its for name, its in self.sources.items() if name != task},
+            cross={
+                name: {path: score for path, score in its.items() if path != task}
+                for name, its in self.cross.items()
+                if name != task
+            },
+            refreshed=[*self.refreshed, *([task] if task in self.last_scores() else [])],
         )
 
     def united(self, other: "RunRecord", rename: Mapping[str, str]) -> "RunRecord":
@@ -156,9 +174,14 @@ class RunRecord:
         """The task-by-stage matrix of scores, see `transfer`; only the stages that were scored."""
         return [{task: score["score"] for task, score in row.items()} for row in self._scores()]
 
+    def scored_levels(self) -> list[int]:
+        """The level of each stage of the matrix: a stage that was not scored, as of a family's root alone, is not in it."""
+        return [stage["level"] for stage in self.stages if stage.get("scores")]
+
     def last_scores(self) -> dict[str, dict[str, Any]]:
-        """What tasks scored after the last stage that was tested; empty if none was."""
-        return (self._scores() or [{}])[-1]
+        """What tasks scored after the last stage that was tested, unless their gates have changed since."""
+        last = (self._scores() or [{}])[-1]
+        return {task: score for task, score in last.items() if task not in self.refreshed}
 
     def _scores(self) -> list[dict[str, Score]]:
         """After each stage that was scored: all tasks that ever were, since what is sealed goes on scoring the same."""
