@@ -180,7 +180,7 @@ class HFTRefreshing:
 
         Args:
             task: whose path; `"backbone"` for the plain backbone.
-            rows: tokenised {"input_ids": [T], "labels": [T]}, -100 where there is no loss.
+            rows: tokenised {"input_ids": [T], "labels": [T]}, -100 where there is no loss; a first token has none.
 
         Returns:
             A scalar a row, in nats a token.
@@ -199,7 +199,8 @@ class HFTRefreshing:
                 )
         device = self.get_input_embeddings().weight.device
         ids_BT, mask_BT = left_padded([row["input_ids"] for row in rows], device)
-        labels_BT, _ = left_padded([row["labels"] for row in rows], device, filler=-100)
+        # Nothing comes before a row's first token; a row that is padded would score it from the padding.
+        labels_BT, _ = left_padded([[-100, *row["labels"][1:]] for row in rows], device, filler=-100)
         length = ids_BT.shape[1]
         first = int((labels_BT != -100).any(0).int().argmax())
         keep = min(length - first, length - 1)  # positions that some row is scored on

@@ -125,6 +125,13 @@ def test_the_losses_are_those_of_rows_alone(grown):
         assert loss == pytest.approx(float(alone), rel=1e-4)
 
 
+def test_a_first_token_has_no_loss_whatever_its_neighbours(grown):
+    """Plain text is scored on all tokens; a row that is padded has something before its first one."""
+    texts = [prompts(1, length, seed=length)[0].tolist() for length in (4, 9)]
+    rows = [{"input_ids": ids, "labels": ids} for ids in texts]
+    assert grown._losses("f", rows, 2) == pytest.approx(grown._losses("f", rows, 1), rel=1e-4)
+
+
 def test_wrong_refreshes(grown):
     grown.add_task("open")
     for task, rows, message in [

@@ -1,5 +1,6 @@
 """The router: sums that tasks only add to, decisions with a way back, and answers of the task that was found."""
 
+import copy
 import itertools
 import re
 
@@ -216,7 +217,12 @@ def test_prompts_of_all_forms(tokenizer):
     ]:
         assert prompts_of(Dataset.from_list(rows), tokenizer, 5) == [expected]
     assert prompts_of(Dataset.from_list([{"text": "hello"}]), tokenizer, 5) == []
+    many = Dataset.from_list([{"input_ids": [i, 5], "labels": [-100, 5]} for i in range(9)])  # as if sorted
+    assert prompts_of(many, tokenizer, 4) == [[0], [2], [4], [6]]
     before, after = template_tokens(tokenizer)
+    silent = copy.deepcopy(tokenizer)
+    silent.chat_template = "<|user|>"
+    assert template_tokens(silent) == ([], [])
     assert framed == [*before, *tokenizer("hello", add_special_tokens=False)["input_ids"], *after]
 
 

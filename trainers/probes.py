@@ -219,7 +219,7 @@ def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sam
     with torch.inference_mode():
         for begin in range(0, len(sample.tokens), 16):
             losses += model.row_losses(task or BACKBONE, sample.tokens[begin : begin + 16])
-    counts = [sum(label != -100 for label in row["labels"]) for row in sample.tokens]
+    counts = [sum(label != -100 for label in row["labels"][1:]) for row in sample.tokens]
     return [float(loss) * count for loss, count in zip(losses, counts, strict=True)]
 
 

@@ -44,12 +44,13 @@ def learn_routes(
 
 
 def prompts_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
-    """The prompts of up to `count` rows as token ids, as `generate` will get them.
+    """The prompts of up to `count` rows, evenly spaced, as token ids, as `generate` will get them.
 
     Rows may be prompt-completion or a conversation, whose last answer is not part of the prompt, or be tokenised already.
     Other forms, such as plain text, have no prompts: an empty list.
     """
-    some = rows.select(range(min(count, len(rows))))
+    num = min(count, len(rows))  # not the first ones: files are often sorted
+    some = rows.select([place * len(rows) // num for place in range(num)])
     if "labels" in some.column_names:
         starts = [next((i for i, label in enumerate(row) if label != -100), len(row)) for row in some["labels"]]
         return [ids[:start] for ids, start in zip(some["input_ids"], starts, strict=True) if start]
@@ -72,6 +73,8 @@ def template_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
         )
         for text in ("0 1 2", "x y")
     )
+    if one == other:  # a template that shows no message
+        return [], []
     before = next(i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
     after = next(i for i, (a, b) in enumerate(zip(reversed(one), reversed(other), strict=False)) if a != b)
     return one[:before], one[len(one) - after :]
