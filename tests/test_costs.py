@@ -40,7 +40,9 @@ OTHER_SETTINGS = {
 def test_steps_and_tokens(tmp_path):
     config = HFTTrainingConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, num_train_epochs=2)
     assert task_steps({"a": 9, "b": 4}, config) == {"a": 6, "b": 2}
-    config.task_passes = {"a": 1 / 3}
+    config.num_train_epochs = 0.5  # of the stage: ten steps in an epoch of tasks with one each
+    assert sum(task_steps(dict.fromkeys("abcdefghij", 4), config).values()) == 5
+    config.num_train_epochs, config.task_passes = 2, {"a": 1 / 3}
     assert task_steps({"a": 9, "b": 4}, config) == {"a": 2, "b": 2}
     config.max_steps = 7
     shared = task_steps({"a": 9, "b": 4}, config)

@@ -112,8 +112,11 @@ def test_clashes_are_refused_or_renamed(grown_apart, tokenizer, tmp_path, capsys
         (["--rename", "b"], "--rename takes OLD=NEW, not 'b'."),
         (["--rename", "b=c", "--rename", "r=r2"], "The task 'c' is a duplicate"),
         ([], "is not empty; choose a new folder."),
+        ([], "choose one beside it"),
     ):
-        out = "union" if "empty" in message else "other union"
+        out = {"is not empty; choose a new folder.": "union", "choose one beside it": "one/union"}.get(
+            message, "other union"
+        )
         assert main([*command[:-1], str(tmp_path / out), *more]) == 2
         assert message in capsys.readouterr().err
 

@@ -19,9 +19,10 @@ import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig, commands
 from hft.trainers.cli import main
 from hft.trainers.loading import load_tokenizer
+from hft.trainers.metrics import find_metric
 from hft.trainers.recipe_data import load_task, to_chat
 from hft.trainers.recipe_data import test_set as find_test_set  # else pytest takes it for a test
-from hft.trainers.recipes import read_recipe
+from hft.trainers.recipes import read_recipe, read_value
 from hft.trainers.task_data import tokenize_rows
 
 from .tiny import grow
@@ -159,6 +160,7 @@ def test_numbers_are_read_as_their_field_takes_them(tmp_path):
     for key, value, message in (
         ("warmup_steps", "few", "`warmup_steps` is 'few'; it must be a number."),
         ("max_steps", "1e-1", "`max_steps` is '1e-1'; it must be a whole number."),
+        ("mixed_steps", "maybe", "`mixed_steps` is 'maybe'; it must be true or false."),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             read_recipe(tmp_path / "r.yaml", {key: value})
@@ -220,7 +222,7 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
     assert "hft: error: Unknown task 'rts'. Did you mean 'rte'?" in capsys.readouterr().err
 
     assert main(tiny_run(backbones, data, tmp_path, "--resume")) == 0  # all sealed: nothing to do
-    assert "0 steps in 0 s" in capsys.readouterr().out
+    assert "are learnt already: nothing was trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -400,6 +402,50 @@ def test_rows_of_another_kind(backbones, data, tmp_path, capsys, row, message):
     assert message.format(file) in capsys.readouterr().err and not list(tmp_path.glob("run/*"))
 
 
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"instruction": "a"}\n{"instruction": ', "Line 2 of '{}' (task 'mnli') cannot be read: Expecting value"),
+        ("[1]\n", "Line 1 of '{}' (task 'mnli') cannot be read: it must be an object, {{instruction, options"),
+        ("\n\n", "'{}' (task 'mnli') is empty"),
+        (None, "'{}' (task 'mnli') cannot be read: Not a gzipped file"),
+    ],
+)
+def test_lines_that_are_no_rows_are_named(backbones, data, tmp_path, capsys, text, message):
+    file = data / "mnli" / "train.jsonl.gz"
+    file.write_bytes(b"plain" if text is None else gzip.compress(text.encode()))
+    assert main(tiny_run(backbones, data, tmp_path)) == 2
+    assert message.format(file) in capsys.readouterr().err
+
+
+def test_an_unknown_metric_shows_before_training(backbones, data, tmp_path, capsys):
+    assert main(tiny_run(backbones, data, tmp_path, "--metric", "foo")) == 2
+    assert "Unknown metric 'foo'" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (RuntimeError("No space left on device (os error 28)"), "No space left on device (os error 28)"),
+        (
+            type("ConnectError", (Exception,), {"__module__": "httpx"})("refused"),
+            "The Hub cannot be reached: refused.",
+        ),
+    ],
+)
+def test_what_disks_and_networks_do_is_no_traceback(monkeypatch, capsys, error, words):
+    def fail(args, overrides):
+        raise error
+
+    monkeypatch.setattr(commands, "remove", fail)
+    assert main(["remove", "m", "--task", "a"]) == 1
+    assert f"hft: error: {words}" in capsys.readouterr().err
+    error.args = ("a bug",)
+    if "os error" in words:
+        with pytest.raises(RuntimeError, match="a bug"):
+            main(["remove", "m", "--task", "a"])
+
+
 def test_names_may_be_numbers(tmp_path):
     (tmp_path / "r.yaml").write_text("backbone: x\nhierarchy: {1: [], 2: [1]}\n")
     assert read_recipe(tmp_path / "r.yaml").hierarchy == {"1": [], "2": ["1"]}
@@ -541,7 +587,7 @@ def test_refresh_saves_only_what_helps(grown_folder, data, capsys):
     shown = capsys.readouterr().out
     after = files()
     changed = {name for name in after if after[name] != before[name]}
-    assert changed == ({"model.safetensors"} if "refreshed" in shown else set())
+    assert changed == ({"model.safetensors"} if "refreshed" in shown else set())  # it has no card
     assert main([*command, "--steps", "1", "--samples", "3"]) == 0  # each task that is sealed and has rows
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["sst2", "mnli", "yelp"]
     (grown_folder / "other.yaml").write_text("backbone: b\nhierarchy: {later: [], none: []}\n")
@@ -602,6 +648,33 @@ def test_only_a_stopped_training_is_said_to_go_on(monkeypatch, capsys):
 def test_without_a_tokenizer_of_its_own_a_model_has_its_backbones(backbones, tokenizer, tmp_path):
     hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}).save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("text", ["1.10", "0123", "1_0", "12:30", "no", "2024-01-01", "a: b"])
+def test_words_and_paths_are_taken_to_the_letter_on_the_command_line(text):
+    assert read_value("output_dir", text) == text and read_value("hub_model_id", "null") is None
+    assert read_value("max_steps", "1_0") == 10 and read_value("metric", "{a: options}") == {"a": "options"}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("output_dir: 1.10", "`output_dir` is 1.1, as YAML reads it; it must be text: put it in quotes."),
+        ("output_dir: 2024-01-01", "it must be text: put it in quotes."),
+        ("bf16: maybe", "`bf16` is 'maybe'; it must be true or false."),
+    ],
+)
+def test_values_that_are_not_what_their_key_takes(tmp_path, line, message):
+    (tmp_path / "r.yaml").write_text(f"backbone: x\nhierarchy: {{a: []}}\n{line}\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_a_metric_of_ones_own_is_found_where_the_command_is_called(tmp_path, monkeypatch):
+    (tmp_path / "metric_of_mine.py").write_text("def score(answer, row):\n    return 0.5\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    assert find_metric("metric_of_mine:score")("", {}) == 0.5
 
 
 def test_what_yaml_reads_as_a_number_may_be_a_folder(tmp_path):

@@ -291,6 +291,7 @@ def test_rows_to_trim_by_are_counted_before_the_training(backbones, tokenizer, t
         ),
         ({"max_steps": 1.5}, "`max_steps` is 1.5; it must be a whole number"),
         ({"learning_rate": None}, "`learning_rate` is None; it must be a number of 0 or more."),
+        ({"max_steps": 0}, "`max_steps` is 0; it must be a whole number of 1 or more (-1: as many as there are)."),
         ({"num_train_epochs": -1}, "`num_train_epochs` is -1; it must be a number of 0 or more."),
         (
             {"fp16": True, "bf16": False, "mastery_patience": 1, "eval_strategy": "steps"},

@@ -16,7 +16,7 @@ from trl import SFTConfig
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.checkpoints import last_checkpoint
-from hft.trainers.curriculum import Stage, open_stages
+from hft.trainers.curriculum import Mastery, Stage, open_stages
 
 from .test_model import prompts
 from .tiny import bits, snapshot
@@ -577,11 +577,22 @@ def test_who_shares_optimizer_steps(backbones, tokenizer, tmp_path, options, exp
     assert any(len(tasks) == 2 for tasks in seen.values()) == (len(expected) > 1)
 
 
-def test_a_task_may_be_called_train_and_its_evaluation_is_its_own(backbones, tokenizer, tmp_path):
+def test_a_task_may_be_called_train_and_its_evaluation_is_its_own(backbones, tokenizer, tmp_path, capsys):
     trainer = make(
         backbones, tokenizer, tmp_path, {"train": []}, {"train": rows(1, 9)}, eval_dataset={"train": rows(2, 2)}
     )
     assert len(trainer.eval_dataset["train"]) == 2 and len(trainer.train_dataset) == 9
+    trainer.train()
+    shown = capsys.readouterr().out
+    assert "step 1/" in shown and "(train " in shown and "steps in" in shown
+
+
+def test_the_training_loss_of_a_task_called_eval_something_is_no_evaluation():
+    mastery = Mastery(["a"], patience=1)
+    assert mastery.observe_log({"step": 1, "eval_a_loss": 2.0, "loss": 2.0}) is None
+    for step in (1, 2):
+        found = mastery.observe_log({"step": step, "eval_a_loss": 2.0, "eval_a_runtime": 0.1})
+    assert found[0] == "a"
 
 
 def test_a_task_added_after_the_trainer_was_made_needs_a_new_one(backbones, tokenizer, tmp_path):

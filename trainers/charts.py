@@ -55,11 +55,11 @@ def heat_map(
     return figure
 
 
-def matrix_chart(matrix: Matrix, before: Mapping[str, float]) -> Any:
-    """The task-by-stage matrix of scores, the backbone's in the first row."""
+def matrix_chart(matrix: Matrix, before: Mapping[str, float], levels: Sequence[int]) -> Any:
+    """The task-by-stage matrix of scores, the backbone's in the first row; `levels` are those of its stages."""
     names = list(matrix[-1])
     rows = ([dict(before)] if before else []) + [dict(row) for row in matrix]
-    labels = (["backbone"] if before else []) + [f"after stage {i}" for i in range(1, len(matrix) + 1)]
+    labels = (["backbone"] if before else []) + [f"after stage {level}" for level in levels]
     return heat_map([[row.get(name) for name in names] for row in rows], labels, names, "Score of each task (%)")
 
 
@@ -97,15 +97,15 @@ def curves_chart(stages: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
-def scores_chart(matrix: Matrix) -> Any:
-    """The score of each task over the stages: flat lines are what is not forgotten."""
+def scores_chart(matrix: Matrix, levels: Sequence[int]) -> Any:
+    """The score of each task over the stages of these levels: flat lines are what is not forgotten."""
     figure = new_figure(max(4.0, 1.2 + 1.1 * len(matrix)), 3.0)
     axes = figure.subplots()
     for place, task in enumerate(matrix[-1]):
         points = [(stage, row[task]) for stage, row in enumerate(matrix, start=1) if task in row]
         line, marker = _STYLES[place % len(_STYLES)]
         axes.plot(*zip(*points, strict=True), line, marker=marker, color=str(0.55 * (place % 3) / 2), label=task)
-    axes.set_xticks(range(1, len(matrix) + 1))
+    axes.set_xticks(range(1, len(matrix) + 1), map(str, levels))
     axes.set_xlabel("after stage")
     axes.set_ylabel("score (%)")
     axes.set_ylim(0, 102)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from . import commands
@@ -52,8 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ImportError) as error:
         print(f"hft: error: {error}", file=sys.stderr)
         return 1
+    except Exception as error:
+        if not (words := _outside(error)):
+            raise
+        print(f"hft: error: {words}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        more = "; `hft train ... --resume` goes on from the last checkpoint" if args.command == "train" else ""
+        more = (
+            "; `hft train ... --resume` goes on from the last checkpoint, if there is one"
+            if args.command == "train"
+            else ""
+        )
         print(f"\nhft: stopped{more}.", file=sys.stderr)
         return 130
     return 0
@@ -200,6 +208,13 @@ def _check_plan(args: argparse.Namespace) -> None:
         raise ValueError(f"--yaml is '{args.yaml}', a folder; name a file in it.")
 
 
+def _outside(error: Exception) -> str:
+    """What a disk or a network did that came as no OSError, in words; empty for anything else."""
+    if type(error).__module__.startswith("httpx"):
+        return f"The Hub cannot be reached: {error}."
+    return str(error) if re.search(r"\(os error \d+\)", str(error)) else ""  # of tokenizers, safetensors
+
+
 def _overrides(rest: Sequence[str]) -> dict[str, Any]:
     """`--key value` and `--key=value` pairs, values read as YAML."""
     values: dict[str, Any] = {}
@@ -213,10 +228,10 @@ def _overrides(rest: Sequence[str]) -> dict[str, Any]:
             if not words:
                 raise ValueError(f"--{key} needs a value.")
             value = words.pop(0)
-        try:
-            values[key.replace("-", "_")] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(f"--{key} has the value {value!r}, which is no YAML.") from None
+        from .recipes import read_value  # with it comes TRL
+
+        key = key.replace("-", "_")
+        values[key] = read_value(key, value)
     return values
 
 

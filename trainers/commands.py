@@ -14,19 +14,22 @@ def demo(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
 
 def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
+    import torch
     from datasets import disable_progress_bars
     from transformers import AutoTokenizer, set_seed
 
     import hft
 
     from . import HFTTrainer, HFTTrainingConfig
-    from .recipe_data import load_task, test_set
+    from .compute_dtype import ADVICE, is_bfloat16_slow
+    from .recipe_data import check_metrics, load_task, test_set
     from .recipes import read_recipe
     from .report import REPORT_FILE
 
     disable_progress_bars()  # seven short ones a task would hide the one that matters
     recipe = read_recipe(args.recipe, overrides)
     config = HFTTrainingConfig(**recipe.training_arguments())
+    check_metrics(recipe)
     set_seed(config.seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)
@@ -41,16 +44,23 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model
     )
     is_main = config.process_index == 0  # of several, one speaks
+    if is_main and is_bfloat16_slow() and model.dtype == torch.bfloat16:
+        print(ADVICE, file=sys.stderr)
     if is_main:
         print(model.hierarchy.draw({task: f"{len(rows)} rows" for task, rows in data.items()}))
     trainer = HFTTrainer(model, config, data, checks, test_sets=tests, processing_class=tokenizer)
-    output = trainer.train(resume_from_checkpoint=args.resume or config.resume_from_checkpoint)
+    output = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or args.resume)
     trainer.create_model_card()
     if not is_main:
         return
     if "stopped" in output.metrics:
         print(
             f"Stopped at step {output.metrics['stopped']} of {trainer.stage}; `hft train ... --resume` goes on from there."
+        )
+        return
+    if not output.metrics["stages"]:
+        print(
+            f"All tasks of {config.output_dir} are learnt already: nothing was trained, whatever else was asked for."
         )
         return
     print(
@@ -99,7 +109,9 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from hft.files_hft import check_writable
 
     from .loading import load_tokenizer
+    from .model_card import renew_model_card
     from .recipe_data import load_task
+    from .run_record import RunRecord
     from .task_data import tokenize_rows
 
     recipe = _recipe_of(args)
@@ -126,6 +138,7 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
         result = model.refresh_gates(task, rows, validation=checks, num_steps=args.steps, batch_size=args.batch_size)
         if result.kept:
             model.save_pretrained(args.model)
+            renew_model_card(Path(args.model), RunRecord.load(args.model).after_refresh(task))
         print(result, flush=True)
 
 
@@ -319,6 +332,8 @@ def generate(args: argparse.Namespace, _: dict[str, Any]) -> None:
         model.hierarchy.check(args.task)
     tokenizer = load_tokenizer(args.model)
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if odd := [prompt for prompt in prompts if any("\ud800" <= letter <= "\udfff" for letter in prompt)]:
+        raise ValueError(f"The prompt {odd[0]!r} is no UTF-8 text.")  # bytes that are no letters
     if not prompts:
         raise ValueError("There is no prompt: give one as an argument, or one a line on standard input.")
     if tokenizer.chat_template is not None:

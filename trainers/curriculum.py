@@ -82,7 +82,7 @@ class Mastery:
     def observe_log(self, logs: Mapping[str, float]) -> tuple[str, str] | None:
         """Takes note of a log entry of the Trainer's, if it is an evaluation; the task that is mastered now, and why."""
         for task in self.tasks:
-            if f"eval_{task}_loss" in logs:
+            if f"eval_{task}_runtime" in logs:  # `eval_a_loss` may be the training loss of a task `eval_a`
                 loss, accuracy = logs[f"eval_{task}_loss"], logs.get("eval_mean_token_accuracy", 0.0)
                 if reason := self.observe(task, int(logs["step"]), loss, accuracy):
                     return task, reason

@@ -166,9 +166,9 @@ class HFTTrainingConfig(SFTConfig):
         for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of 1 or more.")
-        if not isinstance(self.max_steps, int):
+        if not isinstance(self.max_steps, int) or self.max_steps == 0:
             raise ValueError(
-                f"`max_steps` is {self.max_steps!r}; it must be a whole number (-1: as many as there are)."
+                f"`max_steps` is {self.max_steps!r}; it must be a whole number of 1 or more (-1: as many as there are)."
             )
         for name in ("learning_rate", "gate_learning_rate", "num_train_epochs"):
             value = getattr(self, name)
@@ -185,6 +185,11 @@ class HFTTrainingConfig(SFTConfig):
         seed = self.seed if self.data_seed is None else self.data_seed
         together = together if self.mixed_steps else ()
         return BlockSampler(num_rows, block_size, seed, self.task_passes, self.gradient_accumulation_steps, together)
+
+    def num_steps(self, sampler: BlockSampler) -> int:
+        """The optimizer steps of a stage whose rows come in this order."""
+        an_epoch = len(sampler) // sampler.block_size
+        return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * an_epoch)
 
     def routed(self, tasks: Sequence[str]) -> list[str]:
         """Those of the tasks that the router learns to know."""

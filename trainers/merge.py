@@ -43,6 +43,9 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"'{out}' is not empty; choose a new folder.")
+    for folder in (one, other):
+        if folder.resolve() in out.resolve().parents:
+            raise ValueError(f"'{out}' is in the folder of the model '{folder}' itself; choose one beside it.")
     first, second = read_config(str(one)), read_config(str(other))
     _check_same_ground(one, first, other, second)
     for folder, config in ((one, first), (other, second)):

@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -99,6 +101,8 @@ def find_metric(name: str) -> Metric | str:
             return _reasoning_gym(function)
         except ValueError as error:
             raise ValueError(f"reasoning-gym has no family {function!r} (metric {name!r}).") from error
+    if os.getcwd() not in sys.path:  # an installed command does not look where it is called
+        sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:

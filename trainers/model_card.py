@@ -66,8 +66,9 @@ def write_model_card(
 
 
 def renew_model_card(folder: Path, record: RunRecord) -> None:
-    """Brings a folder's record, and its card and report if it has any, up to a model that has other tasks now."""
-    write_json(folder / RECORD_FILE, asdict(record))  # as it is: the machine is that of the training
+    """Brings a folder's record, and its card and report if it has any, up to a model that has other tasks or gates now."""
+    if record != RunRecord():
+        write_json(folder / RECORD_FILE, asdict(record))  # as it is: the machine is that of the training
     had = [name for name in (CARD_FILE, REPORT_FILE) if (folder / name).exists()]
     shutil.rmtree(folder / PICTURES, ignore_errors=True)
     for name in had:

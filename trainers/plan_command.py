@@ -10,6 +10,7 @@ import hft
 from hft.files_hft import check_writable
 
 from .hft_config import TASK_LISTS, TASK_NUMBERS, HFTTrainingConfig
+from .loading import load_tokenizer
 from .pictures import draw_plan, prepare_picture
 from .pilots import ProbeSettings
 from .plan_costs import plan_costs
@@ -34,6 +35,10 @@ def find_plan(args: argparse.Namespace) -> None:
     if args.model is None:
         HFTTrainingConfig(**recipe.training)
         check_writable(file.parent)
+        if args.yaml is None and file.exists():
+            raise ValueError(
+                f"'{file}' is here already and may have been edited; delete it, or name the file to write by --yaml."
+            )
     settings = ProbeSettings(
         pilot_steps=args.steps, probe_rows=args.rows, max_length=recipe.training.get("max_length") or 256
     )
@@ -42,7 +47,7 @@ def find_plan(args: argparse.Namespace) -> None:
         tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)
         model = hft.HFTForCausalLM.from_backbone(recipe.backbone, {}, quantization_config=quantization, **recipe.model)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=False)
+        tokenizer = load_tokenizer(args.model)
         model = hft.HFTForCausalLM.from_pretrained(args.model, quantization_config=quantization, device_map="auto")
     data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
     found = plan_hierarchy(

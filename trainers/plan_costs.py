@@ -102,8 +102,8 @@ def plan_costs(
             num_pages = sum(map(bool, writers[:level])) + (task in writers[level])
             more[task] = rank * (len(hierarchy.path(task)) - 1) + slots * (num_pages - 1)
     steps: dict[str, int] = {}
-    for level in hierarchy.levels():
-        steps |= task_steps({task: num_rows[task] for task in level}, training)
+    for level, its_writers in zip(hierarchy.levels(), writers, strict=True):
+        steps |= task_steps({task: num_rows[task] for task in level}, training, its_writers)
     seconds = {
         task: steps[task] * timing.seconds(tokens_a_step(lengths[task], training), more[task])
         + timing.per_prompt * min(training.route_samples if training.routed([task]) else 0, num_given[task])

@@ -18,7 +18,7 @@ def _in_words(logs: dict[str, Any], state: Any, stage: Stage | None) -> str | No
 
     Empty for scores, which are printed elsewhere; None if it has to be shown as it is.
     """
-    if "train_loss" in logs:  # `train_runtime` may be in each log
+    if "train_samples_per_second" in logs:  # `train_runtime` may be in each log, `train_loss` be a task's
         return _summary(stage, logs, state.global_step)
     if any(name.startswith("score/") for name in logs):
         return ""

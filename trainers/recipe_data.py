@@ -2,6 +2,8 @@
 
 import functools
 import gzip
+import json
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,12 @@ def load_task(
     return rows.map(convert, remove_columns=gone, desc=f"Reading {task} ({split})")
 
 
+def check_metrics(recipe: Recipe) -> None:
+    """Raises ValueError if a metric is unknown, which else would show when all is trained."""
+    for name in [recipe.metric] if isinstance(recipe.metric, str) else recipe.metric.values():
+        find_metric(name)
+
+
 def test_set(
     recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase, samples: int | None = None
 ) -> EvalSet:
@@ -77,9 +85,7 @@ def test_set(
 
 
 def _from_file(file: Path, task: str) -> Dataset:
-    with gzip.open(file) as lines:
-        if not lines.read(1):  # a JSON reader knows no columns then
-            raise ValueError(f"'{file}' (task {task!r}) is empty; it needs at least one row.")
+    _check_lines(file, task)
     rows = load_dataset("json", data_files=str(file), split="train")
     for key in _ROW_KEYS:
         if key not in rows.column_names or rows.data.column(key).null_count:
@@ -96,6 +102,24 @@ def _from_file(file: Path, task: str) -> Dataset:
                 f"{'a list of texts' if key == 'options' else 'text'}: put numbers in quotes."
             )
     return rows
+
+
+def _check_lines(file: Path, task: str) -> None:
+    """Raises ValueError with the line that is no row; the reader would only say that there is one."""
+    num_lines, has_rows = 0, False
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            for line in lines:
+                num_lines += 1
+                if line.strip():
+                    has_rows = True
+                    if not isinstance(json.loads(line), dict):
+                        raise ValueError(f"it must be an object, {{{', '.join(_ROW_KEYS)}}}")
+    except (ValueError, OSError, EOFError, zlib.error) as error:  # no JSON, no text, no gzip
+        where = f"Line {num_lines} of " if num_lines else ""
+        raise ValueError(f"{where}'{file}' (task {task!r}) cannot be read: {error}.") from error
+    if not has_rows:  # a JSON reader knows no columns then
+        raise ValueError(f"'{file}' (task {task!r}) is empty; it needs at least one row.")
 
 
 def _from_description(spec: Mapping[str, Any], task: str, split: str) -> Dataset:

@@ -262,6 +262,25 @@ def _find(path: str | os.PathLike) -> Path:
     raise FileNotFoundError(f"There is no recipe '{path}'. {nearest(str(path), names)}")
 
 
+def read_value(key: str, text: str) -> Any:
+    """The value of a recipe's key as a command line gives it: as YAML, but words and paths to the letter.
+
+    Raises:
+        ValueError: no YAML.
+    """
+    its_type = next((types[key] for types in _keys().values() if key in types), None)
+    if _types_of(its_type) == {str} and text != "null":
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"--{key} has the value {text!r}, which is no YAML.") from None
+
+
+def _types_of(its_type: Any) -> set[Any]:
+    return set(typing.get_args(its_type) or [its_type]) - {type(None)}
+
+
 def _as_meant(key: str, value: Any, its_type: Any) -> Any:
     """YAML 1.1 reads 1e-3 (without a dot) as a string, the words no and off as false, and text of digits as a number."""
     if value is False and key.endswith("_strategy"):
@@ -270,9 +289,13 @@ def _as_meant(key: str, value: Any, its_type: Any) -> Any:
         return {**value, "read": "off"}
     if key in TASK_NUMBERS and isinstance(value, dict):
         return {task: _as_meant(f"{key}[{task!r}]", number, float) for task, number in value.items()}
-    wanted = set(typing.get_args(its_type) or [its_type]) - {type(None)}
-    if wanted == {str} and type(value) in (int, float):  # a folder may be called 2024
+    wanted = _types_of(its_type)
+    if wanted == {str} and type(value) is int:  # a folder may be called 2024
         return str(value)
+    if wanted == {str} and not isinstance(value, (str, type(None))):
+        raise ValueError(f"`{key}` is {value!r}, as YAML reads it; it must be text: put it in quotes.")
+    if wanted == {bool} and value not in (True, False, None):
+        raise ValueError(f"`{key}` is {value!r}; it must be true or false.")
     if not isinstance(value, str) or wanted not in ({float}, {int}):
         return value
     with contextlib.suppress(ValueError):

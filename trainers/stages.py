@@ -1,6 +1,5 @@
 """The loop over stages: each is one training of TRL's, from its last checkpoint if it was cut off, and then sealed."""
 
-import math
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -202,9 +201,7 @@ class HFTStages:
             )
 
     def _num_steps(self) -> int:
-        sampler = self._get_train_sampler()
-        an_epoch = len(sampler) // sampler.block_size
-        return self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * an_epoch)
+        return self.args.num_steps(self._get_train_sampler())
 
     def stage_ended(self, stage: Stage, trims: Sequence[HFTTrim]) -> None:
         """Called on every process when a stage is learnt, sealed and saved; does nothing: for those who subclass.

@@ -7,7 +7,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,13 +66,19 @@ class StepTime:
         return self.fixed + self.per_token * tokens * (1 + self.per_rank * more_ranks)
 
 
-def task_steps(num_rows: Mapping[str, int], config: HFTTrainingConfig) -> dict[str, int]:
-    """The optimizer steps of each of a stage's tasks, from how many rows it has."""
+def task_steps(
+    num_rows: Mapping[str, int], config: HFTTrainingConfig, writers: Collection[str] = ()
+) -> dict[str, int]:
+    """The optimizer steps of each of a stage's tasks, from how many rows it has; whole ones, of shared steps its part.
+
+    Args:
+        num_rows: task -> rows.
+        config: of the training.
+        writers: the tasks that write the stage's page.
+    """
     block = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    sampler = config.sampler(num_rows, block)
-    if config.max_steps > 0:  # of the stage
-        return sampler.steps_after(0, config.max_steps)
-    return {task: math.ceil(config.num_train_epochs * sampler.num_blocks(task)) for task in num_rows}
+    sampler = config.sampler(num_rows, block, writers)
+    return sampler.steps_after(0, config.num_steps(sampler))
 
 
 def tokens_a_step(lengths: Sequence[int], config: HFTTrainingConfig) -> float:
