@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 import hft
-from hft.trainers import HFTTrainer, HFTTrainingConfig, commands
+from hft.trainers import HFTTrainer, HFTTrainingConfig, commands, compute_dtype
 from hft.trainers.cli import main
 from hft.trainers.loading import load_tokenizer
 from hft.trainers.metrics import find_metric
@@ -416,6 +416,14 @@ def test_lines_that_are_no_rows_are_named(backbones, data, tmp_path, capsys, tex
     file.write_bytes(b"plain" if text is None else gzip.compress(text.encode()))
     assert main(tiny_run(backbones, data, tmp_path)) == 2
     assert message.format(file) in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_slow, dtype", [(True, "bfloat16"), (True, "float32"), (False, "bfloat16")])
+def test_a_cpu_without_bfloat16_products_is_told_of(backbones, data, tmp_path, capsys, monkeypatch, is_slow, dtype):
+    monkeypatch.setattr(compute_dtype, "is_bfloat16_slow", lambda: is_slow)
+    assert compute_dtype.fast_dtype() == (torch.float32 if is_slow else torch.bfloat16)
+    assert main(tiny_run(backbones, data, tmp_path, "--dtype", dtype, "--bf16", "false", "--max_steps", "1")) == 0
+    assert (compute_dtype.ADVICE in capsys.readouterr().err) == (is_slow and dtype == "bfloat16")
 
 
 def test_an_unknown_metric_shows_before_training(backbones, data, tmp_path, capsys):
