@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers.checkpoints import RunFolder
 from hft.trainers.run_record import RunRecord
 
 from .test_mastery import mastering
@@ -123,6 +124,18 @@ def test_a_stage_that_could_not_be_saved_is_trained_again_in_the_same_process(
     trainer.train(resume_from_checkpoint=True)
     assert learnt(trainer) == learnt(whole)
     assert [stage["tasks"] for stage in trainer.record.stages] == [["a"], ["b"]]
+
+
+def test_of_two_runs_in_one_folder_the_second_is_refused(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path, {"a": []}, max_steps=1)
+    with (
+        RunFolder(tmp_path).held(),
+        pytest.raises(OSError, match=r"Another training on this machine writes to '.*'; wait for its end"),
+    ):
+        trainer.train()
+    assert not list(tmp_path.iterdir())
+    with RunFolder(tmp_path, writes=False).held():  # as another process of the same run
+        trainer.train()
 
 
 def test_a_task_that_was_refreshed_meanwhile_stays_so(backbones, tokenizer, tmp_path):

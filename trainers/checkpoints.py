@@ -1,12 +1,15 @@
 """The folder of a run: which checkpoints in it are whole, and where a resumed run goes on."""
 
+import hashlib
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -94,6 +97,30 @@ class RunFolder:
             (path / TRAINER_STATE_NAME).unlink(missing_ok=True)
         yield
         self._remove(later)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Around a run that writes here: no other process of this machine may at the same time.
+
+        The lock is a file in the machine's folder for temporary ones; a killed process holds none. Where it cannot be
+        opened, as another user's, nothing is checked.
+
+        Raises:
+            OSError: another run writes here.
+        """
+        with ExitStack() as stack:
+            if self.writes:
+                name = hashlib.sha256(str(self.path.resolve()).encode()).hexdigest()[:16]
+                try:
+                    stack.enter_context(FileLock(Path(tempfile.gettempdir()) / f"hft-{name}.lock", timeout=0))
+                except Timeout:
+                    raise OSError(
+                        f"Another training on this machine writes to '{self.path}'; wait for its end, or take another "
+                        "output_dir."
+                    ) from None
+                except OSError as error:
+                    logger.info(f"'{self.path}' is not locked: {error}.")
+            yield
 
     def forget_checkpoints(self) -> None:
         """Removes all checkpoints, as of a model that has lost a task, which no run could go on from."""

@@ -43,12 +43,18 @@ class HFTStages:
             last stage at which it was.
 
         Raises:
+            OSError: another training writes to `output_dir`.
             ValueError: a folder to resume from that holds no run, or an `output_dir` that holds another run's checkpoints or
                 a model with learnt tasks that this one has not; a task that was added after this trainer was made; a stage
                 without steps; or a task that has learnt numbers that are not finite.
         """
-        checkpoint, own = None, RunFolder(self._root, self.args.should_save)
-        run = own
+        own = RunFolder(self._root, self.args.should_save)
+        with own.held():
+            return self._train_all(own, resume_from_checkpoint, **kwargs)
+
+    def _train_all(self, own: RunFolder, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
+        """As `train`, in a folder that no other process writes to."""
+        checkpoint, run = None, own
         if resume_from_checkpoint:
             path = self._root if resume_from_checkpoint is True else Path(resume_from_checkpoint)
             source = RunFolder(path, self.args.should_save)
