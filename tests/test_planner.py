@@ -387,6 +387,14 @@ def test_wrong_commands(data, tmp_path, capsys, arguments, message):
     assert message in capsys.readouterr().err
 
 
+def test_a_plan_that_may_have_been_edited_is_not_overwritten(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.yaml").write_text("edited")
+    assert main(command[:-2]) == 2
+    assert "'plan.yaml' is here already and may have been edited; delete it, or name" in capsys.readouterr().err
+    assert (tmp_path / "plan.yaml").read_text() == "edited"
+
+
 def test_names_that_cannot_be_tasks_are_refused_before_measuring(command, data, capsys):
     (data / "same").rename(data / "my.task")
     assert main(command) == 2

@@ -426,6 +426,22 @@ def test_a_cpu_without_bfloat16_products_is_told_of(backbones, data, tmp_path, c
     assert (compute_dtype.ADVICE in capsys.readouterr().err) == (is_slow and dtype == "bfloat16")
 
 
+def test_a_checkpoint_that_is_named_comes_before_the_last_one(backbones, data, tmp_path):
+    command = tiny_run(
+        backbones, data, tmp_path, "--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "9"
+    )
+    assert main(command) == 0
+    first = tmp_path / "run" / "stage-1" / "checkpoint-1"
+    assert main([*command, "--resume", "--resume_from_checkpoint", str(tmp_path / "none")]) == 2
+    assert first.is_dir() and main([*command, "--resume", "--resume_from_checkpoint", str(first)]) == 0
+
+
+def test_a_prompt_that_is_no_text_is_refused(grown_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", ["good\n", "\udcff hi\n"])
+    assert main(["generate", str(grown_folder)]) == 2
+    assert "The prompt '\\udcff hi' is no UTF-8 text." in capsys.readouterr().err
+
+
 def test_an_unknown_metric_shows_before_training(backbones, data, tmp_path, capsys):
     assert main(tiny_run(backbones, data, tmp_path, "--metric", "foo")) == 2
     assert "Unknown metric 'foo'" in capsys.readouterr().err and not (tmp_path / "run").exists()
