@@ -19,6 +19,7 @@ from harness import (
     parser,
     prepare,
     read_tasks,
+    refining_together,
     sample,
     score,
     todo,
@@ -149,7 +150,7 @@ def mean_gates(gates: HFTGateTable) -> dict[str, float]:
 MIXED = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
 
 # ... on a page as large as a node, which the tasks' own nodes only refine.
-REFINED = {**MIXED, "task_learning_rates": dict.fromkeys(TREE, 0.3 * TRAINING["learning_rate"])}
+REFINED = refining_together(TRAINING, TREE)
 
 # Setting -> hierarchy for a seed, and what differs from the full method.
 SETTINGS = {

@@ -16,8 +16,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, MIXED, TRAINING
-from harness import cell, parser, prepare, read_tasks, sample, saved_model, score, todo, train_hft, train_open
+from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING
+from harness import (
+    cell,
+    parser,
+    prepare,
+    read_tasks,
+    refining_together,
+    sample,
+    saved_model,
+    score,
+    todo,
+    train_hft,
+    train_open,
+)
 from transformers import set_seed
 
 import hft
@@ -32,22 +44,23 @@ class World:
         name: of its cells.
         first: the tasks that write page 1.
         later: those that may read it.
-        training: what differs in the training of the first.
+        training: arguments of the training of the first.
         slots: of page 1.
     """
 
     name: str
     first: tuple[str, ...]
     later: tuple[str, ...]
-    training: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=lambda: TRAINING)
     slots: int = 8
 
 
 TOGETHER = ("sst2", "yelp", "rte", "mnli")
-REFINING = {"task_learning_rates": dict.fromkeys(TOGETHER, 0.3 * TRAINING["learning_rate"])}
 WORLDS = {
     "unrelated": World("memory", ("sst2", "agnews"), ("yelp", "mnli")),
-    "related": World("memory-related", TOGETHER, ("amazon", "cb", "agnews"), {**MIXED, **REFINING}, 16),
+    "related": World(
+        "memory-related", TOGETHER, ("amazon", "cb", "agnews"), refining_together(TRAINING, TOGETHER), 16
+    ),
 }
 WAYS = {"reads page 1": {"root_init": 1.0}, "from 0": {"root_init": 0.0}, "without page 1": None}
 
@@ -88,9 +101,8 @@ def main() -> None:
     for setting, seed in todo(args.out, world.name, settings, args.seeds):
         if seed != base_seed:
             train = {task: sample(rows[task], 200, seed) for task in first}
-            training = {**TRAINING, **world.training}
             tree = {task: [] for task in first}
-            model = train_hft(backbone, tokenizer, tree, train, seed, training, memory_config=memory)
+            model = train_hft(backbone, tokenizer, tree, train, seed, world.training, memory_config=memory)
             model.save_pretrained(base.name)
             base_seed = seed
         with cell(args.out, world.name, setting, seed) as result:

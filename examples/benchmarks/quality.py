@@ -30,6 +30,7 @@ from harness import (
     prepare,
     read_cells,
     read_rows,
+    refining_together,
     sample,
     score,
     train_hft,
@@ -95,23 +96,10 @@ def hft_flat(setup: Setup) -> Outcome:
     return hft_on(setup, {task: [] for task in setup.order})
 
 
-def hft_shared(setup: Setup, refining_rate: float = 0.3, micro_batches: int = 4, **options: Any) -> Outcome:
-    """HFT without a hierarchy: all tasks write one memory page in shared steps, and refine it on their own nodes.
-
-    Args:
-        setup: what all methods share.
-        refining_rate: the nodes' learning rate over the page's.
-        micro_batches: of an optimizer step, each of one task.
-        options: as for `hft_on`.
-    """
-    training = setup.training
-    sharing = {
-        "per_device_train_batch_size": training["per_device_train_batch_size"] // micro_batches,
-        "gradient_accumulation_steps": micro_batches,
-        "task_learning_rates": dict.fromkeys(setup.order, refining_rate * training["learning_rate"]),
-    }
-    setup = dataclasses.replace(setup, training={**training, **sharing})
-    return hft_on(setup, {task: [] for task in setup.order}, memory_config={"slots": RANK}, **options)
+def hft_shared(setup: Setup) -> Outcome:
+    """HFT without a hierarchy: all tasks write one memory page in shared steps, and refine it on their own nodes."""
+    setup = dataclasses.replace(setup, training=refining_together(setup.training, setup.order))
+    return hft_on(setup, {task: [] for task in setup.order}, memory_config={"slots": RANK})
 
 
 def hft_families(setup: Setup, **options: Any) -> Outcome:
