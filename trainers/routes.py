@@ -8,6 +8,7 @@ from transformers.utils import logging
 from trl import maybe_convert_to_chatml
 
 from .evaluation import prompt_ids
+from .task_data import evenly_spaced
 
 
 logger = logging.get_logger(__name__)
@@ -49,8 +50,7 @@ def prompts_of(rows: Dataset, tokenizer: PreTrainedTokenizerBase, count: int) ->
     Rows may be prompt-completion or a conversation, whose last answer is not part of the prompt, or be tokenised already.
     Other forms, such as plain text, have no prompts: an empty list.
     """
-    num = min(count, len(rows))  # not the first ones: files are often sorted
-    some = rows.select([place * len(rows) // num for place in range(num)])
+    some = rows.select(evenly_spaced(len(rows), count))
     if "labels" in some.column_names:
         starts = [next((i for i, label in enumerate(row) if label != -100), len(row)) for row in some["labels"]]
         return [ids[:start] for ids, start in zip(some["input_ids"], starts, strict=True) if start]

@@ -112,7 +112,13 @@ def alone(rows: Dataset, count: int = 128) -> list[dict[str, list[int]]]:
             end = begin + length
             found.append({name: row[name][begin:end] for name in ("input_ids", "labels")})
             begin = end
-    return [found[place * len(found) // count] for place in range(count)] if len(found) > count else found
+    return [found[place] for place in evenly_spaced(len(found), count)]
+
+
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """Up to `count` places among `length`: not the first ones, since files are often sorted."""
+    count = min(count, length)
+    return [place * length // count for place in range(count)]
 
 
 def learnable(task: str, rows: Dataset, ready: Dataset, max_length: int | None, packing: bool) -> Dataset:
