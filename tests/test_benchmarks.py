@@ -15,6 +15,7 @@ from datasets import Dataset
 BENCHMARKS = Path(__file__).parent.parent / "examples/benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import bfloat16_products  # noqa: E402
 import summary  # noqa: E402
 import table  # noqa: E402
 from baselines import METHODS, orthogonality  # noqa: E402
@@ -33,6 +34,45 @@ def test_olora_penalty_by_hand():
     # |1*3| + |2*-1| + |1-1|, and |0| + |2| + |2|
     assert float(orthogonality(new, old)) == (3 + 2 + 0) + (0 + 2 + 2)
     assert float(orthogonality(new, [])) == 0.0
+
+
+def test_bfloat16_products_through_float32_are_those_of_the_machine():
+    torch.manual_seed(0)
+
+    def random(*sizes):
+        return torch.randn(*sizes).bfloat16()
+
+    x_BI, weight_OI, bias_O, left, right, middle = (
+        random(64, 576), random(96, 576), random(96), random(2, 3, 17, 32), random(2, 3, 32, 9), random(6, 17, 9)
+    )  # fmt: skip
+
+    def products():
+        leaves = [x_BI.clone().requires_grad_(), weight_OI.clone().requires_grad_()]
+        y_BO = torch.nn.functional.linear(*leaves, bias_O)
+        y_BO.square().sum().backward()
+        batches = left.flatten(0, 1), right.flatten(0, 1)
+        return [
+            y_BO.detach(),
+            *(leaf.grad for leaf in leaves),
+            x_BI @ weight_OI.T,
+            torch.addmm(bias_O, x_BI, weight_OI.T, alpha=0.3, beta=2.0),
+            left @ right,
+            torch.baddbmm(middle, *batches, alpha=2.0, beta=0.5),
+            x_BI[:0] @ weight_OI.T,
+            x_BI.double() @ weight_OI.T.double(),
+            torch.ones(2, 3, dtype=torch.long) @ torch.ones(3, 1, dtype=torch.long),
+        ]
+
+    native = products()
+    bfloat16_products.use_float32_products()
+    try:
+        through_float32 = products()
+    finally:
+        bfloat16_products.withdraw()
+    for expected, actual in zip(native, through_float32, strict=True):
+        assert (actual.dtype, actual.shape, actual.stride()) == (expected.dtype, expected.shape, expected.stride())
+        error = (actual.double() - expected.double()).norm()
+        assert error <= 1e-3 * expected.double().norm()  # of one rounding to bfloat16: 2**-9, of few entries
 
 
 def test_a_cell_is_run_once_and_whole_or_not_at_all(tmp_path):

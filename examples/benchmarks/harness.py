@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bfloat16_products import use_float32_products
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils import logging
@@ -56,7 +57,7 @@ def prepare(backbone: str | None) -> tuple[str, PreTrainedTokenizerBase]:
     logging.set_verbosity_error()
     use_cpu_well()
     if is_bfloat16_slow():
-        print("This CPU has no products of bfloat16 numbers: a cell of minutes takes hours.", flush=True)
+        use_float32_products()
     backbone = find_backbone()[0] if backbone is None else backbone
     return backbone, AutoTokenizer.from_pretrained(backbone)
 
@@ -280,7 +281,8 @@ def machine() -> str:
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"CPU, {os.cpu_count()} cores, {model}"
+    products = ", bfloat16 products through float32" if is_bfloat16_slow() else ""
+    return f"CPU, {os.cpu_count()} cores, {model}{products}"
 
 
 def versions() -> dict[str, str]:
