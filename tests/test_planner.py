@@ -374,11 +374,12 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     ("arguments", "message"),
     [
         ([], "Give --data, a folder or recipe to find a hierarchy for, or --model"),
-        (["--data", "EMPTY"], "holds no tasks; a plan needs <task>/train.jsonl.gz in it."),
+        (["--data", "EMPTY"], "holds no tasks; each is a folder in it with a train.jsonl or train.jsonl.gz."),
         (["--data", "DATA", "--task", "sine"], "Unknown task 'sine'. Did you mean 'sign'?"),
         (["--data", "DATA", "--out", "tree.gif"], "'tree.gif' should end in .png, .svg or .pdf."),
         (["--data", "DATA", "--rows", "0"], "--rows is 0; it must be 1 or more."),
         (["--data", "/nowhere/recipe.yaml"], "There is no recipe '/nowhere/recipe.yaml'"),
+        (["--data", "nowhere"], "A folder of that name there is not either."),
     ],
 )
 def test_wrong_commands(data, tmp_path, capsys, arguments, message):

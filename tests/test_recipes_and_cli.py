@@ -24,6 +24,7 @@ from hft.trainers.recipe_data import load_task, to_chat
 from hft.trainers.recipe_data import test_set as find_test_set  # else pytest takes it for a test
 from hft.trainers.recipes import read_recipe, read_value
 from hft.trainers.task_data import tokenize_rows
+from hft.trainers.task_files import find_split, read_rows, tasks_in
 
 from .tiny import grow
 
@@ -239,7 +240,7 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
         (["--learning_rate", "fast"], "`learning_rate` is 'fast'; it must be a number."),
         (
             ["--data", "/nowhere"],
-            "There is no '/nowhere/sst2/train.jsonl.gz' for task 'sst2'; is `data` the right folder?",
+            "There is no '/nowhere/sst2/train.jsonl' (or .jsonl.gz) for task 'sst2'; is `data` the right folder?",
         ),
         (["--seed"], "--seed needs a value."),
         (["--hierarchy", "{a: ["], "--hierarchy has the value '{a: [', which is no YAML."),
@@ -375,9 +376,8 @@ def test_rows_that_lack_a_key(backbones, data, tmp_path, capsys, key, of_all):
         lines.write("\n".join(map(json.dumps, rows)))
     assert main(tiny_run(backbones, data, tmp_path)) == 2
     error = capsys.readouterr().err
-    assert (
-        f"hft: error: A row of '{file}' (task 'mnli') lacks the key '{key}'; each row needs instruction, opt" in error
-    )
+    where = f"Line {1 if of_all else 3} of '{file}' (task 'mnli')"
+    assert f"hft: error: {where} cannot be read: it lacks the key '{key}'; each row needs instruction, opt" in error
     assert "(`options: []` for free answers)." in error and not list(tmp_path.glob("run/*"))
 
 
@@ -386,10 +386,11 @@ def test_rows_that_lack_a_key(backbones, data, tmp_path, capsys, key, of_all):
     [
         (
             {"output": 1},
-            "'output' in '{}' (task 'mnli') is of type Value('int64'); it must be text: put numbers in quotes.",
+            "Line 1 of '{}' (task 'mnli') cannot be read: 'output' is 1; it must be text: put numbers in quotes.",
         ),
-        ({"options": [0, 1]}, "is of type List(Value('int64')); it must be a list of texts: put numbers in quotes."),
-        ({"options": "yes"}, "is of type Value('string'); it must be a list of texts"),
+        ({"input": None}, "Line 1 of '{}' (task 'mnli') cannot be read: it lacks the key 'input'"),
+        ({"options": ["0", 1]}, "'options' is ['0', 1]; it must be a list of texts: put numbers in quotes."),
+        ({"options": "yes"}, "'options' is 'yes'; it must be a list of texts"),
         (None, "'{}' (task 'mnli') is empty; it needs at least one row."),
     ],
 )
@@ -402,10 +403,37 @@ def test_rows_of_another_kind(backbones, data, tmp_path, capsys, row, message):
     assert message.format(file) in capsys.readouterr().err and not list(tmp_path.glob("run/*"))
 
 
+def test_rows_stay_as_they_are_written_plain_or_gzipped(tmp_path):
+    rows = [
+        {"instruction": "When?", "options": [], "input": "1", "output": "2020-01-02", "seed": 1},
+        {"instruction": "When?", "options": [], "input": "2", "output": "2020-01-03T10:00:00Z", "more": {"a": [1]}},
+    ]
+    (tmp_path / "date").mkdir()
+    text = "\n".join(json.dumps(row) for row in rows)
+    plain, packed = tmp_path / "date/train.jsonl", tmp_path / "date/train.jsonl.gz"
+    plain.write_text(text)
+    found = read_rows(find_split(tmp_path, "date", "train"), "date")
+    assert found.to_list() == [{**rows[0], "more": None}, {**rows[1], "seed": None}]
+    assert tasks_in(tmp_path) == ["date"]
+    packed.write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(
+        ValueError, match=r"There are both '.*train.jsonl.gz' and 'train.jsonl' for task 'date'; remove"
+    ):
+        find_split(tmp_path, "date", "train")
+    plain.unlink()
+    assert read_rows(find_split(tmp_path, "date", "train"), "date").to_list() == found.to_list()
+    packed.write_bytes(gzip.compress((text + "\n" + json.dumps({**rows[0], "seed": "x"})).encode()))
+    with pytest.raises(ValueError, match=r"a further key \('seed', 'more'\) has values of several kinds"):
+        read_rows(packed, "date")
+
+
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"instruction": "a"}\n{"instruction": ', "Line 2 of '{}' (task 'mnli') cannot be read: Expecting value"),
+        (
+            '{"instruction": "a", "options": [], "input": "b", "output": "c"}\n{"instruction": ',
+            "Line 2 of '{}' (task 'mnli') cannot be read: Expecting value",
+        ),
         ("[1]\n", "Line 1 of '{}' (task 'mnli') cannot be read: it must be an object, {{instruction, options"),
         ("\n\n", "'{}' (task 'mnli') is empty"),
         (None, "'{}' (task 'mnli') cannot be read: Not a gzipped file"),

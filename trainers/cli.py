@@ -10,6 +10,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from hft.hub_configs import shipped_recipes
+
 from . import commands
 from .cpu_memory import use_memory_well
 
@@ -83,12 +85,13 @@ def _parser() -> argparse.ArgumentParser:
         help="train a recipe",
         epilog="Every key of the recipe, of SFTConfig, HFTConfig and BitsAndBytesConfig may follow: --learning_rate 5e-4",
     )
-    train.add_argument("recipe", help="a YAML file, or the name of one that ships with the package: cl14-small")
+    names = ", ".join(shipped_recipes())
+    train.add_argument("recipe", help=f"a YAML file, or the name of one that ships with the package: {names}")
     train.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
 
     plan = add("plan", help="draw a saved model's hierarchy; with --data, find one for tasks")
     plan.add_argument("--model", help="folder or Hub id of an HFT model; with --data: where new tasks are to stand")
-    plan.add_argument("--data", type=Path, help="a folder with <task>/train.jsonl.gz, or a recipe: find a hierarchy")
+    plan.add_argument("--data", type=Path, help="a folder with <task>/train.jsonl, or a recipe: find a hierarchy")
     plan.add_argument("--task", help="also print all gates of this task; with --data: plan only this one")
     plan.add_argument("--out", type=Path, help="draw it into this .png, .svg or .pdf file, too")
     plan.add_argument("--recipe", help="with --data, a folder: backbone and settings; its hierarchy is ignored")
@@ -103,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     refresh.add_argument("model", help="folder of an HFT model; changed only if it helps")
     refresh.add_argument("--task", help="a sealed task; by default each that has rows of its own")
     refresh.add_argument("--recipe", required=True, help="the recipe that describes the data")
-    refresh.add_argument("--data", help="folder with <task>/<split>.jsonl.gz, instead of the recipe's data")
+    refresh.add_argument("--data", help="folder with <task>/<split>.jsonl, instead of the recipe's data")
     refresh.add_argument("--samples", type=int, default=96, help="training rows to learn from (96)")
     refresh.add_argument("--steps", type=int, default=30)
     refresh.add_argument("--batch_size", type=int, default=8)
@@ -151,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add("eval", help="score a saved model on a recipe's data")
     evaluate.add_argument("model", help="folder or Hub id of an HFT model")
     evaluate.add_argument("--recipe", required=True, help="the recipe that describes the data")
-    evaluate.add_argument("--data", help="folder with <task>/<split>.jsonl.gz, instead of the recipe's data")
+    evaluate.add_argument("--data", help="folder with <task>/<split>.jsonl, instead of the recipe's data")
     evaluate.add_argument("--split", default="validation", choices=["train", "validation", "test"])
     evaluate.add_argument("--task", action="append", help="only this task; may be repeated")
     evaluate.add_argument("--samples", type=int, help="rows a task, instead of the recipe's eval_samples")
@@ -163,7 +166,7 @@ def _parser() -> argparse.ArgumentParser:
         "model", type=Path, help="folder of an HFT model; report.html and pictures/ are written into it"
     )
     report.add_argument("--recipe", help="measure anew on its validation rows: who contributes what, who answers")
-    report.add_argument("--data", help="folder with <task>/<split>.jsonl.gz, instead of the recipe's data")
+    report.add_argument("--data", help="folder with <task>/<split>.jsonl, instead of the recipe's data")
     report.add_argument("--samples", type=int, default=32, help="validation rows a task to measure on (32)")
     report.add_argument("--batch_size", type=int, default=16)
 

@@ -14,11 +14,12 @@ from .loading import load_tokenizer
 from .pictures import draw_plan, prepare_picture
 from .pilots import ProbeSettings
 from .plan_costs import plan_costs
-from .plan_report import DEFAULTS, as_recipe, as_text, summary_of, tasks_in
+from .plan_report import DEFAULTS, as_recipe, as_text, summary_of
 from .probes import plan_hierarchy
 from .recipe_data import load_task
 from .recipes import Recipe, read_recipe
 from .run_record import write_text
+from .task_files import tasks_in
 
 
 def find_plan(args: argparse.Namespace) -> None:
@@ -83,7 +84,10 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
         recipe = Recipe(hierarchy={}, **DEFAULTS) if args.recipe is None else read_recipe(args.recipe)
         recipe.data, recipe.datasets, tasks = str(args.data), {}, tasks_in(args.data)
     else:
-        recipe = read_recipe(args.data)
+        try:
+            recipe = read_recipe(args.data)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error} A folder of that name there is not either.") from error
         tasks = recipe.tasks()
     if args.backbone is not None:
         recipe.backbone = args.backbone

@@ -2,7 +2,6 @@
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -43,18 +42,6 @@ DEFAULTS: dict[str, Any] = {
 
 
 SHOWN_OVERLAPS = 5
-
-
-def tasks_in(folder: Path) -> list[str]:
-    """The tasks of a folder: its subfolders with a train.jsonl.gz, by name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    names = sorted(path.parent.name for path in folder.glob("*/train.jsonl.gz"))
-    if not names:
-        raise ValueError(f"'{folder}' holds no tasks; a plan needs <task>/train.jsonl.gz in it.")
-    return names
 
 
 def reasons(plan: Plan, task: str) -> list[str]:

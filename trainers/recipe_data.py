@@ -1,14 +1,11 @@
 """The data of a recipe's tasks: a folder of JSON lines, or any dataset of the Hub, as rows that train and are scored."""
 
 import functools
-import gzip
-import json
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, List, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, concatenate_datasets, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 from hft.hierarchy_hft import nearest
@@ -16,9 +13,7 @@ from hft.hierarchy_hft import nearest
 from .evaluation import EvalSet
 from .metrics import find_metric
 from .recipes import NEEDED_KEYS, Recipe
-
-
-_ROW_KEYS = ("instruction", "options", "input", "output")
+from .task_files import find_split, read_rows
 
 
 def load_task(
@@ -47,10 +42,7 @@ def load_task(
         return concatenate_datasets(parts).shuffle(seed=0)
     samples = recipe.train_samples if split == "train" else recipe.eval_samples
     if recipe.data is not None:
-        file = Path(recipe.data) / task / f"{split}.jsonl.gz"
-        if not file.exists():
-            raise FileNotFoundError(f"There is no '{file}' for task {task!r}; is `data` the right folder?")
-        rows = _from_file(file, task)
+        rows = read_rows(find_split(Path(recipe.data), task, split), task)
     else:
         if task not in recipe.datasets:
             raise ValueError(f"Task {task!r} has no data: describe it under `datasets`, or give `data`, a folder.")
@@ -82,44 +74,6 @@ def test_set(
     if samples is not None and samples < len(rows):  # files are often sorted by answer
         rows = rows.shuffle(seed=0).select(range(samples))
     return EvalSet(list(rows), metric, recipe.max_new_tokens)
-
-
-def _from_file(file: Path, task: str) -> Dataset:
-    _check_lines(file, task)
-    rows = load_dataset("json", data_files=str(file), split="train")
-    for key in _ROW_KEYS:
-        if key not in rows.column_names or rows.data.column(key).null_count:
-            raise ValueError(
-                f"A row of '{file}' (task {task!r}) lacks the key {key!r}; each row needs {', '.join(_ROW_KEYS)} "
-                "(`options: []` for free answers)."
-            )
-        kind, texts = rows.features[key], [Value("string")]
-        if key == "options":
-            texts = [List(Value("string")), List(Value("null"))]  # the latter where all are empty
-        if kind not in texts:
-            raise ValueError(
-                f"{key!r} in '{file}' (task {task!r}) is of type {kind}; it must be "
-                f"{'a list of texts' if key == 'options' else 'text'}: put numbers in quotes."
-            )
-    return rows
-
-
-def _check_lines(file: Path, task: str) -> None:
-    """Raises ValueError with the line that is no row; the reader would only say that there is one."""
-    num_lines, has_rows = 0, False
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                num_lines += 1
-                if line.strip():
-                    has_rows = True
-                    if not isinstance(json.loads(line), dict):
-                        raise ValueError(f"it must be an object, {{{', '.join(_ROW_KEYS)}}}")
-    except (ValueError, OSError, EOFError, zlib.error) as error:  # no JSON, no text, no gzip
-        where = f"Line {num_lines} of " if num_lines else ""
-        raise ValueError(f"{where}'{file}' (task {task!r}) cannot be read: {error}.") from error
-    if not has_rows:  # a JSON reader knows no columns then
-        raise ValueError(f"'{file}' (task {task!r}) is empty; it needs at least one row.")
 
 
 def _from_description(spec: Mapping[str, Any], task: str, split: str) -> Dataset:

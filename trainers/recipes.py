@@ -8,7 +8,6 @@ import math
 import os
 import typing
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import yaml
 from transformers import BitsAndBytesConfig
 
 from hft.hierarchy_hft import Hierarchy, nearest
+from hft.hub_configs import shipped_recipes
 
 from .hft_config import TASK_NUMBERS, HFTTrainingConfig
 
@@ -48,8 +48,8 @@ class Recipe:
             node. Above 0, below 1. `task_passes` says it of each task by itself.
         refining_rate: the tasks of a mixture only refine what its root has learnt from their rows, and learn at so much of
             `learning_rate`. Above 0. `task_learning_rates` says it of each task by itself.
-        data: a folder with `<task>/<split>.jsonl.gz` of rows {instruction, options, input, output}; takes the place of
-            `datasets`.
+        data: a folder with `<task>/<split>.jsonl`, plain or as `.jsonl.gz`, of rows {instruction, options, input, output};
+            takes the place of `datasets`.
         train_samples: rows of each task to train on, a random choice that is always the same; None for all.
         eval_samples: the same for evaluation.
         max_input_tokens: a longer passage is cut at its end, so that neither question nor options are lost.
@@ -255,8 +255,7 @@ def _check_mixtures(recipe: Recipe, tree: Hierarchy) -> None:
 def _find(path: str | os.PathLike) -> Path:
     if Path(path).exists():
         return Path(path)
-    shipped = Path(str(resources.files("hft.hub_configs"))) / "recipes"
-    names = {file.stem: file for file in sorted(shipped.glob("*.yaml"))}
+    names = shipped_recipes()
     if str(path) in names:
         return names[str(path)]
     raise FileNotFoundError(f"There is no recipe '{path}'. {nearest(str(path), names)}")
