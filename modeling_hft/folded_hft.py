@@ -16,7 +16,7 @@ class HFTFolding:
     """The part of `HFTPreTrainedModel` that serves one task only, and then all of them again."""
 
     _folded: str | None = None  # the task
-    _folded_path: HFTPath | None = None  # its pairs; None if it is merged
+    _folded_path: HFTPath | None = None  # with its pairs, or without any if it is merged
     _unmerged: dict[str, torch.Tensor] | None = None  # the backbone's weights as they were; None unless merged
 
     @torch.no_grad()
@@ -47,8 +47,8 @@ class HFTFolding:
             if merge:
                 self._check_mergeable(task)
                 self._merge(pairs)
-            else:
-                self._folded_path = path
+                path = HFTPath(self._owner, ())
+            self._folded_path = path
         self._folded = task
 
     def _merge(self, pairs: Mapping[str, Pair]) -> None:
@@ -94,10 +94,13 @@ class HFTFolding:
     def _like(self, name: str) -> torch.Tensor:
         """A tensor of the dtype and on the device in which a linear computes."""
         weight = self.base_model.get_submodule(name).weight
-        device = self._device_of()[name]
-        return torch.empty(0, dtype=weight.dtype if weight.is_floating_point() else self.backbone.dtype, device=device)
+        holds_it = (
+            weight.is_floating_point() and weight.element_size() > 1
+        )  # else it is quantised: in 8 bit, or packed
+        dtype = weight.dtype if holds_it else self.backbone.dtype
+        return torch.empty(0, dtype=dtype, device=self._device_of()[name])
 
-    def _on_folded(self, rows: Sequence[str | None]) -> HFTPath | None:
+    def _on_folded(self, rows: Sequence[str | None]) -> HFTPath:
         """The path of a pass of a folded model; ValueError if it asks for something else."""
         for row in rows:
             if row != self._folded:

@@ -56,14 +56,15 @@ class HFTGates(nn.Module):
     ) -> None:
         """The child starts as its parent: the mean of its parents' gates.
 
-        On its own node, which is silent at first, it starts at `start`; on a page that is silent, at `page_start`; on pages
-        that others wrote, a root at `root_page_start`, and a child, whose parents do not read them, at 0.
+        On its own node, which is silent at first, it starts at `start`; on its own stage's page, and others that are silent,
+        at `page_start`; on pages that others wrote, a root at `root_page_start`, and a child, whose parents do not read
+        them, at 0.
 
         Args:
             task: whose gates.
             sources: what the task and its parents read.
             parents: of the task.
-            silent_pages: those that nobody has written yet.
+            silent_pages: those that nobody has written yet, and the one that the task itself writes.
         """
         own = sources[task]
         start_LN = self.of(task).new_zeros(self.num_layers, len(own))

@@ -48,8 +48,8 @@ class HFTGenerationMixin(GenerationMixin):
             What transformers returns; with `return_route`, a pair of that and a list of `HFTRoute`.
 
         Raises:
-            ValueError: an unknown name, as many names as there are not prompts, an `assistant_model` that is HFT's, too, or
-                `guidance_scale` for several tasks at once.
+            ValueError: an unknown name, as many names as there are not prompts, an `assistant_model` that is HFT's, too,
+                `guidance_scale` for several tasks at once, or new tokens after a cache and no task.
         """
         bound = _SIGNATURE.bind_partial(self, inputs, *args, **kwargs).arguments  # others by position, too
         kwargs = {name: value for name, value in bound.items() if name not in ("self", "inputs", "kwargs")}
@@ -69,6 +69,11 @@ class HFTGenerationMixin(GenerationMixin):
             routes = [HFTRoute(row or BACKBONE, (), (), 0.0, "named by the caller") for row in rows]
         elif prompts is not None and self.hft_router.tasks():
             mask = kwargs.get("attention_mask")
+            if mask is not None and mask.shape != prompts.shape:
+                raise ValueError(
+                    f"`attention_mask` has the shape {list(mask.shape)} for {list(prompts.shape)} tokens, and the router "
+                    "needs whole prompts; to go on from a cache, name the task that made it: generate(..., task=...)."
+                )
             routes = self.route(prompts, self._mask_of_pads(prompts, kwargs) if mask is None else mask)
             for i, route in enumerate(routes):
                 logger.info(f"Prompt {i} is answered by {route.task}: {route.reason}.")
@@ -129,6 +134,10 @@ class HFTGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """As the backbone's own, which some families override; by `inputs_embeds` transformers sees that these are taken."""
         return self.backbone.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        """As the backbone's, which transformers tells by the name of its class."""
+        return self.backbone._supports_default_dynamic_cache()
 
     @property
     def init_continuous_batching(self):

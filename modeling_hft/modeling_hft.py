@@ -11,7 +11,7 @@ B batch, T tokens, L layers, R rank of a path.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -57,6 +57,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         config = self.config
         self.backbone = AutoModelForCausalLM.from_config(config.text_config)
         self._layer_of = adapted_linears(self.base_model, config.target_modules)
+        self._is_stateful = self.backbone._is_stateful
         self._hooks = []
         self._kept = HFTKept()
         self._owner = HFTOwner()
@@ -126,7 +127,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
     def _one_pass(self, task: Task | None, num_rows: int | None) -> AbstractContextManager[None]:
         """As `activate`, for a single pass: parameters do not change within it, so what is right when it begins stays so."""
         if task is None:
-            if self._folded_path is not None or self._unmerged is not None:
+            if self._folded_path is not None:
                 return on_path(self._folded_path)
             if (path := active_path(self._owner)) is not None:
                 path.check(num_rows)
@@ -136,11 +137,10 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
             return on_path(self._path(task, num_rows, is_one_pass=True))
         rows = tuple(self._rows(task, num_rows))
         if (self._owner, rows) not in made:
-            path = self._path(task, num_rows, is_one_pass=True)
-            made[self._owner, rows] = None if path is None else path.with_wide_factors()  # None: merged
+            made[self._owner, rows] = self._path(task, num_rows, is_one_pass=True).with_wide_factors()
         return on_path(made[self._owner, rows])
 
-    def _path(self, task: Task, num_rows: int | None, is_one_pass: bool = False) -> HFTPath | None:
+    def _path(self, task: Task, num_rows: int | None, is_one_pass: bool = False) -> HFTPath:
         rows = self._rows(task, num_rows)
         if self._folded is not None:
             return self._on_folded(rows)
@@ -181,6 +181,8 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
 
     def _rows(self, task: Task, num_rows: int | None) -> list[str | None]:
         """The names in `task`, checked; one if it is one for all rows. None for the backbone."""
+        if not isinstance(task, Iterable):
+            raise ValueError(f"`task` is {task!r}; give a name, a name a row, or a tensor of ids.")
         if isinstance(task, str):
             names: list[str | None] = [task]
         else:

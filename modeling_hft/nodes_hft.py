@@ -13,6 +13,10 @@ from transformers import initialization as init
 from .hierarchy_hft import nearest
 
 
+# Linears of Mamba whose weight its kernels take without calling the module, so that no hook would run.
+_NOT_CALLED = ("dt_proj",)
+
+
 class HFTFactors(nn.Module):
     """Named pairs of low-rank factors beside one frozen `nn.Linear`: a down projection [R, I] and an up projection [O, R].
 
@@ -108,7 +112,8 @@ def adapted_linears(decoder: nn.Module, target_modules: str | Sequence[str]) -> 
     for name, module in decoder.named_modules():
         indices = [int(part) for part in name.split(".") if part.isdigit()]
         # A subclass with a forward of its own, such as a mixture's router, need not return a plain tensor.
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and indices:
+        is_plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if is_plain and indices and name.rsplit(".", 1)[-1] not in _NOT_CALLED:
             layer_of[name] = indices[0]
     if not layer_of:
         kinds = sorted({type(module).__name__ for module in decoder.modules() if not list(module.children())})

@@ -71,7 +71,7 @@ class HFTTaskPath:
 
 
 class HFTOwner:
-    """Whose a path is: each model has one. Several models may run in a thread, one within another's pass."""
+    """Whose a path is: each model has one. Several models may be active in a thread, each on a path of its own."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class HFTPath:
 class _ThreadState(threading.local):
     """A thread's own state: two threads may generate with different tasks at the same time."""
 
-    path: HFTPath | None = None
+    paths: tuple[HFTPath, ...] = ()  # of any models, the innermost last
     made: dict[Any, HFTPath | None] | None = None
 
 
@@ -123,20 +123,28 @@ _state = _ThreadState()
 
 
 def active_path(owner: HFTOwner) -> HFTPath | None:
-    """The path of the pass of a model that this thread is in; None if none is, or another model's: the plain backbone."""
-    path = _state.path
-    return path if path is not None and path.owner is owner else None
+    """A model's innermost path that is active in this thread; None if none is: the plain backbone."""
+    for path in reversed(_state.paths):
+        if path.owner is owner:
+            return path
+    return None
 
 
 @contextmanager
-def on_path(path: HFTPath | None) -> Iterator[None]:
-    """All linears that run inside take `path`; afterwards what was before is active again."""
-    before = _state.path
-    _state.path = path
+def on_path(path: HFTPath) -> Iterator[None]:
+    """All of its model's linears that run inside take `path`; afterwards what was before is active again."""
+    with _on_paths((*_state.paths, path)):
+        yield
+
+
+@contextmanager
+def _on_paths(paths: tuple[HFTPath, ...]) -> Iterator[None]:
+    before = _state.paths
+    _state.paths = paths
     try:
         yield
     finally:
-        _state.path = before
+        _state.paths = before
 
 
 @contextmanager
@@ -169,10 +177,10 @@ def keep_path(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
     def checkpoint_on_path(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return checkpoint(function, *args, **kwargs)
-        path = _state.path
+        paths = _state.paths
 
         def recomputable(*inputs: Any, **options: Any) -> Any:
-            with on_path(path):
+            with _on_paths(paths):
                 return function(*inputs, **options)
 
         return checkpoint(recomputable, *args, **kwargs)

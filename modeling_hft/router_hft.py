@@ -136,22 +136,22 @@ class HFTRouter:
         }
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes over what `tensors` gave.
-
-        Raises:
-            ValueError: features of another size.
-        """
-        if tensors["projection"].shape != self.projection_DM.shape:
-            raise ValueError(
-                f"The router's file is for features {list(tensors['projection'].shape)}, and this model has "
-                f"{list(self.projection_DM.shape)}. Is it another backbone?"
-            )
+        """Takes over what `tensors` gave; raises as `check` does."""
+        self.check(tensors)
         self.projection_DM = tensors["projection"]
         row, column = self._triangle()
         self.gram_MM[row, column] = self.gram_MM[column, row] = tensors["gram"]
         self.cross_M = {task: tensors[f"cross.{task}"] for task in self.config.tasks}
         self.held_out_ND = {task: tensors[f"held_out.{task}"] for task in self.config.tasks}
         self._solved = None
+
+    def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Raises ValueError if `tensors` are those of a router with features of another size."""
+        if tensors["projection"].shape != self.projection_DM.shape:
+            raise ValueError(
+                f"The router's file is for features {list(tensors['projection'].shape)}, and this model has "
+                f"{list(self.projection_DM.shape)}. Is it another backbone?"
+            )
 
     def _triangle(self) -> torch.Tensor:
         return torch.tril_indices(self.config.num_features, self.config.num_features)

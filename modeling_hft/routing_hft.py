@@ -3,9 +3,10 @@
 B batch, T tokens, D hidden size.
 """
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from .hierarchy_hft import BACKBONE
 from .padding_hft import left_padded
-from .path_hft import on_path
+from .path_hft import HFTPath, on_path
 from .router_hft import HFTRoute
 
 
@@ -100,7 +101,7 @@ class HFTRouting:
             raise ValueError(f"`input_ids` has the shape {list(input_ids.shape)}: there are no tokens to route by.")
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if longest := getattr(self.config.text_config, "max_position_embeddings", None):
-            input_ids, mask_BT = input_ids[:, -longest:], mask_BT[:, -longest:]
+            input_ids, mask_BT = _last_tokens(input_ids, mask_BT, longest)
         num_layers = self.config.text_config.num_hidden_layers
         layers = next(m for m in self.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
         caught: list[torch.Tensor] = []
@@ -114,7 +115,7 @@ class HFTRouting:
 
         hook = layers[self.hft_router.layer].register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            with on_path(None):
+            with on_path(HFTPath(self._owner, ())), _without_dropout(self.base_model):
                 self.base_model(
                     input_ids=input_ids,
                     attention_mask=mask_BT,
@@ -147,3 +148,28 @@ class HFTRouting:
                 own_BT = own_BT & ~(within_BT & matches_B1)
         nothing_left_B1 = ~own_BT.any(1, keepdim=True)
         return own_BT | (real_BT & nothing_left_B1)
+
+
+def _last_tokens(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, count: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Up to `count` columns with the last tokens of each row [B, T], wherever its padding is, and their mask."""
+    if input_ids.shape[1] <= count:
+        return input_ids, attention_mask
+    place_BT = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    # Padding before tokens, which keep their order.
+    order_BT = torch.where(attention_mask.bool(), place_BT, place_BT - input_ids.shape[1]).argsort(dim=1)[:, -count:]
+    return input_ids.gather(1, order_BT), attention_mask.gather(1, order_BT)
+
+
+@contextlib.contextmanager
+def _without_dropout(decoder: nn.Module) -> Iterator[None]:
+    """Inside, the decoder is in evaluation mode. Nothing is written where it is already: other threads may use it."""
+    training = [module for module in decoder.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,9 @@ from .nodes_hft import beside
 from .path_hft import HFTSources
 
 
+_GATE = "gates."  # begins the names of what the shared file holds
+
+
 class HFTSlimFiles:
     """The part of `HFTStorage` that reads and writes what tasks have learnt."""
 
@@ -35,7 +39,8 @@ class HFTSlimFiles:
         pages: Iterable[Mapping[str, Any]],
         **download: Any,
     ) -> None:
-        """Fills nodes, gates and memory pages, given by their entries, from the slim files of a folder or repository."""
+        """Fills nodes, gates and memory pages, given by their entries, from the slim files of a folder or repository; all
+        of them, or none."""
         names = [task["name"] for task in tasks]
         parts = {task_file(task): self._node_tensors(task) for task in names}
         parts.update({page_file(page["id"]): self._page_tensors(page["id"]) for page in pages})
@@ -52,17 +57,17 @@ class HFTSlimFiles:
                         f"'{repo}' holds {name!r} in {file} with shape {list(tensor.shape)}, and this model needs "
                         f"{list(parameter.shape)}. Is it another backbone?"
                     )
+        for file, own in parts.items():
+            for name, parameter in own.items():
                 if file == SHARED_FILE:
-                    parameter.copy_(tensor)  # a view
+                    parameter.copy_(read[file][name])  # a view
                 else:
-                    parameter.data = tensor.to(parameter.device)  # takes the dtype of the file
+                    parameter.data = read[file][name].to(parameter.device)  # takes the dtype of the file
 
     def _read_router(self, repo: str | os.PathLike, **download: Any) -> None:
         """Takes over what the router of a saved model knows, in either form."""
-        known = self.config.router_config.tasks
-        if known:
-            names = ["projection", "gram", *(f"{kind}.{task}" for kind in ("cross", "held_out") for task in known)]
-            self.hft_router.load(read_tensors(repo, ROUTER_FILE, names, may_hold_more=True, **download))
+        if known := self.config.router_config.tasks:
+            self.hft_router.load(_router_tensors(repo, known, **download))
 
     def _write_router(self, folder: Path) -> None:
         if self.config.router_config.tasks:
@@ -100,7 +105,7 @@ class HFTSlimFiles:
         One tensor a source, so that a reader with an older config finds what it knows of.
         """
         return {
-            f"gates.{task}.{source}": self.hft_gates.of(task).detach()[:, column]
+            f"{_GATE}{task}.{source}": self.hft_gates.of(task).detach()[:, column]
             for task in tasks
             for column, source in enumerate(self.sources(task).labels())
         }
@@ -116,8 +121,8 @@ class HFTSlimFiles:
                 page that they write.
 
         Raises:
-            ValueError: if the folder's tasks are others.
-            OSError: if a file is missing or cut short.
+            ValueError: if the folder's tasks are others, or its tensors have other shapes.
+            OSError: if a file is missing or cut short. Then, as ever, nothing has changed.
         """
         self._check_unfolded()
         saved = read_config(os.fspath(folder))
@@ -147,20 +152,60 @@ class HFTSlimFiles:
         tasks_by_name = {entry["name"]: entry for entry in (*self.config.tasks, *taken)}
         kept = [page for page in self.config.pages if part == "open" or (part == "sealed" and not page["sealed"])]
         pages_by_id = {entry["id"]: entry for entry in (*kept, *pages)}
-        self.config.tasks = list(tasks_by_name.values())
-        self.config.pages = list(pages_by_id.values())
-        self._make_room()
+        router = saved.router_config.tasks if part != "open" else []
+        router_tensors = _router_tensors(folder, router) if router else None
+        if router_tensors is not None:
+            self.hft_router.check(router_tensors)
+        with self._same_room_on_error():
+            self.config.tasks = list(tasks_by_name.values())
+            self.config.pages = list(pages_by_id.values())
+            self._make_room()
+            self._read_tasks(folder, taken, pages)
         self._kept.clear()  # it may hold what was there
-        self._read_tasks(folder, taken, pages)
         if part != "open":
-            self._restore_router(folder, saved)
+            self._restore_router(saved, router_tensors)
         self.set_trainable(self.config.open_tasks())
 
-    def _restore_router(self, folder: str | os.PathLike, saved: HFTConfig) -> None:
+    @contextmanager
+    def _same_room_on_error(self) -> Iterator[None]:
+        """If the block ends with an error, the config's entries and the parameters are those of before."""
+        modules = (*self.hft_nodes.values(), *self.hft_memory.values(), self.hft_gates)
+        parameters = [dict(module._parameters) for module in modules]
+        entries = self.config.tasks, self.config.pages
+        try:
+            yield
+        except BaseException:
+            self.config.tasks, self.config.pages = entries
+            for module, its in zip(modules, parameters, strict=True):
+                module._parameters = its
+            raise
+
+    def _restore_router(self, saved: HFTConfig, tensors: Mapping[str, torch.Tensor] | None) -> None:
         self.hft_router.clear()
         for name in ("tasks", "prefix", "suffix"):  # all that it learns besides its sums
             setattr(self.hft_router.config, name, list(getattr(saved.router_config, name)))
-        self._read_router(folder)
+        if tensors is not None:
+            self.hft_router.load(tensors)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any):
+        """As torch's, for the full form.
+
+        Raises:
+            ValueError: the gates of a slim folder, which transformers' `Trainer` would take for a checkpoint's weights, and
+                go on with nodes that have learnt nothing.
+        """
+        if slim := next((name for name in state_dict if name.startswith(_GATE)), None):
+            raise ValueError(
+                f"{slim!r} is of the slim form, whose model.safetensors holds gates only: take it over with "
+                "model.restore(folder), and resume with HFTTrainer, not transformers' Trainer."
+            )
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+
+def _router_tensors(repo: str | os.PathLike, tasks: Iterable[str], **download: Any) -> dict[str, torch.Tensor]:
+    """What the router of a saved model, in either form, knows of these tasks."""
+    names = ["projection", "gram", *(f"{kind}.{task}" for kind in ("cross", "held_out") for task in tasks)]
+    return read_tensors(repo, ROUTER_FILE, names, may_hold_more=True, **download)
 
 
 def lineage(file: Path, parents: Iterable[Mapping[str, Any]]) -> str:
@@ -190,10 +235,10 @@ def read_gates(repo: str | os.PathLike, **download: Any) -> tuple[HFTConfig, dic
         )
     hierarchy = config.hierarchy()
     labels = {name: HFTSources.of(config.task(name), hierarchy.path(name)).labels() for name in hierarchy.names}
-    keys = [f"gates.{task}.{source}" for task, sources in labels.items() for source in sources]
+    keys = [f"{_GATE}{task}.{source}" for task, sources in labels.items() for source in sources]
     tensors = read_tensors(repo, SHARED_FILE, keys, may_hold_more=True, **download)
     return config, {
-        task: HFTGateTable(task, sources, torch.stack([tensors[f"gates.{task}.{source}"] for source in sources], 1))
+        task: HFTGateTable(task, sources, torch.stack([tensors[f"{_GATE}{task}.{source}"] for source in sources], 1))
         for task, sources in labels.items()
     }
 

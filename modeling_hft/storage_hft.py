@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, HfApi, ResolvedRevision
+from huggingface_hub import CommitInfo, ResolvedRevision
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
@@ -16,10 +16,11 @@ from transformers.utils.hub import resolve_revision
 
 from .attention_hft import best_attention, without_weights
 from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig, check_keys
-from .files_hft import SHARED_FILE, WRITING, WRITTEN, disk_errors, finish_writing, replacing
+from .files_hft import SHARED_FILE, disk_errors, finish_writing, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
-from .slim_hft import HFTSlimFiles, check_keeps_others, files_left, holds_slim, read_config
+from .slim_hft import HFTSlimFiles, check_keeps_others, holds_slim, read_config
+from .upload_hft import check_shareable, upload
 
 
 AUTO_MAP = {
@@ -75,11 +76,10 @@ class HFTStorage(HFTSlimFiles):
         tree = Hierarchy(parents)
         if os.path.isdir(backbone):
             backbone = os.path.abspath(backbone)  # a relative name would mean another folder elsewhere
-        if "subfolder" in kwargs:
-            raise ValueError("`subfolder` is not supported: a slim model could not say where its backbone is.")
         check_keys(HFTGatingConfig, "gating_config", gating_config)
         check_keys(HFTMemoryConfig, "memory_config", memory_config)
         check_keys(HFTRouterConfig, "router_config", router_config)
+        _check_places(kwargs)
         download = _download(kwargs)
         text_config = AutoConfig.from_pretrained(backbone, **download)
         if text_config.model_type == HFTConfig.model_type:
@@ -112,6 +112,7 @@ class HFTStorage(HFTSlimFiles):
     @classmethod
     def _load_backbone(cls, config: HFTConfig, **kwargs: Any):
         """A model without tasks, its backbone loaded from the backbone's own repository."""
+        _check_places(kwargs)
         files, _ = PreTrainedConfig.get_config_dict(config.backbone, **_download(kwargs))
         vars(config.text_config).pop("quantization_config", None)
         if "quantization_config" in files:  # the repository itself is quantised
@@ -335,41 +336,9 @@ class HFTStorage(HFTSlimFiles):
             self.generation_config.save_pretrained(folder)
 
 
-def check_shareable(config: HFTConfig) -> None:
-    """Raises ValueError if others could not load the model, since its backbone is a folder of this machine, or if it is a
-    part of one: in the place of the whole it would wipe out the rest."""
-    if config.left_out:
-        raise ValueError(
-            f"This is a part of a model (without {', '.join(sorted(config.left_out))}): "
-            "unite it with the whole (`hft merge`), or load the whole and use remove_task, and push that."
-        )
-    if config.backbone is None or os.path.isdir(config.backbone):
-        raise ValueError(
-            f"The backbone is '{config.backbone}', a folder of this machine: others could not load the model. Build it on a "
-            "Hub id, or set `backbone` in its config to the id that the folder came from."
-        )
-
-
-def upload(
-    folder: str | os.PathLike,
-    repo_id: str,
-    commit_message: str,
-    private: bool | None = None,
-    token: str | bool | None = None,
-    revision: str | None = None,
-) -> CommitInfo:
-    """Makes a folder's files the newest commit of a model repository; arguments as for `push_to_hub`."""
-    api = HfApi(token=token)
-    removed = [path.as_posix() for path in files_left(folder, read_config(os.fspath(folder)))]
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        commit_message=commit_message,
-        revision=revision,
-        ignore_patterns=["stage-*", f"{WRITING}*", f"{WRITTEN}*", *removed],
-        delete_patterns=["tasks/*.safetensors", "pages/*.safetensors"],  # of tasks that were removed
-    )
+def _check_places(kwargs: Mapping[str, Any]) -> None:
+    if odd := [name for name in ("subfolder", "variant") if kwargs.get(name)]:
+        raise ValueError(f"`{odd[0]}` is not supported: a slim model could not say where its backbone is.")
 
 
 def _commit(repo: str, download: Mapping[str, Any]) -> str | None:

@@ -145,6 +145,14 @@ def test_4_bit_is_folded_but_not_merged(backbones):
     assert snapshot(model) == before
 
 
+def test_a_fold_beside_weights_of_8_bit_computes_in_the_models_dtype(sealed):
+    """Such a weight has a floating dtype, in which no linear computes."""
+    linear = sealed.base_model.layers[0].self_attn.q_proj
+    linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    sealed.fold("d")
+    assert {factor.dtype for pair in sealed._folded_path.tasks[0].kept.values() for factor in pair} == {sealed.dtype}
+
+
 def test_training_a_folded_model_is_refused(model, tokenizer, tmp_path):
     from datasets import Dataset
 

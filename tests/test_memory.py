@@ -24,6 +24,23 @@ def grown(backbones) -> hft.HFTForCausalLM:
     return made
 
 
+def test_a_stage_that_is_started_again_lets_all_its_tasks_write_the_page(backbones):
+    """Also those whose turn had not come when it was cut off: their gate on it does not learn, and 0 would stay."""
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": [], "b": []}, rank=3, memory_config={"slots": 2}
+    )
+    model.start_stage(["a", "b"])
+    before = model.gates("b").values
+    fill(model, only_trainable=True)
+    with torch.no_grad():
+        for nodes in model.hft_nodes.values():
+            nodes.reset_parameters("b")
+    model.start_stage(["a", "b"])
+    assert torch.equal(model.gates("b").values, before) and (before == 1).all()
+    model(prompts(2, 6), labels=prompts(2, 6), task="b").loss.backward()
+    assert all(memory.pair("1")[1].grad.any() for memory in model.hft_memory.values())
+
+
 def test_a_stage_writes_one_page_and_later_tasks_of_any_branch_read_it(grown):
     config = grown.config
     assert [(page["id"], page["writers"], page["sealed"]) for page in config.pages] == [

@@ -357,8 +357,13 @@ def test_a_path_is_one_models_and_no_other_takes_it(model, backbones):
                 assert bits(twin.base_model(x)[0]) == bits(other.base_model(x)[0])
                 assert twin.generate(x, max_new_tokens=4, do_sample=False).tolist() == answer
                 assert bits(twin(x, task="a").logits) == expected
+                own = bits(model(x).logits)
+                assert own != plain
                 with twin.activate("a"):
-                    assert bits(twin(x).logits) == expected and bits(model(x).logits) == plain
+                    assert bits(twin(x).logits) == expected and bits(model(x).logits) == own
+                    with model.activate("backbone"):
+                        assert bits(twin(x).logits) == expected and bits(model(x).logits) == plain
+                assert bits(model(x).logits) == own and bits(twin(x).logits) == plain
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -466,6 +471,7 @@ def test_ids_are_places_in_the_config(model):
         (["a", "x1", "a"], "Unknown task 'x1'."),
         (["a", "b"], "`task` names 2 tasks for 3 rows; give one name, or one a row."),
         ([], "`task` names 0 tasks for 3 rows"),
+        (3, "`task` is 3; give a name, a name a row, or a tensor of ids."),
         (torch.tensor([0, -2, 1]), "`task` holds the id -2; ids go from -1 (the backbone) to 5."),
         (torch.tensor([0, 6, 1]), "`task` holds the id 6; ids go from -1"),
     ],
@@ -631,6 +637,34 @@ def test_a_task_that_is_refused_leaves_no_trace(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.add_task(**arguments)
     assert model.config.tasks == before and set(model.hierarchy.names) == {entry["name"] for entry in before}
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("mamba", {"state_size": 4}),
+        ("jamba", {"mamba_d_state": 4, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1}),
+    ],
+)
+def test_no_node_stands_where_a_family_takes_weights_without_their_linear(family, more):
+    """Such a node would never speak, nor learn."""
+    config = hft.HFTConfig(text_config=tiny_config(family, **more), rank=2)
+    model = hft.HFTForCausalLM(config)
+    model.add_task("a")
+    fill(model)
+    model.start_stage(["a"])
+    model(prompts(2, 6), labels=prompts(2, 6), task="a").loss.backward()
+    silent = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not silent
+
+
+def test_a_family_with_a_cache_of_its_own_generates(tmp_path, tokenizer):
+    config = tiny_config("minimax", num_local_experts=2, layer_types=["linear_attention", "full_attention"])
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = hft.HFTForCausalLM.from_backbone(tmp_path, {"a": []}, rank=2)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    assert model.generate(prompts(1, 5), **options).tolist() == plain.generate(prompts(1, 5), **options).tolist()
 
 
 def test_a_target_is_a_whole_name(backbones):

@@ -15,7 +15,7 @@ from hft.trainers.routes import prompts_of, template_tokens
 
 from .test_model import prompts
 from .test_trainer import make
-from .tiny import bits, grow
+from .tiny import bits, grow, tiny_config
 
 
 D = 16
@@ -253,10 +253,42 @@ def test_odd_prompts(routed, backbones):
         routed.route(torch.empty(2, 0, dtype=torch.long))
     longer = torch.cat([prompts(1, 600), typical(2, 5, 512)], 1)  # the tiny backbone holds 512
     assert routed.route(longer) == routed.route(longer[:, -512:])
+    padded = torch.cat([typical(2, 5), torch.zeros(1, 600, dtype=torch.long)], 1)  # on the right, beyond that
+    its_mask = (torch.arange(612) < 12).long()[None]
+    assert routed.route(padded, its_mask)[0].task == "nli"
+    both = torch.cat([padded, longer[:, -612:]]), torch.cat([its_mask, torch.ones_like(its_mask)])
+    alone = routed.route(padded, its_mask) + routed.route(longer)
+    for one, other in zip(routed.route(*both), alone, strict=True):
+        assert one.task == other.task and one.novelty == pytest.approx(other.novelty, abs=1e-5)
     nobody = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
     assert [route.reason for route in nobody.route(x)] == ["the router knows no task"] * 2
     with pytest.raises(ValueError, match="`task` names 3 tasks for 2 rows"):
         routed.generate(x, task=["sst", "sst", "nli"])
+
+
+def test_the_router_looks_without_dropout(tmp_path):
+    AutoModelForCausalLM.from_config(tiny_config("llama", attention_dropout=0.5)).save_pretrained(tmp_path)
+    model = hft.HFTForCausalLM.from_backbone(tmp_path, {"a": []})
+    x = [row.tolist() for row in prompts(3, 8)]
+    expected = bits(model.features_of(x))
+    model.train()
+    assert bits(model.features_of(x)) == expected and all(module.training for module in model.modules())
+    model.base_model.layers[1].eval()
+    model.features_of(x)
+    assert not model.base_model.layers[1].training and model.base_model.layers[0].training
+
+
+def test_new_tokens_after_a_cache_need_a_task(routed):
+    x = typical(2, 100)
+    with torch.no_grad():
+        cache = routed(x[:, :8], task="nli", use_cache=True).past_key_values
+    more = {"past_key_values": cache, "attention_mask": torch.ones_like(x), "max_new_tokens": 2, "do_sample": False}
+    with pytest.raises(
+        ValueError, match=r"has the shape \[1, 12\] for \[1, 4\] tokens, and the router needs whole prompts"
+    ):
+        routed.generate(x[:, 8:], **more)
+    whole = routed.generate(x, task="nli", max_new_tokens=2, do_sample=False)
+    assert routed.generate(x[:, 8:], task="nli", **more)[:, 4:].tolist() == whole[:, 12:].tolist()
 
 
 def test_what_is_not_finite_teaches_nothing(routed):

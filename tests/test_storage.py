@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -471,6 +471,9 @@ def test_what_save_and_from_backbone_refuse(saved, model, backbones):
         hft.HFTForCausalLM.from_backbone(saved, {"a": []})
     with pytest.raises(ValueError, match="`subfolder` is not supported"):
         hft.HFTForCausalLM.from_backbone(backbones["llama"], subfolder="x")
+    for load, source in (("from_backbone", backbones["llama"]), ("from_pretrained", saved)):
+        with pytest.raises(ValueError, match="`variant` is not supported"):
+            getattr(hft.HFTForCausalLM, load)(source, variant="x")
     with pytest.raises(ValueError, match=re.escape("unknown key 'trainabel'. Did you mean 'trainable'?")):
         hft.HFTForCausalLM.from_backbone(backbones["llama"], gating_config={"trainabel": False})
     with pytest.raises(StrictDataclassError, match="expected one of"):
@@ -533,6 +536,40 @@ def test_restore_takes_over_tasks_and_seals(saved, model, backbones):
     assert twin.config.open_tasks() == ["d"] and twin.config.task("d")["pages"] == []
     x = prompts(1, 5)
     assert bits(twin(x, task="f").logits) == bits(model(x, task="f").logits)
+
+
+@pytest.mark.parametrize("broken", ["a missing file", "another shape", "another router"])
+def test_a_restore_that_fails_changes_nothing(saved, model, backbones, broken):
+    other = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"],
+        {"a": [], "b": ["a"], "c": ["a"], "d": ["b", "c"], "e": []},
+        rank=3,
+        memory_config=model.config.memory_config,
+        router_config={"num_features": 64},
+    )
+    other.add_task("f", ["e"], rank=5)
+    if broken == "a missing file":
+        (saved / "tasks/d.safetensors").unlink()
+    elif broken == "another shape":
+        tensors = load_file(saved / "tasks/d.safetensors")
+        name = min(tensors)
+        save_file({**tensors, name: tensors[name][:, :-1].contiguous()}, saved / "tasks/d.safetensors")
+    else:
+        model.add_routes("a", prompts(2, 6).tolist())
+        model.save_pretrained(saved)
+    before = snapshot(other), copy.deepcopy((other.config.tasks, other.config.pages)), other.hft_router.tasks()
+    with pytest.raises((OSError, ValueError), match=r"d\.safetensors|The router's file is for features"):
+        other.restore(saved)
+    assert (snapshot(other), (other.config.tasks, other.config.pages), other.hft_router.tasks()) == before
+
+
+def test_the_slim_form_is_no_state_dict(saved, model):
+    """transformers' `Trainer` reads a checkpoint so, leniently: it would go on with nodes that have learnt nothing."""
+    with pytest.raises(
+        ValueError, match=r"is of the slim form, whose model.safetensors holds gates only: take it over with"
+    ):
+        model.load_state_dict(load_file(saved / "model.safetensors"), strict=False)
+    model.load_state_dict(model.state_dict())
 
 
 def test_restore_opens_again_what_the_folder_has_not_sealed(backbones, tmp_path):

@@ -191,7 +191,7 @@ def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
 def push(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
-    from hft.storage_hft import check_shareable, upload
+    from hft.upload_hft import check_shareable, upload
 
     config, _gates = hft.read_gates(args.model)
     check_shareable(config)

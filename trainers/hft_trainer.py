@@ -14,7 +14,7 @@ from trl import SFTTrainer
 
 from hft.files_hft import check_writable, replacing
 from hft.modeling_hft import HFTForCausalLM
-from hft.storage_hft import check_shareable
+from hft.upload_hft import check_shareable
 
 from .answers_only import answers_only
 from .compiled import CompiledDecoder

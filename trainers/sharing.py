@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import is_matplotlib_available
 
-from hft.storage_hft import check_shareable, upload
 from hft.trimmed_hft import HFTTrim
+from hft.upload_hft import check_shareable, upload
 
 from .charts import matrix_chart
 from .curriculum import Stage
