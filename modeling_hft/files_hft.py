@@ -1,7 +1,9 @@
 """The slim form on disk: a safetensors file a task, a page, and one for the rest; never a half-written folder."""
 
+import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -119,10 +121,13 @@ def check_writable(directory: str | os.PathLike) -> None:
 
 @contextmanager
 def disk_errors(what: str | os.PathLike) -> Iterator[None]:
-    """Inside, safetensors' own error where a disk is full is an OSError, as all others are."""
+    """Inside, the errors of safetensors and PyTorch where a disk is full are an OSError that names the place, as all are."""
     try:
         yield
-    except SafetensorError as error:
+    except (SafetensorError, RuntimeError, OSError) as error:
+        is_full = isinstance(error, SafetensorError) or getattr(error, "errno", None) == errno.ENOSPC
+        if not is_full and not re.search("inline_container|iostream", str(error)):  # PyTorch's writer
+            raise
         raise OSError(f"Cannot write {what}: {error}. What was saved before is whole.") from error
 
 

@@ -245,5 +245,13 @@ def test_options_are_scored_behind_prompts_longer_than_a_sliding_window(backbone
                     logits = model(torch.tensor([prompt + tail]), task=task, use_cache=False).logits[0].log_softmax(-1)
                 whole = sum(float(logits[len(prompt) - 1 + i, token]) for i, token in enumerate(tail))
                 assert likelihood == pytest.approx(whole, abs=1e-3)
+    cut = option_likelihoods(model, tokenizer, rows, "a", prompts=[tokenizer("ab")["input_ids"]] * len(rows))
+    short = option_likelihoods(model, tokenizer, [{**row, "prompt": "ab"} for row in rows], "a")
+    assert [pytest.approx(its) for its in short] == cut
+    nothing = {"prompt": "", "options": ["x"], "completion": "x"}
+    with pytest.raises(ValueError, match="The prompt '' has no tokens, and there is nothing to answer"):
+        option_likelihoods(model, tokenizer, [rows[0], nothing], "a")
+    with pytest.raises(ValueError, match="The prompt '' has no tokens, and there is nothing to answer"):
+        generate_answers(model, tokenizer, ["abc", ""], "a")
     alone = option_likelihoods(model, tokenizer, [{"prompt": "abc", "options": [""], "completion": ""}], "a")
     assert len(alone[0]) == 1

@@ -231,7 +231,7 @@ def test_the_model_comes_back_also_when_planning_breaks_off(fresh, tokenizer, mo
     before = state(fresh)
     calls = []
 
-    def broken(*args):
+    def broken(*args, **kwargs):
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
@@ -285,6 +285,14 @@ def test_a_parent_that_knows_the_answers_is_found(fresh, tokenizer):
     assert idle.gain == 0 and idle.reason == "it does not help"
 
 
+def test_prompts_are_cut_so_that_any_option_fits_behind_them(fresh, tokenizer):
+    rows = [{"prompt": "a" * 400 + f"{i}", "completion": "y", "options": ["y", "n" * 9]} for i in range(8)]
+    sample = take_sample("long", rows, tokenizer, replace(QUICK, max_length=64))
+    whole = [tokenizer(row["prompt"])["input_ids"] for row in sample.probe]
+    assert sample.prompts == [ids[-(64 - 1 - 9) :] for ids in whole]
+    assert max(len(row["input_ids"]) for row in sample.tokens) <= 64
+
+
 def test_candidates_are_the_nearest_by_their_prompts(fresh, tokenizer):
     def rows(text, count=12):
         return [{"prompt": f"{text} {i}", "completion": "z"} for i in range(count)]
@@ -293,8 +301,8 @@ def test_candidates_are_the_nearest_by_their_prompts(fresh, tokenizer):
         name: take_sample(name, rows(text), tokenizer, QUICK)
         for name, text in {"a1": "aaaa aaaa", "a2": "aaaa aaab", "z1": "!?!?!?", "z2": "!?!?!!"}.items()
     }
-    assert nearest_tasks(fresh, tokenizer, samples, 1) == {"a1": {"a2"}, "a2": {"a1"}, "z1": {"z2"}, "z2": {"z1"}}
-    assert nearest_tasks(fresh, tokenizer, samples, 3)["a1"] == {"a2", "z1", "z2"}
+    assert nearest_tasks(fresh, samples, 1) == {"a1": {"a2"}, "a2": {"a1"}, "z1": {"z2"}, "z2": {"z1"}}
+    assert nearest_tasks(fresh, samples, 3)["a1"] == {"a2", "z1", "z2"}
 
 
 @pytest.fixture
@@ -380,6 +388,7 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
         (["--data", "DATA", "--rows", "0"], "--rows is 0; it must be 1 or more."),
         (["--data", "/nowhere/recipe.yaml"], "There is no recipe '/nowhere/recipe.yaml'"),
         (["--data", "nowhere"], "A folder of that name there is not either."),
+        (["--data", "nowhere", "--recipe", "cl14-small"], "--data is 'nowhere', and there is no such folder."),
     ],
 )
 def test_wrong_commands(data, tmp_path, capsys, arguments, message):

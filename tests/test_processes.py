@@ -103,6 +103,26 @@ def test_two_processes_learn_what_one_learns(backbones, tokenizer, tmp_path):
     check_same(seen, tmp_path, one_process(backbones, tokenizer, tmp_path))
 
 
+def test_two_processes_agree_when_a_task_has_left_the_steps_that_it_shares(backbones, tmp_path):
+    """DDP averages with a step's last micro-batch, which must not be one that computes nothing."""
+    options = {"eval_strategy": "steps", "eval_steps": 1, "mastery_patience": 99, "num_train_epochs": 4}
+    spec = described(backbones, tmp_path, {"a": [], "e": []}, accumulation=4, options=options, mastered=["e", 1])
+    seen = launch(spec, tmp_path)
+    turns = seen[0]["tasks"]
+    steps = [turns[begin : begin + 4] for begin in range(0, len(turns), 4)]
+    assert any(set(step) == {"a", "e"} for step in steps[1:])
+    one, other = (torch.load(f"{tmp_path}/run.{rank}.pt") for rank in range(2))
+    assert {name: bits(w) for name, w in one.items()} == {name: bits(w) for name, w in other.items()}
+
+
+@pytest.mark.slow
+def test_two_processes_log_a_tasks_own_loss_however_tokens_are_counted(backbones, tmp_path):
+    options = {"average_tokens_across_devices": False, "learning_rate": 0.0, "num_train_epochs": 1}
+    seen = launch(described(backbones, tmp_path, {"a": [], "e": []}, options=options), tmp_path)
+    logs = [log for log in seen[0]["log"] if "loss" in log]
+    assert logs and all(log["loss"] == pytest.approx(log.get("a_loss", log.get("e_loss")), rel=1e-4) for log in logs)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 5])
 def test_killed_and_resumed_two_processes_learn_what_one_learns(backbones, tokenizer, tmp_path, step):

@@ -263,6 +263,17 @@ def test_what_is_wrong_gives_exit_code_2(backbones, data, tmp_path, capsys, more
     assert not list(tmp_path.glob("run/*"))
 
 
+@pytest.mark.parametrize("before", [["--learning_rate", "1e-3"], ["--resume", "--learning_rate", "1e-3"]])
+def test_a_key_before_the_recipe_is_told_of(capsys, before):
+    assert main(["train", *before, "cl14-small"]) == 2
+    error = (
+        "hft: error: --learning_rate stands before the recipe; give the recipe first: hft train RECIPE --learning_rate"
+    )
+    assert error in capsys.readouterr().err
+    assert main(["train", "--learning_rate=fast", "cl14-small"]) == 2
+    assert "`learning_rate` is 'fast'" in capsys.readouterr().err
+
+
 def test_other_wrong_commands(tmp_path, backbones, capsys):
     assert main([]) == 2
     assert main(["train", "cl14-smal"]) == 2

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 import hft
+from hft.files_hft import disk_errors
 from hft.trainers.run_record import write_json
 
 from .hub import Hub, serving
@@ -323,6 +324,19 @@ def test_a_disk_that_is_really_full(saved, model, tmp_path):
         assert {path: path.read_bytes() for path in (disk / "model").rglob("*") if path.is_file()} == before
     finally:
         subprocess.run(["umount", str(disk)])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_whoever_writes_to_a_full_disk_says_where():
+    def by_hand(path):
+        with open(path, "w") as file:
+            file.write("x")
+
+    for write in (lambda path: torch.save({"x": torch.zeros(9)}, path), by_hand):
+        with pytest.raises(OSError, match=r"Cannot write run: .* What was saved before is whole"), disk_errors("run"):
+            write("/dev/full")
+    with pytest.raises(RuntimeError, match="something else"), disk_errors("run"):
+        raise RuntimeError("something else")
 
 
 def test_a_plain_model_is_no_hft_model(backbones):

@@ -240,6 +240,8 @@ def test_a_run_never_picks_up_another_ones_checkpoints(backbones, tokenizer, tmp
         make(backbones, tokenizer, tmp_path / "done", {"a": []}, save_strategy="no", max_steps=1).train()
     with pytest.raises(ValueError, match=re.escape("`eval_dataset` has data for the unknown task 'zz'")):
         done.evaluate({"zz": rows(1)})
+    with pytest.raises(ValueError, match=r"`eval_dataset` has no rows of the task 'zz'\."):
+        done.evaluate("zz")
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"odd' holds a config\.json that is no JSON"):
@@ -489,6 +491,7 @@ def test_a_parameter_that_gets_no_gradient_is_named(backbones, tokenizer, tmp_pa
         (None, {"max_length": 3}, ValueError,
             "Nothing is left to learn in the 5 rows of task 'a': all labels are masked. With `max_length`=3"),
         (None, {"train_sampling_strategy": "group_by_length"}, ValueError, "a micro-batch must hold one task"),
+        (None, {"accelerator_config": {"split_batches": True}}, ValueError, "`accelerator_config` sets `split_batches`"),
     ],
 )  # fmt: skip
 def test_wrong_data(backbones, tokenizer, tmp_path, train, options, error, message):
@@ -716,3 +719,19 @@ def test_assistant_only_loss_is_checked_for_each_task(backbones, tokenizer, tmp_
     train = {"a": Dataset.from_list([{"messages": talk}] * 3), "e": rows(1)}
     with pytest.raises(ValueError, match=re.escape("the rows of task 'e' are no messages (prompt, completion)")):
         make(backbones, tokenizer, tmp_path, {"a": [], "e": []}, train, assistant_only_loss=True)
+
+
+def test_a_formatting_function_is_checked_for_each_task(backbones, tokenizer, tmp_path):
+    """TRL looks at the first task only, and would join another one's prompts and answers without it."""
+    train = {"a": Dataset.from_list([{"question": "q", "answer": "x"}] * 3), "e": rows(1)}
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "e": []}, rank=3)
+    args = HFTTrainingConfig(str(tmp_path), bf16=False, report_to="none")
+
+    def trainer(data, args):
+        ours = {"train_dataset": data, "processing_class": tokenizer}
+        return HFTTrainer(model, args, formatting_func=lambda row: "=".join(map(str, row.values())), **ours)
+
+    with pytest.raises(ValueError, match=re.escape("and the rows of task 'e' have prompts and completions, which it")):
+        trainer(train, args)
+    found = trainer({**train, "e": train["a"]}, args)._prepared["e"][0]
+    assert tokenizer.decode(found["input_ids"]).startswith("q=x") and found["labels"] == found["input_ids"]

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, TrainerCallback
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers.curriculum import Mastery
 from tests.test_trainer import data
 
 
@@ -35,6 +36,18 @@ class Kill(TrainerCallback):
         self.step -= 1
         if not self.step:
             os._exit(3)
+
+
+def master(task: str, at: int) -> None:
+    """From here on, this task is mastered at its first evaluation from a step on, whatever its loss; no other is."""
+
+    def observe(self: Mastery, name: str, step: int, loss: float, accuracy: float) -> str:
+        if name != task or step < at or name in self.mastered:
+            return ""
+        self.mastered[name] = step
+        return "as told"
+
+    Mastery.observe = observe
 
 
 def main() -> None:
@@ -61,9 +74,12 @@ def main() -> None:
         model,
         args,
         train_dataset=data(spec["hierarchy"]),
+        eval_dataset=data(spec["hierarchy"]) if "mastered" in spec else None,
         processing_class=AutoTokenizer.from_pretrained(spec["backbone"]),
     )
     trainer.tasks = []
+    if "mastered" in spec:
+        master(*spec["mastered"])
     if spec.get("kill"):
         trainer.add_callback(Kill(spec["kill"]))
     trainer.train(resume_from_checkpoint=spec.get("resume", False))

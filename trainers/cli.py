@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 if what was asked for is wrong (a key, a task name, a hierarchy); 1 if it cannot be done here.
     """
     parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
     args, rest = parser.parse_known_args(argv)
     if args.command is None:
         parser.print_help()
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return commands.serve(args.model, rest)
         if rest and args.command != "train":
             raise ValueError(f"`hft {args.command}` does not know {rest[0]!r}; see `hft {args.command} --help`.")
+        if args.command == "train":
+            _check_order(argv)
         if args.command == "doctor":
             from .doctor import doctor
 
@@ -191,6 +194,15 @@ def _check_counts(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {value}; it must be 1 or more.")
 
 
+def _check_order(words: Sequence[str]) -> None:
+    """Raises ValueError if a key's value was taken for the recipe."""
+    for word in words[1:]:
+        if not word.startswith("--"):
+            return
+        if word not in ("--resume", "--help") and "=" not in word:
+            raise ValueError(f"{word} stands before the recipe; give the recipe first: hft train RECIPE {word} VALUE.")
+
+
 def _check_plan(args: argparse.Namespace) -> None:
     """Whether the options of `hft plan` go together, before anything is measured.
 
@@ -202,6 +214,8 @@ def _check_plan(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} does not go with --model: {why}; leave one of them out.")
     if args.recipe is not None and args.data is None:
         raise ValueError("--recipe says how the tasks of --data train; give --data, too, or leave it out.")
+    if args.recipe is not None and not args.data.exists():
+        raise FileNotFoundError(f"--data is '{args.data}', and there is no such folder.")
     if args.recipe is not None and not args.data.is_dir():
         raise ValueError(
             f"--data '{args.data}' is no folder, so it is taken as a recipe, and --recipe '{args.recipe}' is another one; "

@@ -62,6 +62,9 @@ def generate_answers(
 
     Returns:
         The answers in the order of the prompts, without special tokens.
+
+    Raises:
+        ValueError: a prompt without tokens.
     """
     texts = [
         prompt
@@ -85,6 +88,8 @@ def generate_answers(
             batch = tokenizer(
                 [texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=special
             ).to(model.device)
+            for i, length in zip(chosen, batch["attention_mask"].sum(1).tolist(), strict=True):
+                _check_tokens(texts[i], length)
             with_answer = model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -203,6 +208,13 @@ def right_options(rows: Sequence[Row]) -> list[int]:
     return [row["options"].index(reference(row)) for row in rows]
 
 
+def _check_tokens(prompt: str | Messages, length: int) -> None:
+    if not length:
+        raise ValueError(
+            f"The prompt {prompt!r} has no tokens, and there is nothing to answer; this tokenizer adds none of its own."
+        )
+
+
 @torch.inference_mode()
 def option_likelihoods(
     model: PreTrainedModel,
@@ -210,10 +222,22 @@ def option_likelihoods(
     rows: Sequence[Row],
     task: str | None,
     batch_size: int = 32,
+    prompts: Sequence[list[int]] | None = None,
 ) -> list[list[float]]:
-    """log p(option and end of text | prompt) of each option of each row, in nats; arguments as for `score_options`."""
+    """log p(option and end of text | prompt) of each option of each row, in nats.
+
+    Args:
+        model, tokenizer, rows, task, batch_size: as for `score_options`.
+        prompts: the rows' prompts as token ids, which may be cut; whole by default.
+
+    Raises:
+        ValueError: a prompt without tokens.
+    """
     which = {} if task is None else {"task": task}
-    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    if prompts is None:
+        prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    for row, ids in zip(rows, prompts, strict=True):
+        _check_tokens(row["prompt"], len(ids))
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
     found: list[list[float]] = [[] for _ in rows]
     last = torch.tensor([-1], device="cpu")  # as an index, for plain models too: see HFTForCausalLM.forward

@@ -150,6 +150,12 @@ class HFTTrainingConfig(SFTConfig):
         if self.ddp_find_unused_parameters is None:  # what the siblings of a micro-batch's task own gets no gradient
             self.ddp_find_unused_parameters = True
         super().__post_init__()
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"`accelerator_config` sets `{name}`, but HFT orders the rows so that all processes take the same task; "
+                    "leave it out."
+                )
         check_trackers(self.report_to)
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):  # by its old name, too, from here on
             leave = "leave `use_reentrant` out of `activation_checkpointing_kwargs`"

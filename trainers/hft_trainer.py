@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
-from hft.files_hft import check_writable, replacing
+from hft.files_hft import check_writable, disk_errors, replacing
+from hft.hierarchy_hft import nearest
 from hft.modeling_hft import HFTForCausalLM
 from hft.upload_hft import check_shareable
 
@@ -169,6 +170,11 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
                 check_messages(task, rows)
             if args.completion_only_loss is None:
                 self.completion_only_loss = {"prompt", "completion"} <= set(rows.column_names)
+            if formatting_func is not None and self.completion_only_loss:  # here, too
+                raise ValueError(
+                    f"`formatting_func` is given, and the rows of task {task!r} have prompts and completions, which it "
+                    "would join, so that prompts were learnt; format them beforehand, or set `completion_only_loss=False`."
+                )
             tokenized = super(HFTTrainer, self)._prepare_dataset(
                 rows, processing_class, args, packing, formatting_func, f"{task} ({split})"
             )
@@ -195,6 +201,10 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
     def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
         """As SFTTrainer's; `eval_dataset` takes the forms that the trainer takes."""
         given = eval_dataset is not None and not isinstance(eval_dataset, str)
+        if isinstance(eval_dataset, str) and eval_dataset not in (known := list(self.eval_dataset or {})):
+            raise ValueError(
+                f"`eval_dataset` has no rows of the task {eval_dataset!r}. {nearest(eval_dataset, known)}"
+            )
         if given and not is_tagged(eval_dataset):
             eval_dataset = split_by_task(eval_dataset, self._task_names, "eval_dataset")
             if self._skip_prepare_dataset:
@@ -245,8 +255,9 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         num_labels = (labels[..., 1:] != -100).sum()
         loss = (result[0] if return_outputs else result).detach()
-        if num_items_in_batch is not None:  # of the whole step; and DDP's mean is made up for
-            loss = loss * num_items_in_batch / self.accelerator.num_processes
+        if num_items_in_batch is not None:  # of the whole step
+            mean_of = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss * num_items_in_batch / mean_of  # DDP's mean is made up for
         else:
             loss = loss * num_labels
         total, count = self._summed(loss, num_labels)
@@ -286,6 +297,16 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
                 self.model.hft_gates.shrink(task, columns, strength)
         self._stepping.clear()
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
+        """As the Trainer's: a step's micro-batches; those of mastered tasks, which compute nothing, first.
+
+        DDP averages gradients within the last one.
+        """
+        batch_samples, num_items = super().get_batch_samples(*args, **kwargs)
+        if mastered := self.mastery.mastered:
+            batch_samples.sort(key=lambda its: self._task_of(its) not in mastered)
+        return batch_samples, num_items
+
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
         """As the Trainer's: the tokens that a step's loss is a mean over; mastered tasks' do not count if others learn."""
         mastered = self.mastery.mastered
@@ -301,6 +322,10 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
         self._means.take_the_place(self._metrics, "train" if self.model.training else "eval")
         super().log(logs, start_time)
         self.log_history.append(dict(self.state.log_history[-1]))
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with disk_errors(self.args.output_dir):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = self.args.output_dir if output_dir is None else output_dir

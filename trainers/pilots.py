@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .evaluation import Row, reference
+from .evaluation import Row, prompt_ids, reference
 from .task_data import tokenize_rows
 
 
@@ -49,6 +49,7 @@ class Sample:
     Args:
         pilot: tokenised rows to learn from.
         probe: rows to measure on, as given.
+        prompts: of the same, token ids, cut at their beginning so that any option fits behind them.
         tokens: the same, tokenised.
         has_options: whether each of them names options, so that losses can be taken over these alone.
         note: what is odd about the data; empty if nothing.
@@ -56,6 +57,7 @@ class Sample:
 
     pilot: list[dict[str, list[int]]]
     probe: list[Row]
+    prompts: list[list[int]]
     tokens: list[dict[str, list[int]]]
     has_options: bool
     note: str
@@ -93,10 +95,17 @@ def take_sample(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
     return Sample(
         tokenize_rows(pilot, tokenizer, settings.max_length),
         probe,
+        [_cut_prompt(row, tokenizer, settings.max_length) for row in probe],
         tokenize_rows(probe, tokenizer, settings.max_length),
         has_options,
         "; ".join(notes),
     )
+
+
+def _cut_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+    answers = tokenizer([*(row.get("options") or ()), reference(row)], add_special_tokens=False)["input_ids"]
+    room = max_length - 1 - max(map(len, answers))  # 1: the end of text
+    return prompt_ids(tokenizer, row["prompt"])[-max(room, 1) :]
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from hft.hierarchy_hft import BACKBONE
 from hft.refresh_hft import frozen
 
 from .calibration import calibrated_losses
-from .evaluation import Row, option_likelihoods, prompt_ids, reference, right_options
+from .evaluation import Row, option_likelihoods, reference, right_options
 from .families import Overlaps, Trial, find_families, try_root
 from .overlap import measure_overlaps
 from .pilots import ProbeSettings, Sample, pilot, take_sample
@@ -86,7 +86,7 @@ def plan_hierarchy(
             found = find_families(overlaps, num_errors)
             trials = try_roots(model, processing_class, tried, found, raw, settings, num_errors, bar)
         if left := set(samples).difference(*(trial.family for trial in trials)):
-            near = nearest_tasks(model, processing_class, samples, settings.max_candidates)
+            near = nearest_tasks(model, samples, settings.max_candidates)
             missing = {  # whose pilot -> who was not read through it yet and is to be
                 source: [t for t in samples if t in left and source in (t, *near[t]) and source not in raw[t]]
                 for source in samples
@@ -214,7 +214,7 @@ def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sam
     Losses are sums over the answer's tokens, in nats.
     """
     if sample.has_options:
-        return option_likelihoods(model, tokenizer, sample.probe, task)
+        return option_likelihoods(model, tokenizer, sample.probe, task, prompts=sample.prompts)
     losses = []
     with torch.inference_mode():
         for begin in range(0, len(sample.tokens), 16):
@@ -249,14 +249,11 @@ def as_probe(task: str, sample: Sample, raw: Mapping[str, list[Any]]) -> TaskPro
     return TaskProbe(statistics.fmean(own) / scale, statistics.stdev(own) / len(own) ** 0.5 / scale, losses, note)
 
 
-def nearest_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: Mapping[str, Sample], count: int
-) -> dict[str, set[str]]:
+def nearest_tasks(model: PreTrainedModel, samples: Mapping[str, Sample], count: int) -> dict[str, set[str]]:
     """For each task the `count` others with the nearest mean prompt features: cosine after the common mean is taken out."""
     if len(samples) <= count + 1:
         return {task: set(samples) - {task} for task in samples}
-    rows = {task: [prompt_ids(tokenizer, row["prompt"]) for row in sample.probe] for task, sample in samples.items()}
-    mean_KD = torch.stack([model.features_of(its).mean(0) for its in rows.values()])
+    mean_KD = torch.stack([model.features_of(sample.prompts).mean(0) for sample in samples.values()])
     mean_KD = torch.nn.functional.normalize(mean_KD - mean_KD.mean(0), dim=1)
     near_KK = (mean_KD @ mean_KD.T).fill_diagonal_(-torch.inf).topk(count).indices.tolist()
     names = list(samples)

@@ -15,7 +15,7 @@ class HFTProcesses:
     What other tasks of the stage own gets no gradient from it, and DDP must look for it (`ddp_find_unused_parameters`);
     a parameter that no process used in a step keeps no gradient, so the optimizer leaves it alone. Where the
     micro-batches of a step are of different tasks (`mixed_steps`), DDP remembers what each of them used, and averages it
-    with the last.
+    with the last, which therefore is never one of a task that has left by mastery while others learn.
 
     Under FSDP only the backbone is sharded. Nodes, gates and pages are small, change with each stage, and differ in dtype;
     each process holds them whole, and their gradients are averaged here, before they are clipped.
