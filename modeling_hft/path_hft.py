@@ -1,5 +1,15 @@
 """The path that a pass takes: which nodes and pages it reads, behind which gates; and how the linears get to know it.
 
+Making a linear's fused factors costs more than using them in a short pass, so they are used again for as long as they are
+right:
+
+    HFTKept                 a task's, from pass to pass, until a parameter of theirs changes; none while it trains
+    HFTTaskPath.kept        those of one path: HFTKept's; or made once for a `generate` beside open tasks, for `fold`, or
+                            for `activate(rank=...)`; None where each linear makes them anew: in training and `activate`
+    HFTTaskPath.wide, HFTPath.wide_stacks    in float32, for one `generate` on a CPU
+    HFTFused._stack         those of the last mixed batch, stacked
+    made_paths()            the paths themselves, for one `generate`
+
 B batch, L layers, N nodes and P memory pages that a task reads, R rank of its whole path.
 """
 

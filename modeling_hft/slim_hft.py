@@ -146,6 +146,7 @@ class HFTSlimFiles:
                 f"'{folder}' holds other tasks than this model: {there}; and here: {here}. Build the model with the same "
                 "hierarchy and ranks, or take another folder."
             )
+        # Of the folder: these tasks, the pages that they write, and what is sealed. Of this model: the pages of the rest.
         taken = [task for task in saved.tasks if part == "all" or (task["name"] in both_open) == (part == "open")]
         read = {page for task in taken for page in task["pages"]}
         pages = [page for page in saved.pages if (page["id"] in read if not page["sealed"] else part != "open")]
