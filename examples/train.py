@@ -28,6 +28,7 @@ class ModelArguments:
     files: str = field(metadata={"help": "JSON: task -> a JSON-lines file, or a pattern of them."})
     rank: int = field(default=16, metadata={"help": "Rank of a task's node."})
     load_in_4bit: bool = field(default=False, metadata={"help": "Hold the backbone in NF4 (QLoRA)."})
+    bnb_4bit_quant_storage: str = field(default="uint8", metadata={"help": "bfloat16, to shard it under FSDP."})
 
 
 def main() -> None:
@@ -43,6 +44,7 @@ def main() -> None:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype="bfloat16",
         bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=arguments.bnb_4bit_quant_storage,
     )
     model = hft.HFTForCausalLM.from_backbone(
         arguments.backbone,

@@ -3,7 +3,8 @@
     python examples/train_loop.py --backbone HuggingFaceTB/SmolLM2-135M-Instruct --out outputs/loop
 
 It learns sums before products: a toy, to read rather than to run. With the same rows, order and settings the trainer
-arrives at the same weights, but for the rounding of sums; a test compares them.
+arrives at the same weights, but for the rounding of sums; a test compares them. The router, which the trainer teaches, too,
+is left out: see `model.add_routes`.
 """
 
 import argparse
@@ -85,6 +86,7 @@ def train(
                 order = list(sampler)
             begin = step % steps_per_epoch * sampler.block_size
             block = [stage_rows[i] for i in order[begin : begin + sampler.block_size]]
+            total = 0.0
             num_labels = sum(label != -100 for _, row in block for label in row["labels"][1:])
             for i in range(0, len(block), batch_size):
                 micro_batch = block[i : i + batch_size]
@@ -96,11 +98,12 @@ def train(
                     logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=-100, reduction="sum"
                 )
                 (loss / num_labels).backward()
+                total += loss.item() / num_labels
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            print(f"{stage}  step {step + 1}/{steps}  {task} loss {loss.item() / num_labels:.3f}")
+            print(f"{stage}  step {step + 1}/{steps}  loss {total:.3f}")
         model.seal(stage.tasks)  # never touched again
 
 

@@ -83,9 +83,10 @@ class HFTRouterConfig(PreTrainedConfig):
     """How prompts find their task, see `HFTRouter`.
 
     Args:
-        layer: how many of the backbone's layers a prompt runs through to be routed; 1 or more. None: an eighth of them.
+        layer: how many of the backbone's layers a prompt runs through to be routed: 1 or more, fewer than all. None: an
+            eighth of them.
         num_features: M, random features; 1 or more.
-        ridge: the penalty, as a share of the mean diagonal of the features' second moments.
+        ridge: the penalty, as a share of the mean diagonal of the features' second moments; above 0.
         confidence: how likely the likeliest task must be; below, the prompt goes to an ancestor or to the backbone. 0 to 1.
         prefix, suffix: ids of the tokens that a chat template puts around every prompt, which do not count.
         tasks: the tasks that the router knows.
@@ -135,8 +136,8 @@ class HFTConfig(PreTrainedConfig):
         router_config: see `HFTRouterConfig`.
         tasks: one entry a task, in the order of creation: `{"name", "parents", "rank", "sealed", "pages", "borrows"}`: the
             ids of the memory pages that it reads, and the nodes that it reads beside its path. Without the others, a name is
-            an open root of rank `rank` that reads no page. A saved, sealed task also has a `"hash"`, see `lineage`.
-        pages: one entry a memory page: `{"id", "slots", "sealed", "writers"}`, the last being the tasks of its stage.
+            an open root of rank `rank` that reads no page. In the slim form a sealed task also has a `"hash"` (`lineage`).
+        pages: one entry a memory page: `{"id", "slots", "sealed", "writers"}`, the last being the tasks that write it.
         rank: the rank R of the nodes of new tasks; 1 or more.
         target_modules: the linears that carry nodes: `"all-linear"` (every `nn.Linear` in a decoder layer), or a list of
             last names such as `["q_proj", "v_proj"]`.

@@ -93,11 +93,9 @@ class HFTFolding:
 
     def _like(self, name: str) -> torch.Tensor:
         """A tensor of the dtype and on the device in which a linear computes."""
-        weight = self.base_model.get_submodule(name).weight
-        holds_it = (
-            weight.is_floating_point() and weight.element_size() > 1
-        )  # else it is quantised: in 8 bit, or packed
-        dtype = weight.dtype if holds_it else self.backbone.dtype
+        linear = self.base_model.get_submodule(name)
+        is_plain = type(linear).forward is nn.Linear.forward  # else it is quantised, stored in whatever dtype
+        dtype = linear.weight.dtype if is_plain else self.backbone.dtype
         return torch.empty(0, dtype=dtype, device=self._device_of()[name])
 
     def _on_folded(self, rows: Sequence[str | None]) -> HFTPath:

@@ -291,7 +291,7 @@ class HFTModel(HFTPreTrainedModel):
         Args:
             input_ids: [B, T]; or `inputs_embeds` [B, T, D].
             attention_mask: [B, T].
-            task: a name, a name a row, or ids [B]; None for the plain backbone.
+            task: a name, a name a row, or ids [B]; None for the task that is folded or active, else the plain backbone.
             kwargs: as for the backbone's decoder.
         """
         with self._one_pass(task, num_rows_of(input_ids, inputs_embeds)):
@@ -325,8 +325,8 @@ class HFTForCausalLM(HFTPreTrainedModel, HFTGenerationMixin):
             input_ids, attention_mask, position_ids: [B, T]; `inputs_embeds` [B, T, D] may replace the first.
             past_key_values, cache: the keys and values of earlier tokens, by its older and its newer name.
             labels: [B, T], -100 where there is no loss.
-            task: a name, a name a row, or ids [B] (places in `config.tasks`, -1 for the backbone); None for the plain
-                backbone.
+            task: a name, a name a row, or ids [B] (places in `config.tasks`, -1 for the backbone); None for the task that is
+                folded or active, else the plain backbone.
             kwargs: as for the backbone.
 
         Returns:

@@ -63,16 +63,16 @@ class HFTRefreshing:
         """Learns a sealed task's gates anew over all nodes and memory pages that are sealed by now.
 
         Nodes and pages that the task did not read start at 0. Gates that end nearer to 0 than `threshold` are set to exactly
-        0, and a source whose gates are all 0 is not read. Then the loss on validation rows decides: the new gates are kept
-        if it fell by more than its standard error; else the task is left as it was, to the bit. Other tasks never change: a
-        child has gates of its own.
+        0, and a source beside the path whose gates are all 0 is not read. Then the loss on validation rows decides: the new
+        gates are kept if it fell by more than its standard error; else the task is left as it was, to the bit. Other tasks
+        never change: a child has gates of its own.
 
         Args:
             task: a sealed task.
             dataset: tokenised rows {"input_ids": [T], "labels": [T]}, -100 where there is no loss; a small sample is enough.
             validation: rows of the same form; by default every third row of `dataset`, which is then not learnt from.
             num_steps: steps of Adam, 1 or more.
-            batch_size: rows a step.
+            batch_size: rows a step; 1 or more.
             learning_rate: of the gates.
             threshold: 0 or more.
             seed: of the order of the rows.
@@ -81,9 +81,17 @@ class HFTRefreshing:
             What was found out.
 
         Raises:
-            ValueError: an unknown or open task, or fewer than two rows to learn from or to validate on.
+            ValueError: an unknown or open task, a number out of its range, or fewer than two rows to learn from or to
+                validate on.
         """
         self._check_unfolded()
+        for name, number, least in (
+            ("num_steps", num_steps, 1),
+            ("batch_size", batch_size, 1),
+            ("threshold", threshold, 0),
+        ):
+            if not number >= least:
+                raise ValueError(f"`{name}` of the refresh is {number}; it must be {least} or more.")
         entry = self.config.sealed_task(task)
         rows = list(dataset)
         checks = list(validation) if validation is not None else rows[::3]

@@ -20,9 +20,10 @@ class HFTRoute:
 
     Args:
         task: the task that answers, or `"backbone"`.
-        names: the K tasks that the router knows.
+        names: the K tasks that the router knows; none if it was not asked.
         probabilities: of each of them, given that the prompt is one of theirs.
-        novelty: how far the prompt is from all that the router has seen; above 1 the backbone answers.
+        novelty: how far the prompt is from all that the router has seen; above 1 the backbone answers. 0 if it was not
+            asked, infinite if it knows no task.
         reason: in words.
     """
 
@@ -59,7 +60,9 @@ class HFTRouter:
         self.hidden_size = hidden_size
         self.layer = max(1, num_layers // 8) if config.layer is None else config.layer
         if self.layer >= num_layers and num_layers > 1:
-            raise ValueError(f"`layer` of the router is {self.layer}, and the backbone has {num_layers} layers.")
+            raise ValueError(
+                f"`layer` of the router is {self.layer}, of {num_layers} that the backbone has; give 1 to {num_layers - 1}."
+            )
         self.layer = min(self.layer, num_layers - 1)
         self.cross_M: dict[str, torch.Tensor] = {}  # task -> its column of C
         self.held_out_ND: dict[str, torch.Tensor] = {}  # task -> features to calibrate on

@@ -80,7 +80,7 @@ def test_train_loop(backbones, tmp_path, monkeypatch, capsys):
     run(
         "train_loop.py", monkeypatch, "--backbone", str(backbones["llama"]), "--out", str(tmp_path), "--max_steps", "2"
     )
-    assert "stage 2/2: products  step 2/2  products loss" in capsys.readouterr().out
+    assert "stage 2/2: products  step 2/2  loss" in capsys.readouterr().out
     assert hft.HFTForCausalLM.from_pretrained(tmp_path).hierarchy.names == ("sums", "differences", "products")
 
 

@@ -145,12 +145,16 @@ def test_4_bit_is_folded_but_not_merged(backbones):
     assert snapshot(model) == before
 
 
-def test_a_fold_beside_weights_of_8_bit_computes_in_the_models_dtype(sealed):
-    """Such a weight has a floating dtype, in which no linear computes."""
-    linear = sealed.base_model.layers[0].self_attn.q_proj
-    linear.weight = torch.nn.Parameter(linear.weight.to(torch.float8_e4m3fn), requires_grad=False)
-    sealed.fold("d")
-    assert {factor.dtype for pair in sealed._folded_path.tasks[0].kept.values() for factor in pair} == {sealed.dtype}
+def test_a_fold_beside_packed_weights_computes_in_the_models_dtype(backbones):
+    """Under FSDP packed weights are stored as bfloat16, in which no linear need compute."""
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_storage="bfloat16", bnb_4bit_compute_dtype="float32")
+    model = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": []}, rank=3, dtype=torch.float32, quantization_config=nf4
+    )
+    grow(model)
+    assert model.base_model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    model.fold("a", rank=30)
+    assert {factor.dtype for pair in model._folded_path.tasks[0].kept.values() for factor in pair} == {torch.float32}
 
 
 def test_training_a_folded_model_is_refused(model, tokenizer, tmp_path):

@@ -132,6 +132,14 @@ def test_a_first_token_has_no_loss_whatever_its_neighbours(grown):
     assert grown._losses("f", rows, 2) == pytest.approx(grown._losses("f", rows, 1), rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "number", "least"), [("num_steps", 0, 1), ("batch_size", 0, 1), ("threshold", -1, 0)]
+)
+def test_numbers_out_of_range_are_refused(grown, name, number, least):
+    with pytest.raises(ValueError, match=f"`{name}` of the refresh is {number}; it must be {least} or more"):
+        grown.refresh_gates("a", [], **{name: number})
+
+
 def test_wrong_refreshes(grown):
     grown.add_task("open")
     for task, rows, message in [

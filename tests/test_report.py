@@ -182,6 +182,10 @@ def test_the_card(run, tmp_path):
     for picture in re.findall(r"\]\((pictures/[^)]+)\)", card.content):
         assert (tmp_path / picture).exists()
     assert len(re.findall(r"```python", card.content)) == 3
+    for file, is_chat in (("tokenizer_config.json", False), ("chat_template.jinja", True)):
+        (tmp_path / file).write_text("{}")
+        write_model_card(run.model.config, gates, tmp_path)
+        assert ("apply_chat_template" in (tmp_path / "README.md").read_text()) == is_chat
 
 
 def test_a_broken_record(tmp_path):

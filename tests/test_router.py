@@ -229,7 +229,7 @@ def test_prompts_of_all_forms(tokenizer):
 def test_wrong_routers(backbones, routed):
     for config, message in [
         ({"layer": 0}, "`layer` of the router is 0; it must be 1 or more."),
-        ({"layer": 2}, "`layer` of the router is 2, and the backbone has 2 layers."),
+        ({"layer": 2}, "`layer` of the router is 2, of 2 that the backbone has; give 1 to 1."),
         ({"ridge": 0.0}, "its `ridge` 0.0 (above 0)"),
         ({"layers": 1}, "`router_config` has the unknown key 'layers'. Did you mean 'layer'?"),
     ]:

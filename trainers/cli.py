@@ -110,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     refresh.add_argument("--task", help="a sealed task; by default each that has rows of its own")
     refresh.add_argument("--recipe", required=True, help="the recipe that describes the data")
     refresh.add_argument("--data", help="folder with <task>/<split>.jsonl, instead of the recipe's data")
-    refresh.add_argument("--samples", type=int, default=96, help="training rows to learn from (96)")
+    refresh.add_argument("--samples", type=int, default=96, help="rows to learn from, and as many to decide by (96)")
     refresh.add_argument("--steps", type=int, default=30)
     refresh.add_argument("--batch_size", type=int, default=8)
 

@@ -39,7 +39,7 @@ class HFTTrainingConfig(SFTConfig):
         mastery_accuracy: a task leaves its stage when this share of the answer tokens of its validation rows is right, given
             the tokens before; 0 to 1. None: never.
         mastery_patience: a task leaves its stage after so many evaluations in a row without a new lowest validation loss.
-            None: never. When all tasks of a stage have left, it ends. Both need `eval_dataset` and `eval_strategy="steps"`.
+            None: never. When all tasks of a stage have left, it ends. Both need `eval_dataset` and an `eval_strategy`.
         route_samples: prompts of each task from which the router learns to know it; 0: the router does not learn.
         route_tasks: the tasks that it learns to know; None: all. Leave out a task whose rows are those of others, as the
             root of a family: no prompt is its own.

@@ -1,5 +1,6 @@
 """The model card."""
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -61,8 +62,19 @@ def write_model_card(
             has_pictures=has_pictures,
             has_matrix=bool(record.matrix()),
             routed=tuple(sorted(config.router_config.tasks)),
+            is_chat=_is_chat(Path(folder)),
         )
     write_text(Path(folder) / CARD_FILE, str(card))
+
+
+def _is_chat(folder: Path) -> bool:
+    """Whether prompts go through a chat template: not if there is a tokenizer without one."""
+    file = folder / "tokenizer_config.json"
+    return (
+        not file.exists()
+        or (folder / "chat_template.jinja").exists()
+        or "chat_template" in json.loads(file.read_text())
+    )
 
 
 def renew_model_card(folder: Path, record: RunRecord) -> None:

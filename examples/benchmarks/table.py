@@ -54,7 +54,7 @@ BASELINES = {
     "zero_shot": "the backbone",
     "single": "one LoRA a task",
     "joint": "joint LoRA",
-    "joint_wide": "joint LoRA, as many parameters as HFT",
+    "joint_wide": "joint LoRA, as many parameters as HFT with pages",
     "sequential": "sequential LoRA",
     "sequential_replay": "sequential LoRA, 2 % replay",
     "olora": "O-LoRA",
@@ -81,7 +81,7 @@ SPEED = {
     **{f"train path {n}": f"a training step on a path of {n}, over one PEFT LoRA's" for n in (1, 4, 8)},
     **{f"train tasks {n}": f"a training step with {n} tasks, over one with 4" for n in (4, 16, 64)},
     "decode": "a token on a path of 4 nodes, over the backbone's",
-    "routed prefill": "the first token after 256, routed, over the task given",
+    "routed prefill": "the first token after 256: asking the router and the task given, over the task given",
     **{f"mixed {n}": f"{n} rows with {n} tasks: PEFT's `adapter_names` over ours" for n in (2, 8, 16)},
     "load 1 of 64": "loading one task of 64, over loading all",
     "instead": "a training step with 4 active PEFT LoRAs, over one's",
@@ -261,6 +261,9 @@ def speed() -> str:
         if setting in cells:
             cell = cells[setting]
             beside = [f"{name} {ratio:.2f}" for name, ratio in _flat(cell.get("ratio", {})) if ratio != cell["value"]]
+            if setting == "routed prefill":  # whose rows may have different tasks
+                times = cell["times"]
+                beside.append(f"two prompts on the tasks that it finds {times['routed'] / times['given']:.2f}")
             if "bytes_per_task" in cell:
                 beside.append(f"{cell['times']['one']:.1f} s, {cell['bytes_per_task'] / 1e6:.1f} MB a task")
             if setting.startswith("mixed"):  # no way to run adapters is faster than to run none
