@@ -286,7 +286,7 @@ class HFTConfig(PreTrainedConfig):
         """The entry of a sealed task; ValueError if there is none, or it is still open."""
         task = self.task(name)
         if not task["sealed"]:
-            raise ValueError(f"Task {name!r} is not sealed; refresh is for old tasks.")
+            raise ValueError(f"Task {name!r} is not sealed, as this needs; train it to its end first.")
         return task
 
     def page(self, page_id: int) -> dict[str, Any]:

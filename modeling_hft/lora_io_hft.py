@@ -180,6 +180,10 @@ def read_lora(repo: str | os.PathLike, model: PreTrainedModel, **download: Any) 
         found.setdefault(linear, {})[kind] = tensor.float()
     factors = {}
     for linear, pair in found.items():
+        if len(pair) < 2:
+            raise ValueError(
+                f"'{repo}' has only lora_{min(pair)} at {linear!r}; its file is not whole. Copy or download it again."
+            )
         nodes, rank = model.hft_nodes[flat(linear)], len(pair["A"])
         if pair["A"].shape != (rank, nodes.in_features) or pair["B"].shape != (nodes.out_features, rank):
             raise ValueError(

@@ -2,12 +2,13 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import hft
 from hft.trainers import export
@@ -101,6 +102,67 @@ def test_an_export_spares_what_is_there(grown, tokenizer, tmp_path, capsys):
         assert {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()} == before
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "model"), "--all"]) == 2
     export_peft(grown, tokenizer, "b", tmp_path / "lora")  # an export of the same form is replaced
+
+
+def test_a_whole_model_ends_where_training_said(grown, tokenizer, tmp_path):
+    """The Trainer aligns these tokens with the tokenizer's, which may be others than the backbone's."""
+    grown.generation_config.eos_token_id = [2, 4]
+    export_merged(grown, tokenizer, "b", tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert read.generation_config.eos_token_id == read.config.eos_token_id == [2, 4]
+
+
+def test_the_check_leaves_the_model_training(grown, tokenizer, tmp_path):
+    grown.train()
+    export_peft(grown, tokenizer, "b", tmp_path)
+    assert all(module.training for module in grown.modules())
+
+
+def test_a_backbone_that_is_quantised_in_its_own_repository(grown, tokenizer, tmp_path, capsys):
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="float32")
+    AutoModelForCausalLM.from_pretrained(grown.config.backbone, quantization_config=nf4).save_pretrained(
+        tmp_path / "q"
+    )
+    model = hft.HFTForCausalLM.from_backbone(tmp_path / "q", {"a": []}, rank=3)
+    grow(model)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    command = ["export", str(tmp_path / "model"), str(tmp_path / "out"), "--task", "a", "--to", "merged"]
+    assert main(command) == 2
+    assert "holds its weights quantised, so there are none in 16 bit to write" in capsys.readouterr().err
+    assert main([*command, "--onto", "dequantized"]) == 0
+    x = prompts(2, 6)
+    merged, ours = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model.eval()(x, task="a").logits
+    torch.testing.assert_close(merged(x).logits, ours.to(merged.dtype), rtol=0.1, atol=0.3)
+    assert (ours - model(x).logits).abs().max() > 1
+
+
+def test_all_or_none_is_exported_and_only_what_is_learnt(grown, tokenizer, tmp_path, capsys):
+    grown.add_task("later", ["a"])
+    grown.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+
+    def run(*arguments):
+        return main(["export", str(tmp_path / "model"), str(out), *arguments]), "".join(capsys.readouterr())
+
+    code, said = run("--task", "later")
+    assert code == 2 and "Task 'later' is not sealed" in said
+    out.mkdir()
+    (out / "README.md").write_text("# My own words, to serve\n")
+    code, said = run("--all")
+    assert code == 2 and "README.md' would be overwritten by how to serve the exports" in said
+    (out / "README.md").unlink()
+    export_merged(grown, tokenizer, "b", out / "b")
+    code, said = run("--all")
+    assert code == 2 and "holds an export of another form (merged)" in said and not (out / "a").exists()
+    (out / "b/export.json").write_text("[]")
+    code, said = run("--all")
+    assert code == 2 and "export.json' is not what an export writes" in said
+    shutil.rmtree(out / "b")
+    code, said = run("--all")
+    assert code == 0 and "Not learnt yet, and left out: later" in said and not (out / "later").exists()
+    assert run("--all")[0] == 0  # again, over its own
 
 
 def test_the_command(grown, tokenizer, tmp_path, capsys):

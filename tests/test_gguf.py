@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from gguf import GGUFReader
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import hft
@@ -113,7 +113,7 @@ def test_the_lora_on_the_backbones_file_is_the_whole_models_file(grown, merging,
     for name in ("backbone", "b"):
         export_gguf_model(grown, merging, name, tmp_path / "whole")
     lora = tensors_of(tmp_path / "b.gguf")
-    plain, whole = (tensors_of(tmp_path / f"whole/{name}.gguf") for name in ("backbone", "b"))
+    plain, whole = (tensors_of(tmp_path / f"whole/{name}.gguf") for name in ("backbone", "b.merged"))
     assert plain.keys() == whole.keys()
     for name, weight in plain.items():
         if f"{name}.lora_a" in lora:
@@ -135,14 +135,16 @@ def test_a_whole_model_answers_in_transformers(grown, merging, tmp_path, onto):
     assert (report["form"], report["onto"], report["kl"] < highest) == ("gguf model", onto, True)
     assert json.loads((tmp_path / "export.json").read_text()) == report
     # What its reader skips: it takes 128 for Qwen3's heads, and positions that are not stretched.
-    config = AutoConfig.from_pretrained(tmp_path, gguf_file="b.gguf")
+    config = AutoConfig.from_pretrained(tmp_path, gguf_file="b.merged.gguf")
     config.head_dim, config.rope_parameters = 8, grown.backbone.config.rope_parameters
     assert config.rms_norm_eps == pytest.approx(grown.backbone.config.rms_norm_eps)
-    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="b.gguf", config=config, dtype=torch.float32)
+    read = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="b.merged.gguf", config=config, dtype=torch.float32
+    )
     x = prompts(2, 6)
     torch.testing.assert_close(read(x).logits, grown(x, task="b").logits.float(), **tolerance)
     assert (grown(x, task="b").logits - grown(x).logits).abs().max() > 1
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="b.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="b.merged.gguf")
     for text in (*PROMPTS, "<|user|>the 1234 öthers</s>\n\n "):
         assert tokenizer(text)["input_ids"] == merging(text)["input_ids"]
     assert tokenizer.chat_template == merging.chat_template
@@ -153,7 +155,7 @@ def test_a_whole_model_answers_in_transformers(grown, merging, tmp_path, onto):
 def test_sixteen_bits_stay_as_they_are(backbones, merging, tmp_path, dtype):
     model = grown_on(backbones, "llama", dtype=dtype)
     report = export_gguf_model(model, merging, "backbone", tmp_path)
-    assert report["dtype"] == str(dtype) and report["max_difference"] == 0
+    assert report["dtype"] == "torch.float16" and report["max_difference"] == 0
     kinds = {tensor.name: tensor.tensor_type.name for tensor in GGUFReader(tmp_path / "backbone.gguf").tensors}
     assert kinds["token_embd.weight"] == kinds["blk.0.attn_q.weight"] == "F16"
     assert kinds["blk.0.attn_norm.weight"] == kinds["output_norm.weight"] == "F32"
@@ -268,6 +270,12 @@ def test_a_tokenizer_without_merges_is_refused(backbones, tokenizer, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_tokenizer_that_is_not_fast_is_refused(backbones, tmp_path):
+    with pytest.raises(ValueError, match="The tokenizer is a ByT5Tokenizer, not one of the package tokenizers"):
+        export_gguf_model(grown_on(backbones, "llama"), ByT5Tokenizer(), "b", tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def saved(backbones, merging, tmp_path):
     grown_on(backbones, "llama").save_pretrained(tmp_path / "model")
@@ -278,7 +286,7 @@ def saved(backbones, merging, tmp_path):
 def test_the_command(saved, tmp_path, capsys, monkeypatch):
     assert main(["export", saved, str(tmp_path / "all"), "--all", "--to", "gguf"]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"all/backbone: backbone, a whole model in float32, on the backbone; read again: logits", shown)
+    assert re.search(r"all/backbone: backbone, a whole model in float16, on the backbone; read again: logits", shown)
     assert re.search(r"all/b: b, a LoRA of rank 10; read again: logits differ by \S+, KL \S+, same first", shown)
     for name in ("backbone", "a", "b"):
         assert {path.name for path in (tmp_path / "all" / name).iterdir()} == {"export.json", f"{name}.gguf"}
@@ -289,8 +297,9 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch):
         assert (tmp_path / "all" / named).exists()
     assert main(["export", saved, str(tmp_path / "one"), "--task", "b", "--to", "gguf", "--max_rank", "4"]) == 0
     assert re.search(r"one: b, a LoRA of rank 4, cut with an error of 0\.\d+;", capsys.readouterr().out)
-    assert main(["export", saved, str(tmp_path / "whole"), "--task", "b", "--to", "gguf", "--merged"]) == 0
-    assert json.loads((tmp_path / "whole/export.json").read_text())["form"] == "gguf model"
+    assert main(["export", saved, str(tmp_path / "one"), "--task", "b", "--to", "gguf", "--merged"]) == 0
+    assert json.loads((tmp_path / "one/export.json").read_text())["form"] == "gguf model"
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"b.gguf", "b.merged.gguf", "export.json"}
     monkeypatch.setitem(sys.modules, "hft.trainers.gguf_export", None)
     assert main(["export", saved, str(tmp_path / "none"), "--task", "b", "--to", "gguf"]) == 1
     assert "`--to gguf` needs the package gguf: pip install 'modeling-hft[gguf]'" in capsys.readouterr().err

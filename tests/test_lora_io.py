@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hft
@@ -243,6 +243,15 @@ def test_other_adapters_are_refused(backbones, tmp_path, change, message):
 
 
 def test_adapters_that_do_not_fit_are_refused(backbones, tmp_path):
+    lora(backbones, tmp_path / "half")
+    tensors = load_file(tmp_path / "half/adapter_model.safetensors")
+    gone = next(name for name in tensors if "lora_B" in name)
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != gone}, tmp_path / "half/adapter_model.safetensors"
+    )
+    whole = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
+    with pytest.raises(ValueError, match=r"has only lora_A at '.*'; its file is not whole"):
+        whole.import_lora("x", tmp_path / "half")
     lora(backbones, tmp_path / "lora")
     narrow = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, target_modules=["q_proj"])
     with pytest.raises(ValueError, match=r"down_proj.*make the model with `target_modules` that cover it"):

@@ -1,12 +1,22 @@
 """The estimate against what real tensors take."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig
 
 import hft
-from hft.trainers.memory_estimate import MemoryEstimate, estimate_memory, node_bytes, page_bytes, quantized_bytes
+from hft.trainers.memory_estimate import (
+    MemoryEstimate,
+    estimate_memory,
+    estimate_recipe,
+    node_bytes,
+    page_bytes,
+    quantized_bytes,
+)
+from hft.trainers.recipes import Recipe
 
 from .tiny import grow, tiny_config
 
@@ -90,6 +100,23 @@ def test_linears_that_carry_nothing_cost_nothing():
     nodes = estimate_memory(config, rank=8, length=16, target_modules=["q_proj"], memory_modules=["q_proj"])
     pages = estimate_memory(config, rank=8, length=16, memory_modules=["q_proj"])
     assert nodes.training < pages.training < whole.training and nodes.activations < whole.activations
+    assert nodes.backbone == whole.backbone  # in 4 bit, too, whichever carry nodes
+
+
+def test_the_dtype_of_the_backbone_counts():
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
+    )
+    options = {"rank": 8, "length": 16, "num_sealed": 2, "load_in_4bit": False}
+    narrow, wide = (estimate_memory(config, dtype=dtype, **options) for dtype in (torch.bfloat16, torch.float32))
+    assert (wide.backbone, wide.tasks) == (2 * narrow.backbone, 2 * narrow.tasks)
+    assert wide.training == narrow.training and narrow.activations < wide.activations <= 2 * narrow.activations
+    recipe = Recipe(backbone="x", hierarchy={"a": []}, model={"rank": 8})
+    sizes = [
+        estimate_recipe(replace(recipe, model={"rank": 8, **more}), config, 16).backbone
+        for more in ({}, {"dtype": "auto"}, {"dtype": "float32"})
+    ]
+    assert sizes == [narrow.backbone, narrow.backbone, wide.backbone]
 
 
 def test_a_pages_file(backbones, tmp_path):

@@ -1,14 +1,18 @@
 """Two models that grew apart become one, and nothing computes otherwise."""
 
 import json
+import os
 import re
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import hft
-from hft.slim_hft import read_gates
+from hft.slim_hft import read_config, read_gates
 from hft.trainers.cli import main
 from hft.trainers.merge import merge_models
 from hft.trainers.model_card import write_model_card
@@ -216,3 +220,41 @@ def test_the_union_is_described_as_what_it_is(grown_apart, tmp_path):
     assert "new" in card and "5.0" not in card
     names = {path.name for path in (tmp_path / "union/pictures").iterdir()}
     assert "hierarchy.svg" in names and "matrix.svg" not in names
+
+
+def test_models_of_other_machines_are_united(grown_apart, tmp_path):
+    """Their backbone is not here, their lists of linears are in another order, and somebody wrote in their card."""
+    (tmp_path / "one/README.md").write_text("# My own words\n")
+    for folder, names in (("one", ["q_proj", "v_proj"]), ("other", ["v_proj", "q_proj"])):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        config.update(backbone="/gone/llama", target_modules=names)
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+    config, gates = read_gates(tmp_path / "other")
+    write_model_card(config, gates, tmp_path / "other")
+    assert "/gone" not in (tmp_path / "other/README.md").read_text()
+    merge_models(tmp_path / "one", tmp_path / "other", tmp_path / "union", {"x": "new"})
+    assert (tmp_path / "union/README.md").read_text() == "# My own words\n"
+    merge_models(tmp_path / "other", tmp_path / "one", tmp_path / "again")
+    card = (tmp_path / "again/README.md").read_text()
+    assert "a local backbone" in card and "/gone" not in card
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to be another user")
+def test_archives_that_may_not_be_written_are_united(grown_apart, tmp_path):
+    os.symlink("/nowhere", tmp_path / "one/dangling")
+    for folder in ("one", "other"):
+        for path in (tmp_path / folder, *(tmp_path / folder).rglob("*")):
+            if not path.is_symlink():
+                path.chmod(0o555 if path.is_dir() else 0o444)
+    place = Path(tempfile.mkdtemp())  # of that user
+    try:
+        os.chown(place, 65534, 65534)
+        for up in (tmp_path, *list(tmp_path.parents)[:2]):
+            up.chmod(0o755)
+        os.seteuid(65534)
+        merge_models(tmp_path / "one", tmp_path / "other", place / "union", {"x": "new"})
+    finally:
+        os.seteuid(0)
+        names = read_config(str(place / "union")).task_names()
+        shutil.rmtree(place)
+    assert {"a", "b", "new"} <= set(names)

@@ -274,6 +274,14 @@ def test_a_key_before_the_recipe_is_told_of(capsys, before):
     assert "`learning_rate` is 'fast'" in capsys.readouterr().err
 
 
+def test_an_option_before_the_model_is_told_of(capsys):
+    assert main(["serve", "--port", "8000", "M"]) == 2
+    assert (
+        "--port stands before the model; give the model first: hft serve MODEL --port VALUE."
+        in capsys.readouterr().err
+    )
+
+
 def test_other_wrong_commands(tmp_path, backbones, capsys):
     assert main([]) == 2
     assert main(["train", "cl14-smal"]) == 2

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from huggingface_hub import ModelCard
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers.cli import main
 from hft.trainers.evaluation import EvalSet, score_options
 from hft.trainers.interference import advice, contributions, cross_scores, switched_off
 from hft.trainers.metrics import OPTIONS
@@ -129,6 +131,28 @@ def test_advice_in_words():
         "memory page:1 is in the way of copa, which gains 6.0 ± 2.0 points without it: refresh its gates (`hft refresh`).",
         "yelp falls from 60.0 to 20.0 on the path of copa: trained into the same weights, the one would hurt the other.",
     ]
+    two = {"d": {"b": source(20.0, 1.0), "c": source(0.1, 1.0)}}
+    assert advice({"d": ["b", "c"]}, two, {})[1].endswith("its parent c (+0.1 ± 1.0 points): it could do without.")
+
+
+def test_a_refreshed_task_has_no_score_until_it_is_scored_again():
+    scores = {"a": {"score": 77.0, "se": 1.0, "rows": 9}, "b": {"score": 55.0, "se": 1.0, "rows": 9}}
+    stages = [{"level": 1, "tasks": ["a"], "log": [], "scores": {"a": scores["a"]}},
+              {"level": 2, "tasks": ["b"], "log": [], "scores": scores}]  # fmt: skip
+    record = RunRecord(stages=stages).after_refresh("a")
+    assert record.matrix() == [{"b": 55.0}] and record.scored_levels() == [2]
+    assert record.measures()["average_performance"] == 55.0
+    assert record.after_refresh("b").matrix() == [] and record.after_refresh("b").measures() == {}
+
+
+def test_a_report_of_what_is_no_folder_or_of_nothing(run, capsys):
+    for command in ("report", "refresh", "remove", "push"):
+        more = {"refresh": ["--recipe", "cl14-small"], "remove": ["--task", "b"], "push": ["me/x"]}.get(command, [])
+        assert main([command, "me/nowhere", *more]) == 2
+        assert "There is no folder 'me/nowhere'; of a model on the Hub, make one first" in capsys.readouterr().err
+    assert not Path("me").exists()
+    assert main(["report", str(run._root), "--samples", "3"]) == 2
+    assert "--data and --samples say on what --recipe measures anew" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -135,6 +135,12 @@ def test_an_error_while_writing_reaches_the_reader(app, loaded):
         list(app.stream(*loaded, app.tokenize(*loaded, "hi", ""), "nobody"))
 
 
+def test_the_backbones_tokenizer_is_taken_where_the_model_has_none(app, loaded, tmp_path):
+    model, tokenizer = loaded
+    model.save_pretrained(tmp_path)
+    assert app.load(str(tmp_path))[1].get_vocab() == tokenizer.get_vocab()
+
+
 def test_a_plain_model_is_refused(app, backbones):
     with pytest.raises(ValueError, match="plain 'llama' without tasks"):
         app.load(str(backbones["llama"]))

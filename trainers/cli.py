@@ -34,12 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command == "generate":  # argparse gives prompts that follow an option to nobody
             while rest and not _is_option(rest[0]):
                 args.prompt.append(rest.pop(0))
+        if args.command in ("train", "serve"):
+            _check_order(argv, "recipe" if args.command == "train" else "model")
         if args.command == "serve":
             return commands.serve(args.model, rest)
         if rest and args.command != "train":
             raise ValueError(f"`hft {args.command}` does not know {rest[0]!r}; see `hft {args.command} --help`.")
-        if args.command == "train":
-            _check_order(argv)
         if args.command == "doctor":
             from .doctor import doctor
 
@@ -170,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("--recipe", help="measure anew on its validation rows: who contributes what, who answers")
     report.add_argument("--data", help="folder with <task>/<split>.jsonl, instead of the recipe's data")
-    report.add_argument("--samples", type=int, default=32, help="validation rows a task to measure on (32)")
+    report.add_argument("--samples", type=int, help="with --recipe: validation rows a task to measure on (32)")
     report.add_argument("--batch_size", type=int, default=16)
 
     generate = add("generate", help="answer prompts with a saved model")
@@ -194,13 +194,14 @@ def _check_counts(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {value}; it must be 1 or more.")
 
 
-def _check_order(words: Sequence[str]) -> None:
-    """Raises ValueError if a key's value was taken for the recipe."""
+def _check_order(words: Sequence[str], what: str) -> None:
+    """Raises ValueError if a key's value was taken for the recipe or the model."""
     for word in words[1:]:
         if not word.startswith("--"):
             return
         if word not in ("--resume", "--help") and "=" not in word:
-            raise ValueError(f"{word} stands before the recipe; give the recipe first: hft train RECIPE {word} VALUE.")
+            first = f"hft {words[0]} {what.upper()} {word} VALUE"
+            raise ValueError(f"{word} stands before the {what}; give the {what} first: {first}.")
 
 
 def _check_plan(args: argparse.Namespace) -> None:

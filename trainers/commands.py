@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,14 @@ def plan(args: argparse.Namespace, _: dict[str, Any]) -> None:
         print(f"Drawn into {args.out}")
 
 
+def check_folder(model: str | Path) -> None:
+    """Raises FileNotFoundError if a model that a command changes, or writes beside, is no folder of this machine."""
+    if not Path(model).is_dir():
+        raise FileNotFoundError(
+            f"There is no folder '{model}'; of a model on the Hub, make one first: hf download {model} --local-dir FOLDER."
+        )
+
+
 def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
     from hft.files_hft import check_writable
@@ -114,6 +123,7 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from .run_record import RunRecord
     from .task_data import tokenize_rows
 
+    check_folder(args.model)
     recipe = _recipe_of(args)
     config, _ = hft.read_gates(args.model)
     own = [task for task in recipe.hierarchy if task not in recipe.mixtures]  # with rows of their own
@@ -171,6 +181,7 @@ def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from .model_card import renew_model_card
     from .run_record import RunRecord
 
+    check_folder(args.model)
     config, _gates = hft.read_gates(args.model)
     config.hierarchy().check(args.task)
     begun = open_stages(config.hierarchy(), config.sealed_tasks())[:1]
@@ -193,6 +204,7 @@ def push(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
     from hft.upload_hft import check_shareable, upload
 
+    check_folder(args.model)
     config, _gates = hft.read_gates(args.model)
     check_shareable(config)
     commit = upload(args.model, args.repo_id, args.message, args.private)
@@ -258,14 +270,20 @@ def report(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
     from .interference import advice
     from .report import write_report
-    from .run_record import RunRecord
+    from .run_record import RECORD_FILE, RunRecord, write_json
 
+    check_folder(args.model)
+    if args.recipe is None and (args.data is not None or args.samples is not None):
+        raise ValueError(
+            "--data and --samples say on what --recipe measures anew; give --recipe, too, or leave them out."
+        )
+    args.samples = args.samples or 32
     config, gates = hft.read_gates(args.model)
     record = RunRecord.load(args.model)
     check_writable(args.model)
     if args.recipe is not None:
         _measure(args, record)
-        record.save(args.model)
+        write_json(args.model / RECORD_FILE, asdict(record))  # not `save`: the machine is that of the training
     page = write_report(config, gates, record, args.model)
     for name, value in record.measures().items():
         print(f"{name.replace('_', ' ')}: {value:.1f}")

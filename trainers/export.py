@@ -1,5 +1,6 @@
 """Exports that are checked each time: the files are read again by their own reader and must answer as HFT does."""
 
+import copy
 import json
 import shutil
 import tempfile
@@ -11,13 +12,16 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.files_hft import disk_errors, replacing
 from hft.lora_io_hft import Factors, export_lora, path_factors
 
-from .run_record import write_json
+from .run_record import write_json, write_text
 
+
+NOTES = "README.md"  # beside the folders of all tasks: how to serve them
+NOTES_BEGIN = "# How to serve "
 
 # What any model can be asked, where nothing better is given.
 PROMPTS = (
@@ -100,12 +104,14 @@ def export_peft(
         report = export_lora(model, task, staging, max_rank)
         # PEFT stands its layers into the backbone in memory and takes them out again, so nothing is loaded twice.
         # It would compute 16-bit adapters in float32; without that its bits are ours, and the check sees the files alone.
+        training = model.training
         peft = PeftModel.from_pretrained(model.backbone, staging, autocast_adapter_dtype=False)
         try:
             theirs = logits_of(peft.eval(), tokenizer, prompts)
         finally:
             peft.unload()
             model._finish()
+            model.train(training)
         agreement = compare(ours, theirs)
         report = {"task": task, "form": "peft", **report, **asdict(agreement), "prompts": len(prompts)}
         check(report, tolerance if report["svd_error"] == 0 else None)
@@ -145,6 +151,7 @@ def export_merged(
     plain = plain_backbone(model, onto)
     ours = on_plain(plain, factors, tokenizer, prompts)
     add_path(plain, factors)
+    _end_alike(plain, model)
     with written(folder, "config.json", "merged") as staging:
         with disk_errors(folder):
             plain.save_pretrained(staging)
@@ -165,7 +172,7 @@ def write_serving_notes(folder: Path, backbone: str | None, tasks: Sequence[str]
     modules = " ".join(f"{task}={task}" for task in tasks)
     backbone = backbone or "BACKBONE"
     limits = f"--max-lora-rank {max(ranks)} --max-loras {len(tasks)}"
-    text = f"""# Adapters of {len(tasks)} tasks, each a plain PEFT LoRA on `{backbone}`
+    text = f"""{NOTES_BEGIN}the adapters of {len(tasks)} tasks, each a plain PEFT LoRA on `{backbone}`
 
 vLLM, all at once (a request names one by `"model": "{tasks[0]}"`):
 
@@ -177,7 +184,14 @@ llama-server reads GGUF files instead, which `hft export MODEL FOLDER --all --to
 
 PEFT: `PeftModel.from_pretrained(backbone, "{tasks[0]}")`.
 """
-    (folder / "README.md").write_text(text)
+    write_text(folder / NOTES, text)
+
+
+def check_notes(folder: Path) -> None:
+    """Raises ValueError if a folder has a README that is none of an export's, which one would overwrite."""
+    notes = folder / NOTES
+    if notes.exists() and not notes.read_text(errors="replace").startswith(NOTES_BEGIN):
+        raise ValueError(f"'{notes}' would be overwritten by how to serve the exports; choose another folder.")
 
 
 def plain_backbone(model: PreTrainedModel, onto: str = "backbone") -> PreTrainedModel:
@@ -189,7 +203,8 @@ def plain_backbone(model: PreTrainedModel, onto: str = "backbone") -> PreTrained
             stand for.
 
     Raises:
-        ValueError: an `onto` that is neither, or `"dequantized"` of a model that is not held in 4 bit.
+        ValueError: an `onto` that is neither, `"dequantized"` of a model that is not held in 4 bit, or `"backbone"` of one
+            whose repository holds it in 4 bit.
     """
     if onto not in ("backbone", "dequantized"):
         raise ValueError(f"`onto` is {onto!r}; it is 'backbone' or 'dequantized'.")
@@ -200,10 +215,32 @@ def plain_backbone(model: PreTrainedModel, onto: str = "backbone") -> PreTrained
         )
     config = model.config
     dtype = torch.bfloat16 if model.backbone.dtype == torch.float32 and _is_4bit(model) else model.backbone.dtype
-    plain = AutoModelForCausalLM.from_pretrained(config.backbone, revision=config.backbone_revision, dtype=dtype)
+    text_config = AutoConfig.from_pretrained(config.backbone, revision=config.backbone_revision)
+    if getattr(text_config, "quantization_config", None) is None:
+        plain = AutoModelForCausalLM.from_pretrained(config.backbone, revision=config.backbone_revision, dtype=dtype)
+    elif onto == "backbone":
+        raise ValueError(
+            f"'{config.backbone}' holds its weights quantised, so there are none in 16 bit to write; take what they stand "
+            "for: --onto dequantized."
+        )
+    else:
+        del text_config.quantization_config
+        plain = AutoModelForCausalLM.from_config(text_config, dtype=dtype)
+        whole = plain.state_dict()
+        own = {name: it for name, it in model.backbone.state_dict().items() if name in whole}
+        plain.load_state_dict({name: it for name, it in own.items() if it.shape == whole[name].shape}, strict=False)
     if onto == "dequantized":
         _take_weights(plain, model.backbone)
     return plain
+
+
+def _end_alike(plain: PreTrainedModel, model: PreTrainedModel) -> None:
+    """A plain model that generates as an HFT model does: training may have set other tokens that begin and end a text."""
+    plain.generation_config = copy.deepcopy(model.generation_config)
+    vars(plain.generation_config).pop("task", None)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if (token := getattr(model.generation_config, name, None)) is not None:
+            setattr(plain.config, name, token)
 
 
 @torch.no_grad()
@@ -227,7 +264,12 @@ def check_free(folder: Path, form: str | None) -> None:
     """
     before = folder / "export.json"
     if before.is_file():
-        other = json.loads(before.read_text()).get("form", "")
+        try:
+            other = json.loads(before.read_text())["form"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"'{before}' is not what an export writes ({error!r}); remove it, or choose another folder."
+            ) from error
         if form is None or not other.startswith(form):
             raise ValueError(f"'{folder}' holds an export of another form ({other}); choose another folder.")
     elif found := [name for name in ("config.json", "adapter_config.json") if (folder / name).exists()]:

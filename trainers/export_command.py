@@ -7,7 +7,7 @@ from typing import Any
 import hft
 from hft.hierarchy_hft import BACKBONE
 
-from .export import check_free, export_merged, export_peft, write_serving_notes
+from .export import NOTES, check_free, check_notes, export_merged, export_peft, write_serving_notes
 from .loading import load_model, load_tokenizer
 
 
@@ -30,11 +30,18 @@ def export_tasks(args: argparse.Namespace) -> None:
     if args.max_rank is not None and (is_whole or args.task == BACKBONE):
         raise ValueError("--max_rank cuts a LoRA, and a whole model has none. Leave it out.")
     config, _gates = hft.read_gates(args.model)
+    tasks = [task for task in config.hierarchy().names if task in config.sealed_tasks()]
     check_free(args.out, None if args.all else args.to)  # before anything is loaded
-    if args.task is not None and (args.to, args.task) != ("gguf", BACKBONE):
-        config.hierarchy().check(args.task)
+    if args.all:
+        if not tasks:
+            raise ValueError(f"'{args.model}' has no task that is learnt and sealed; there is nothing to export.")
+        check_notes(args.out)
+        for task in tasks:
+            check_free(args.out / task, args.to)
+    elif (args.to, args.task) != ("gguf", BACKBONE):
+        config.sealed_task(args.task)  # an open one has not learnt yet
     tokenizer, model = load_tokenizer(args.model), load_model(args.model, args.load_in_4bit)
-    tasks, reports = model.hierarchy.names, []
+    reports = []
     for task in [args.task] if not args.all else [BACKBONE, *tasks] if args.to == "gguf" else tasks:
         folder = args.out / task if args.all else args.out
         report, what = _export_one(args, model, tokenizer, task, folder)
@@ -49,7 +56,9 @@ def export_tasks(args: argparse.Namespace) -> None:
     elif args.all:
         write_serving_notes(args.out, config.backbone, tasks, [report["rank"] for report in reports])
     if args.all:
-        print(f"How to serve them: {args.out / 'README.md'}")
+        if left := config.open_tasks():
+            print(f"Not learnt yet, and left out: {', '.join(left)}")
+        print(f"How to serve them: {args.out / NOTES}")
 
 
 def _export_one(args: argparse.Namespace, model: Any, tokenizer: Any, task: str, folder: Path) -> tuple[dict, str]:
@@ -70,7 +79,7 @@ def _export_one(args: argparse.Namespace, model: Any, tokenizer: Any, task: str,
             report = export_gguf_model(model, tokenizer, task, folder, args.onto)
             return report, f"a whole model in {report['dtype'].removeprefix('torch.')}, on the {args.onto}"
         backbone = args.out / BACKBONE / f"{BACKBONE}.gguf" if args.all else None
-        report = export_gguf_lora(model, tokenizer, task, folder, args.max_rank, backbone)
+        report = export_gguf_lora(model, tokenizer, task, folder, args.max_rank, backbone, args.onto)
         what = f"a LoRA of rank {report['rank']}"
     return report, what + (f", cut with an error of {report['svd_error']:.3f}" if report["svd_error"] else "")
 

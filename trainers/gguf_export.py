@@ -17,9 +17,22 @@ from transformers.utils import logging
 from hft.hierarchy_hft import BACKBONE
 from hft.lora_io_hft import Factors, cut_path, path_factors
 
-from .export import PROMPTS, ExportError, add_path, check, compare, logits_of, on_plain, plain_backbone, written
+from .export import (
+    NOTES,
+    NOTES_BEGIN,
+    PROMPTS,
+    ExportError,
+    add_path,
+    check,
+    compare,
+    logits_of,
+    on_plain,
+    plain_backbone,
+    written,
+)
 from .gguf_files import ROPE_FACTORS, check_backbone, read_lora_gguf, write_lora, write_model
-from .run_record import write_json
+from .gguf_vocabulary import pre_tokenizer_of
+from .run_record import write_json, write_text
 
 
 # Where ways to split a text into tokens part.
@@ -33,6 +46,7 @@ def export_gguf_lora(
     folder: Path,
     max_rank: int | None = None,
     backbone: Path | None = None,
+    onto: str = "backbone",
     prompts: Sequence[str] = PROMPTS,
     tolerance: float = 1e-3,
     llama_tolerance: float = 1e-3,
@@ -45,6 +59,7 @@ def export_gguf_lora(
         folder: made if missing.
         backbone: the backbone's GGUF file, on which llama.cpp runs the LoRA, too, if llama-cpp-python is installed; without
             it, one is written for that.
+        onto: what the backbone's file stands for, see `export_merged`.
         prompts: what all are asked.
         tolerance: the highest mean KL divergence, in nats a token; with `max_rank`, where the path is cut on purpose, it is
             reported only.
@@ -80,7 +95,7 @@ def export_gguf_lora(
         }
         check(report, None if error else tolerance)
         if has_llama():
-            plain = plain_backbone(model)
+            plain = plain_backbone(model, onto)
             exact = _exactly(plain, factors, tokenizer, prompts)
             with tempfile.TemporaryDirectory(dir=staging) as work:
                 if backbone is None:
@@ -101,7 +116,9 @@ def export_gguf_model(
     tolerance: float = 1e-2,
     llama_tolerance: float = 1e-2,
 ) -> dict[str, Any]:
-    """Writes a whole 16-bit model as `<task>.gguf`, with tokenizer and chat template; reads it again and compares.
+    """Writes a whole 16-bit model, with tokenizer and chat template; reads it again and compares.
+
+    The file is `<task>.merged.gguf`, or `backbone.gguf` where no path is added.
 
     Args:
         model: an HFT model; how it holds its backbone does not matter.
@@ -122,19 +139,20 @@ def export_gguf_model(
             backbone or tokenizer that cannot be written.
     """
     check_backbone(model.backbone.config)
+    pre_tokenizer_of(tokenizer)
     factors = {} if task == BACKBONE else path_factors(model, task)
     plain = plain_backbone(model, onto)
     ours = on_plain(plain, factors, tokenizer, prompts)
     exact = _exactly(plain, factors, tokenizer, prompts) if has_llama() else None
     add_path(plain, factors)
     with written(folder, "export.json", "gguf") as staging:
-        path = staging / f"{task}.gguf"
+        path = staging / (f"{task}.gguf" if task == BACKBONE else f"{task}.merged.gguf")  # beside its LoRA
         write_model(plain, tokenizer, path, f"{_base_name(model)} {task}")
-        config, dtype = plain.config, plain.dtype
+        config = plain.config
         del plain
         _check_tokens("transformers", AutoTokenizer.from_pretrained(staging, gguf_file=path.name), tokenizer, prompts)
         agreement = compare(ours, logits_of(_read_model(path, config), tokenizer, prompts))
-        report = {"task": task, "form": "gguf model", "onto": onto, "dtype": str(dtype), **asdict(agreement)}
+        report = {"task": task, "form": "gguf model", "onto": onto, "dtype": "torch.float16", **asdict(agreement)}
         report["prompts"] = len(prompts)
         check(report, tolerance)
         if exact is not None:
@@ -146,7 +164,7 @@ def export_gguf_model(
 def write_llama_notes(folder: Path, backbone: str | None, tasks: Sequence[str]) -> None:
     """A README beside a folder a task and one for the backbone: the command line that serves them all."""
     loras = ",".join(f"{task}/{task}.gguf:0" for task in tasks)
-    text = f"""# {len(tasks)} tasks, each a LoRA on `{backbone or "the backbone"}`, as GGUF files
+    text = f"""{NOTES_BEGIN}{len(tasks)} tasks, each a LoRA on `{backbone or "the backbone"}`, as GGUF files
 
 ```
 llama-server -m {BACKBONE}/{BACKBONE}.gguf --lora-scaled {loras}
@@ -160,7 +178,7 @@ it in every request: one that does not may be answered from what llama-server ke
 llama-cli -m {BACKBONE}/{BACKBONE}.gguf --lora {tasks[0]}/{tasks[0]}.gguf
 ```
 """
-    (folder / "README.md").write_text(text)
+    write_text(folder / NOTES, text)
 
 
 def has_llama() -> bool:

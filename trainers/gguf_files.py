@@ -43,6 +43,8 @@ def check_backbone(config: PreTrainedConfig) -> None:
         what = f"scaled rotary positions ({rope!r})"
     elif config.hidden_act != "silu":
         what = f"the activation {config.hidden_act!r}"
+    elif getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False):
+        what = "biases, which transformers does not read from such files"
     elif kind == "qwen3" and config.use_sliding_window:
         what = "sliding windows"
     else:

@@ -51,6 +51,22 @@ def pre_tokenizer_name(backend: dict[str, Any]) -> str:
     return name
 
 
+def pre_tokenizer_of(tokenizer: PreTrainedTokenizerBase) -> tuple[dict[str, Any], str]:
+    """A fast tokenizer as its JSON file has it, and what llama.cpp calls its way to split texts.
+
+    Raises:
+        ValueError: another kind of tokenizer; and as `pre_tokenizer_name`.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(
+            f"The tokenizer is a {type(tokenizer).__name__}, not one of the package tokenizers, and a GGUF file needs its "
+            "merges; export with --to peft or --to merged."
+        )
+    described = json.loads(backend.to_str())
+    return described, pre_tokenizer_name(described)
+
+
 def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size: int) -> None:
     """Tokens, merges, special tokens and the chat template.
 
@@ -60,10 +76,9 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, size:
         size: rows of the embedding; tokens beyond the tokenizer's are filled up as unused.
 
     Raises:
-        ValueError: as `pre_tokenizer_name`; a tokenizer without merges, or with more tokens than the embedding has rows.
+        ValueError: as `pre_tokenizer_of`; a tokenizer without merges, or with more tokens than the embedding has rows.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    name = pre_tokenizer_name(backend)
+    backend, name = pre_tokenizer_of(tokenizer)
     if not backend["model"]["merges"] or len(tokenizer) > size:
         raise ValueError(
             f"The tokenizer has {len(backend['model']['merges'])} merges and {len(tokenizer)} tokens, and the embedding "

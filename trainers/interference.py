@@ -114,9 +114,11 @@ def advice(
                     "(`hft refresh`)."
                 )
             elif source in parents.get(task, ()):
+                others = [its[up] for up in parents[task] if up != source and up in its]
+                needs_one = any(other["drop"] > 2 * other["drop_se"] for other in others)
                 said.append(
                     f"{task} does not measurably use its parent {what} ({found['drop']:+.1f} ± {found['drop_se']:.1f} "
-                    "points): it could be a root."
+                    f"points): it could {'do without' if needs_one else 'be a root'}."
                 )
     for task, row in cross.items():
         if task not in row:

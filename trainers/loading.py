@@ -18,7 +18,12 @@ def load_model(model: str | os.PathLike, load_in_4bit: bool = False) -> PreTrain
         model: folder or Hub id.
         load_in_4bit: hold the backbone in NF4.
     """
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=fast_dtype())
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,  # as all recipes have it
+        bnb_4bit_compute_dtype=fast_dtype(),
+    )
     return hft.HFTForCausalLM.from_pretrained(
         model, quantization_config=nf4 if load_in_4bit else None, device_map="auto"
     )

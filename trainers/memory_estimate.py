@@ -17,7 +17,7 @@ from hft.attention_hft import plain_attention, without_weights
 from hft.configuration_hft import HFTConfig, HFTMemoryConfig
 from hft.hierarchy_hft import Hierarchy
 from hft.modeling_hft import HFTForCausalLM
-from hft.nodes_hft import numbers_a_rank
+from hft.nodes_hft import adapted_linears, numbers_a_rank
 
 from .hft_config import HFTTrainingConfig
 from .recipes import Recipe
@@ -40,7 +40,7 @@ class MemoryEstimate:
 
     Args:
         backbone: its weights.
-        tasks: nodes and pages that no longer train, 2 bytes a number.
+        tasks: nodes and pages that no longer train, in the backbone's dtype.
         training: the factors that train, in float32.
         gradients: of those of the tasks of a step and their page.
         optimizer: two float32 numbers for each that trains.
@@ -81,13 +81,14 @@ def estimate_memory(
     length: int = 256,
     num_scored: int | None = None,
     on_accelerator: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
     load_in_4bit: bool = True,
     double_quant: bool = True,
     gradient_checkpointing: bool = False,
     target_modules: str | Sequence[str] = "all-linear",
     memory_modules: str | Sequence[str] = "all-linear",
 ) -> MemoryEstimate:
-    """Estimates the peak of a step of bfloat16 or NF4 training with AdamW.
+    """Estimates the peak of a step of training with AdamW.
 
     Shapes are the model's own, and what autograd keeps is counted in a pass over tensors without memory, which holds for
     any decoder; attention is counted as PyTorch's fused kernel, on a batch with padding (whose mask is a tensor).
@@ -102,28 +103,30 @@ def estimate_memory(
         batch_size, length: B and T of a micro-batch.
         num_scored: positions that meet the head, of B T: those of answers; all by default.
         on_accelerator: whether the loss runs in Triton's kernels.
-        load_in_4bit, double_quant: how the linears of the layers are held; embeddings and head are bfloat16.
+        dtype: of the backbone, and of what is sealed.
+        load_in_4bit, double_quant: how the linears of the layers are held; embeddings and head are in `dtype`.
         gradient_checkpointing: whether layers are computed again in the backward pass.
         target_modules, memory_modules: the linears that carry nodes, and those that carry slots.
     """
     path_rank = rank + slots if path_rank is None else path_rank
-    model, fake = _without_memory(text_config, path_rank, target_modules, memory_modules)
-    frozen = {id(model.base_model.get_submodule(name).weight) for name in model._layer_of}
+    model, fake = _without_memory(text_config, path_rank, dtype, target_modules, memory_modules)
+    linears = adapted_linears(model.base_model, "all-linear")  # bitsandbytes packs them all, whichever carry nodes
+    frozen, size = {id(model.base_model.get_submodule(name).weight) for name in linears}, dtype.itemsize
     backbone, mapped = 0, 0
     for parameter in model.backbone.parameters():  # a tied head comes once
         is_quantized = load_in_4bit and id(parameter) in frozen
         mapped += 2 * parameter.numel() if is_quantized else 0
-        backbone += quantized_bytes(parameter.numel(), double_quant) if is_quantized else 2 * parameter.numel()
+        backbone += quantized_bytes(parameter.numel(), double_quant) if is_quantized else size * parameter.numel()
     node, page = rank * numbers_a_rank(model.hft_nodes), slots * numbers_a_rank(model.hft_memory)
     trained = num_training * node + page
     kept = saved_bytes(model, fake, batch_size, length)
     if gradient_checkpointing:  # the input of each layer, and one layer at a time
         num_layers = text_config.num_hidden_layers
-        kept = 2 * num_layers * batch_size * length * text_config.hidden_size + kept // num_layers
+        kept = size * num_layers * batch_size * length * text_config.hidden_size + kept // num_layers
     scored = batch_size * length if num_scored is None else num_scored
     estimate = MemoryEstimate(
         backbone=backbone,
-        tasks=2 * num_sealed * node,
+        tasks=size * num_sealed * node,
         training=4 * trained,
         gradients=4 * (num_stepping * node + page),
         optimizer=8 * trained,
@@ -175,6 +178,7 @@ def estimate_recipe(
                 length=length,
                 num_scored=num_scored,
                 on_accelerator=on_accelerator,
+                dtype=_dtype_of(recipe),
                 load_in_4bit=recipe.quantization.get("load_in_4bit", False),
                 double_quant=recipe.quantization.get("bnb_4bit_use_double_quant", False),
                 gradient_checkpointing=training.gradient_checkpointing,
@@ -184,6 +188,12 @@ def estimate_recipe(
         )
         num_sealed += len(tasks)
     return max(estimates, key=lambda estimate: estimate.total)
+
+
+def _dtype_of(recipe: Recipe) -> torch.dtype:
+    """Of the backbone: bfloat16, as backbones are saved, unless the recipe names one."""
+    named = getattr(torch, str(recipe.model.get("dtype")).removeprefix("torch."), None)
+    return named if isinstance(named, torch.dtype) else torch.bfloat16
 
 
 def _loss_bytes(scored: int, text_config: PreTrainedConfig, on_accelerator: bool) -> int:
@@ -212,22 +222,26 @@ def page_bytes(model: nn.Module, slots: int) -> int:
 
 
 def _without_memory(
-    text_config: PreTrainedConfig, rank: int, target_modules: str | Sequence[str], memory_modules: str | Sequence[str]
+    text_config: PreTrainedConfig,
+    rank: int,
+    dtype: torch.dtype,
+    target_modules: str | Sequence[str],
+    memory_modules: str | Sequence[str],
 ) -> tuple[HFTForCausalLM, FakeTensorMode]:
-    """A model of one root in bfloat16 whose tensors have shapes only."""
+    """A model of one root whose tensors have shapes only."""
     text_config = copy.deepcopy(text_config)
-    text_config.dtype = torch.bfloat16
+    text_config.dtype = dtype
     config = HFTConfig(
         text_config=text_config,
         tasks=[{"name": "a"}],
         rank=rank,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         target_modules=target_modules,
         memory_config={"target_modules": memory_modules},
     )
     config._attn_implementation = plain_attention(without_weights(text_config))
     fake, default = FakeTensorMode(), torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(dtype)
     try:
         with fake, no_init_weights():
             model = HFTForCausalLM(config)

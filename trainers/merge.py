@@ -94,12 +94,7 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
             )
     config = HFTConfig.from_dict(config.to_dict())  # checks that it is a hierarchy
     with replacing(out) as staging:
-        not_copied = shutil.ignore_patterns("stage-*", f"{WRITING}*", "config.json")
-
-        def at_the_top(at: str, names: list[str]) -> set[str]:  # below, a task's file may be called so
-            return not_copied(at, names) if Path(at) == one else set()
-
-        shutil.copytree(one, staging, dirs_exist_ok=True, ignore=at_the_top)
+        _copy_model(one, staging)
         for name in second.task_names():
             if name not in common:
                 shutil.copyfile(other / task_file(name), staging / task_file(rename.get(name, name)))
@@ -122,6 +117,16 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
     return [rename.get(name, name) for name in second.task_names() if name not in common]
 
 
+def _copy_model(source: Path, target: Path) -> None:
+    """The files of a model, not of its run, as files of one's own: those of an archive may be read-only, or links."""
+    for path in sorted(source.rglob("*")):
+        at = path.relative_to(source)
+        is_runs = at.parts[0].startswith(("stage-", WRITING)) or at == Path("config.json")
+        if path.is_file() and not is_runs:
+            (target / at).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / at)
+
+
 def _moved_entry(task: Mapping[str, Any], rename: Mapping[str, str], page_ids: Mapping[int, int]) -> dict[str, Any]:
     """A task's entry with the names and page ids of the union."""
     return {
@@ -142,15 +147,20 @@ def _check_same_ground(one: Path, first: HFTConfig, other: Path, second: HFTConf
                 f"Task {config.open_tasks()[0]!r} of '{folder}' is not sealed; finish its training first."
             )
     for name in ("backbone", "backbone_revision", "dtype", "target_modules"):
-        ours, theirs = getattr(first, name), getattr(second, name)
+        ours, theirs = (_in_order(getattr(config, name)) for config in (first, second))
         if ours != theirs:
             raise ValueError(
                 f"The models differ in `{name}`: {ours!r} and {theirs!r}; only models on the same can be united."
             )
     for name in ("read", "target_modules"):
-        ours, theirs = getattr(first.memory_config, name), getattr(second.memory_config, name)
+        ours, theirs = (_in_order(getattr(config.memory_config, name)) for config in (first, second))
         if ours != theirs:
             raise ValueError(f"The models' memories differ in `{name}`: {ours!r} and {theirs!r}.")
+
+
+def _in_order(setting: Any) -> Any:
+    """A list of names says the same in any order."""
+    return sorted(setting) if isinstance(setting, list) else setting
 
 
 def _check_lineage(folder: Path, config: HFTConfig) -> None:

@@ -20,6 +20,7 @@ from .run_record import RECORD_FILE, RunRecord, write_json, write_text
 
 
 CARD_FILE = "README.md"
+CARD_TITLE = "# A Hierarchical Fine-Tuning (HFT) model"  # of the template: no card without it is ours to write anew
 
 
 def write_model_card(
@@ -81,14 +82,14 @@ def renew_model_card(folder: Path, record: RunRecord) -> None:
     """Brings a folder's record, and its card and report if it has any, up to a model that has other tasks or gates now."""
     if record != RunRecord():
         write_json(folder / RECORD_FILE, asdict(record))  # as it is: the machine is that of the training
-    had = [name for name in (CARD_FILE, REPORT_FILE) if (folder / name).exists()]
-    shutil.rmtree(folder / PICTURES, ignore_errors=True)
-    for name in had:
-        (folder / name).unlink()
+    has_report, has_card = (folder / REPORT_FILE).exists(), (folder / CARD_FILE).exists()
     config, gates = read_gates(folder)
-    if CARD_FILE in had:
+    if has_report:  # of the model that was
+        shutil.rmtree(folder / PICTURES, ignore_errors=True)
+        (folder / REPORT_FILE).unlink()
+    if has_card and CARD_TITLE in (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace"):
         write_model_card(config, gates, folder, record)
-    elif REPORT_FILE in had and is_matplotlib_available():
+    elif has_report and is_matplotlib_available():
         write_report(config, gates, record, folder)
 
 
@@ -120,14 +121,11 @@ def _metadata(config: HFTConfig, record: RunRecord, repo_id: str | None) -> Mode
 
 
 def _licence(backbone: str | None, revision: str | None) -> str | None:
-    """What the backbone's own card says; None where it has none, or cannot be read without a network."""
+    """What the backbone's own card says; None where it has none, or cannot be read here: it may be another machine's."""
     if backbone is None:
         return None
-    quiet = {name: False for name in ("missing_entries", "gated_repo", "connection_errors")}
-    path = cached_file(
-        backbone,
-        "README.md",
-        revision=revision,
-        **{f"_raise_exceptions_for_{name}": off for name, off in quiet.items()},
-    )
+    try:
+        path = cached_file(backbone, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
+    except (OSError, ValueError):  # no such folder or repository, no access, no network
+        return None
     return ModelCard.load(path, ignore_metadata_errors=True).data.license if path else None

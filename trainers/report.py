@@ -150,15 +150,17 @@ def score_table(record: RunRecord) -> tuple[list[str], list[dict[str, Any]]]:
     rows = []
     for task in tasks:
         cells = [f"{s[task]['score']:.1f} ± {s[task]['se']:.1f}" if task in s else "" for s in columns.values()]
-        count = next(scores[task]["rows"] for scores in columns.values() if task in scores)
+        counts = dict.fromkeys(scores[task]["rows"] for scores in columns.values() if task in scores)
+        count = " / ".join(map(str, counts)) if len(counts) > 1 else next(iter(counts))
         metric = record.data.get(task, {}).get("metric", "")
         rows.append({"task": task, "rows": count, "metric": metric, "cells": cells})
     return list(columns), rows
 
 
 def shareable_name(backbone: str | None) -> str:
-    """A backbone's Hub id; never a folder of this machine."""
-    return backbone if backbone is not None and not Path(backbone).exists() else "a local backbone"
+    """A backbone's Hub id; never a folder of this machine, or of the one where it was trained."""
+    is_local = backbone is None or Path(backbone).exists() or Path(backbone).is_absolute() or "\\" in backbone
+    return "a local backbone" if is_local else backbone
 
 
 def _uri(path: Path) -> str:

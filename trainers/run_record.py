@@ -176,18 +176,23 @@ class RunRecord:
 
     def scored_levels(self) -> list[int]:
         """The level of each stage of the matrix: a stage that was not scored, as of a family's root alone, is not in it."""
-        return [stage["level"] for stage in self.stages if stage.get("scores")]
+        return [stage["level"] for stage in self.stages if self._known(stage)]
 
     def last_scores(self) -> dict[str, dict[str, Any]]:
         """What tasks scored after the last stage that was tested, unless their gates have changed since."""
         last = (self._scores() or [{}])[-1]
-        return {task: score for task, score in last.items() if task not in self.refreshed}
+        return dict(last)
+
+    def _known(self, stage: Mapping[str, Any]) -> dict[str, Score]:
+        """A stage's scores, but of tasks whose gates have changed since."""
+        return {task: score for task, score in stage.get("scores", {}).items() if task not in self.refreshed}
 
     def _scores(self) -> list[dict[str, Score]]:
-        """After each stage that was scored: all tasks that ever were, since what is sealed goes on scoring the same."""
+        """After each stage that was scored: all tasks that ever were, since what is sealed goes on scoring the same, but
+        for those that were refreshed."""
         rows, known = [], {}
         for stage in self.stages:
-            if scores := stage.get("scores"):
+            if scores := self._known(stage):
                 known = {**known, **scores}
                 rows.append(known)
         return rows

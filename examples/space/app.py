@@ -42,10 +42,20 @@ def load(name: str) -> tuple[Any, Any]:
         raise ValueError(f"'{name}' is a plain {kind!r} without tasks; name an HFT model.")
     on_gpu, nf4 = torch.cuda.is_available(), None
     if on_gpu and is_bitsandbytes_available():
-        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
+        nf4 = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype="bfloat16",
+        )
     options = {"dtype": torch.bfloat16, "device_map": "auto" if on_gpu else None, "quantization_config": nf4}
     model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True, **options)
-    return model.eval(), AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)
+    except (OSError, ValueError):  # saved or pushed without one: it is the backbone's
+        backbone, revision = model.config.backbone, model.config.backbone_revision
+        tokenizer = AutoTokenizer.from_pretrained(backbone, revision=revision)
+    return model.eval(), tokenizer
 
 
 def tokenize(model: Any, tokenizer: Any, message: str, system: str) -> dict[str, torch.Tensor]:
