@@ -45,6 +45,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_new_lengths_do_not_make_the_process_grow_and_what_is_freed_is_kept_till_it_is_given_back():
     """Where the machine multiplies in bfloat16 itself; elsewhere no product is kept, and neither process grows."""
 

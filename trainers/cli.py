@@ -215,7 +215,7 @@ def _check_plan(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} does not go with --model: {why}; leave one of them out.")
     if args.recipe is not None and args.data is None:
         raise ValueError("--recipe says how the tasks of --data train; give --data, too, or leave it out.")
-    if args.recipe is not None and not args.data.exists():
+    if args.recipe is not None and not args.data.exists() and str(args.data) not in shipped_recipes():
         raise FileNotFoundError(f"--data is '{args.data}', and there is no such folder.")
     if args.recipe is not None and not args.data.is_dir():
         raise ValueError(
