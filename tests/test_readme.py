@@ -160,6 +160,28 @@ def test_more_rows_in_place_of_more_epochs():
     assert cells["joint@0.001"]["validation"]["ap"] < cells["joint@0.002"]["validation"]["ap"]
 
 
+def test_no_hierarchy_against_a_root():
+    """The same seeds of each."""
+    cells = [cell for cell in read_cells("quality.jsonl") if cell["name"] == "quality-small-family"]
+    shared, root, joint = (
+        {cell["seed"]: cell for cell in cells if cell["setting"] == f"{name}@0.002"}
+        for name in ("hft_shared", "hft_root_no_memory", "joint")
+    )
+    assert sorted(shared) == [0, 1]
+    below = [
+        statistics.mean(measure(theirs[seed]) - measure(ours) for seed, ours in shared.items())
+        for measure in (lambda cell: cell["value"], lambda cell: cell["test"]["ap"])
+        for theirs in (root, joint)
+    ]
+    assert (
+        "validation rows are {:.1f} points below one root for all at the same two seeds, and {:.1f} below".format(
+            *below[:2]
+        )
+        in PROSE
+    )
+    assert "joint LoRA; on test rows it is {:.1f} and {:.1f} below them.".format(*below[2:]) in PROSE
+
+
 def test_the_fourteen_tasks():
     cells = {cell["method"]: cell for cell in read_cells("quality.jsonl") if cell["name"] == "quality-small-cl14"}
     hft, joint = cells["hft_families_thirds"], cells["joint"]
