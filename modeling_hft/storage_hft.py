@@ -112,7 +112,6 @@ class HFTStorage(HFTSlimFiles):
     @classmethod
     def _load_backbone(cls, config: HFTConfig, **kwargs: Any):
         """A model without tasks, its backbone loaded from the backbone's own repository."""
-        _check_places(kwargs)
         files, _ = PreTrainedConfig.get_config_dict(config.backbone, **_download(kwargs))
         vars(config.text_config).pop("quantization_config", None)
         if "quantization_config" in files:  # the repository itself is quantised
@@ -201,6 +200,7 @@ class HFTStorage(HFTSlimFiles):
         if os.path.isdir(config.backbone):
             config.backbone = os.path.abspath(config.backbone)  # a relative name would mean another folder elsewhere
         source = {name: value for name, value in kwargs.items() if name not in ("revision", "subfolder")}
+        _check_places(source)
         if config.backbone_revision is not None:
             source["revision"] = config.backbone_revision
         try:

@@ -229,9 +229,8 @@ class HFTTasks(HFTOwnership):
 
     def _reset_gates(self, task: str) -> None:
         parents = self.hierarchy.parents(task)
-        pages = self.config.pages  # a sibling may have written the task's own already, if the stage is started again
-        own = [page for page in pages if not page["sealed"] and task in page["writers"]]
-        silent = [str(page["id"]) for page in pages if page in own or not self._is_written(page)]
+        own = self._open_page(task)  # a sibling may have written it already, if the stage is started again
+        silent = [str(page["id"]) for page in self.config.pages if page["id"] == own or not self._is_written(page)]
         self.hft_gates.reset_parameters(task, {name: self.sources(name) for name in (task, *parents)}, parents, silent)
 
     def _make_node(self, task: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -270,7 +269,7 @@ def report(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
     from .interference import advice
     from .report import write_report
-    from .run_record import RECORD_FILE, RunRecord, write_json
+    from .run_record import RunRecord
 
     check_folder(args.model)
     if args.recipe is None and (args.data is not None or args.samples is not None):
@@ -283,7 +282,7 @@ def report(args: argparse.Namespace, _: dict[str, Any]) -> None:
     check_writable(args.model)
     if args.recipe is not None:
         _measure(args, record)
-        write_json(args.model / RECORD_FILE, asdict(record))  # not `save`: the machine is that of the training
+        record.write(args.model)
     page = write_report(config, gates, record, args.model)
     for name, value in record.measures().items():
         print(f"{name.replace('_', ' ')}: {value:.1f}")

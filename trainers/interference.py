@@ -106,7 +106,7 @@ def advice(
             points = f"{abs(found['drop']):.1f} ± {found['drop_se']:.1f}"
             if found["gate"] == 0:
                 said.append(f"{task} lets nothing of {what} in.")
-            elif found["drop"] > 2 * found["drop_se"]:
+            elif _is_needed(found):
                 said.append(f"{task} rests on {what}: without it, it loses {points} points.")
             elif -found["drop"] > 2 * found["drop_se"]:
                 said.append(
@@ -115,7 +115,7 @@ def advice(
                 )
             elif source in parents.get(task, ()):
                 others = [its[up] for up in parents[task] if up != source and up in its]
-                needs_one = any(other["drop"] > 2 * other["drop_se"] for other in others)
+                needs_one = any(map(_is_needed, others))
                 said.append(
                     f"{task} does not measurably use its parent {what} ({found['drop']:+.1f} ± {found['drop_se']:.1f} "
                     f"points): it could {'do without' if needs_one else 'be a root'}."
@@ -132,3 +132,8 @@ def advice(
                     "trained into the same weights, the one would hurt the other."
                 )
     return said
+
+
+def _is_needed(found: Mapping[str, float]) -> bool:
+    """Whether a task clearly scores less without a source."""
+    return found["drop"] > 2 * found["drop_se"]

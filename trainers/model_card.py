@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from hft.gates_hft import HFTGateTable
 from hft.slim_hft import read_gates
 
 from .report import PICTURES, REPORT_FILE, score_table, shareable_name, write_report
-from .run_record import RECORD_FILE, RunRecord, write_json, write_text
+from .run_record import RunRecord, write_text
 
 
 CARD_FILE = "README.md"
@@ -81,7 +80,7 @@ def _is_chat(folder: Path) -> bool:
 def renew_model_card(folder: Path, record: RunRecord) -> None:
     """Brings a folder's record, and its card and report if it has any, up to a model that has other tasks or gates now."""
     if record != RunRecord():
-        write_json(folder / RECORD_FILE, asdict(record))  # as it is: the machine is that of the training
+        record.write(folder)
     has_report, has_card = (folder / REPORT_FILE).exists(), (folder / CARD_FILE).exists()
     config, gates = read_gates(folder)
     if has_report:  # of the model that was

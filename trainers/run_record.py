@@ -99,8 +99,12 @@ class RunRecord:
             ) from error
 
     def save(self, folder: Path) -> None:
-        """Writes `run.json`, whole or not at all."""
+        """Writes `run.json` of a training that ran here, whole or not at all."""
         self.machine, self.versions = machine(), versions()
+        self.write(folder)
+
+    def write(self, folder: Path) -> None:
+        """Writes `run.json` as it is: the machine is that of the training."""
         write_json(Path(folder) / RECORD_FILE, asdict(self))
 
     def add_stage(self, stage: dict[str, Any]) -> None:
@@ -180,8 +184,7 @@ class RunRecord:
 
     def last_scores(self) -> dict[str, dict[str, Any]]:
         """What tasks scored after the last stage that was tested, unless their gates have changed since."""
-        last = (self._scores() or [{}])[-1]
-        return dict(last)
+        return dict((self._scores() or [{}])[-1])
 
     def _known(self, stage: Mapping[str, Any]) -> dict[str, Score]:
         """A stage's scores, but of tasks whose gates have changed since."""
