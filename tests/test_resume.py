@@ -83,6 +83,32 @@ def test_8_after_the_last_checkpoint_of_a_stage_nothing_is_left_to_train(backbon
     assert output.training_loss == pytest.approx(logged[2])  # of the steps that were logged: two of three
 
 
+def test_8_mixed_precision_is_the_same_in_every_stage(backbones, tokenizer, tmp_path):
+    """Of a float32 backbone: else a run that goes on from a stage's end would compute what follows otherwise."""
+
+    class Watching(HFTTrainer):
+        def compute_loss(self, *args, **kwargs):
+            first = self.model.backbone.base_model.layers[0]
+            hook = first.register_forward_pre_hook(
+                lambda *_: seen.add((self.stage.level, torch.is_autocast_enabled("cpu")))
+            )
+            try:
+                return super().compute_loss(*args, **kwargs)
+            finally:
+                hook.remove()
+
+    seen: set[tuple[int, bool]] = set()
+    whole = make(backbones, tokenizer, tmp_path / "whole", TREE, cls=Watching, bf16=True)
+    forward = whole.model.forward
+    whole.train()
+    assert seen == {(1, True), (2, True)} and whole.model.forward == forward
+    with pytest.raises(KeyboardInterrupt):
+        make(backbones, tokenizer, tmp_path / "cut", TREE, cls=dying("stage_ended", 1), bf16=True).train()
+    resumed = make(backbones, tokenizer, tmp_path / "cut", TREE, bf16=True)
+    resumed.train(resume_from_checkpoint=True)
+    assert learnt(resumed) == learnt(whole)
+
+
 @pytest.mark.parametrize("step", [4, 6])  # the last checkpoint is one before, where nothing was evaluated
 def test_8_an_evaluation_at_the_start_is_not_repeated(backbones, tokenizer, tmp_path, step):
     """It would count as one without progress, and a resumed run would leave the task earlier."""

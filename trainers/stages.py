@@ -134,6 +134,8 @@ class HFTStages:
             self.eval_dataset = all_eval_sets
             self.model.forward = forward
             vars(self.model).pop("_original_forward", None)
+            if not self.is_fsdp_enabled:  # else the next stage's start would pass by what it wraps
+                vars(self.model).pop("_is_accelerate_prepared", None)
         if is_stopped:
             output.metrics["stopped"] = self.state.global_step
             return output
