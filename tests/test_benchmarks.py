@@ -440,6 +440,70 @@ def cells_of(script: str, folder: Path, backbones, *arguments) -> list[dict]:
     return read_cells(out)
 
 
+CUT_OFF = """
+# Each cell whole, and again by runs that end as soon as they have written down something new.
+import sys, unfinished, quality
+from pathlib import Path
+
+methods, data, backbone, folder = sys.argv[1].split(","), *sys.argv[2:]
+unfinished.SAVE_STEPS = 2
+quality.BUDGETS["small"]["batch"] = 4
+
+class CutOff(Exception):
+    pass
+
+def run(out):
+    sys.argv[1:] = ["--data", data, "--backbone", backbone, "--out", str(Path(folder) / out)]
+    quality.Benchmark(arguments.parse_args()).run(method, 1e-3, 0)
+
+def cut_off(work):
+    note(work)
+    there = {*work._kept["values"], *map(str, work.folder.rglob("*"))}
+    if not there <= seen:
+        seen.update(there)
+        raise CutOff
+
+arguments = quality.parser("", "")
+arguments.set_defaults(tasks="sst2,yelp", budget="small")
+for method in methods:
+    run("whole.jsonl")
+    note, unfinished.Work.note, runs, seen = unfinished.Work.note, cut_off, 0, set()
+    while True:
+        try:
+            runs += 1
+            run("pieces.jsonl")
+        except CutOff:
+            continue
+        break
+    unfinished.Work.note = note
+    print(method, runs)
+"""
+
+
+def without_times(line: dict) -> dict:
+    return {key: value for key, value in line.items() if key not in ("seconds", "peak_gib")}
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        "hft_root_no_memory",
+        pytest.param("hft_shared,hft_planned,single,joint,sequential_replay,olora,osf,arrow", marks=pytest.mark.slow),
+    ],
+)
+def test_a_cell_in_pieces_is_the_cell(methods, backbones, tmp_path):
+    """Cut off at each checkpoint, each end of a training and each score: the same numbers, to the last bit."""
+    write_tasks(tmp_path / "data", ("sst2", "yelp", "agnews", "copa", "boolq"))
+    command = [sys.executable, "-c", CUT_OFF, methods, tmp_path / "data", backbones["llama"], tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    whole, pieces = read_cells(tmp_path / "whole.jsonl"), read_cells(tmp_path / "pieces.jsonl")
+    assert [line["method"] for line in whole] == methods.split(",")
+    assert list(map(without_times, pieces)) == list(map(without_times, whole))
+    assert not list((tmp_path / ".unfinished").iterdir())  # a cell that has ended leaves nothing
+    assert int(done.stdout.split()[-1]) > 10
+
+
 @pytest.mark.slow
 def test_parts_are_switched_off(backbones, tmp_path):
     from ablation import TREE
@@ -504,7 +568,7 @@ def test_tasks_refine_what_a_root_has_learnt(backbones, tmp_path):
 
 @pytest.mark.slow
 def test_what_each_task_takes_on_disk(backbones, tmp_path):
-    from quality import CL14
+    from hft_methods import CL14
 
     write_tasks(tmp_path / "data", CL14)
     whole, least = cells_of("growth.py", tmp_path, backbones, "--tolerances", "0,1e9")

@@ -26,6 +26,7 @@ from harness import (
     train_hft,
     with_roots,
 )
+from unfinished import Work
 
 import hft
 from hft.gates_hft import HFTGateTable
@@ -109,6 +110,7 @@ def learn(
     rows: Mapping[str, list[dict]],
     validation: dict[str, list[dict]],
     seed: int,
+    work: Work,
     tests: Mapping[str, EvalSet] | None = None,
 ) -> dict[str, Any]:
     """Scores of the tasks after one epoch of `SAMPLES` rows each on a hierarchy, roots of families included, for a cell.
@@ -117,10 +119,11 @@ def learn(
     """
     train = {task: sample(its, SAMPLES, seed) for task, its in rows.items()}
     train, training = with_roots(train, families, TRAINING)
-    model = train_hft(backbone, tokenizer, tree, train, seed, training)
-    tasks = score(model, tokenizer, validation, lambda task: task)
+    model = train_hft(backbone, tokenizer, tree, train, seed, training, work=work)
+    tasks = score(model, tokenizer, validation, lambda task: task, work=work)
     for task, data in (tests or {}).items():
-        tasks[task] = accuracy([float(mark == 1) for mark in score_task(model, tokenizer, data, task)])
+        marks = work.remember(f"test: {task}", lambda task=task, data=data: score_task(model, tokenizer, data, task))
+        tasks[task] = accuracy([float(mark == 1) for mark in marks])
     return {"value": mean_accuracy(tasks), "tasks": tasks, "hierarchy": dict(tree)}
 
 
@@ -189,8 +192,8 @@ def main() -> None:
             train = {task: sample(rows[task], args.samples or None, seed) for task in TREE}
             training = {**TRAINING, **options.pop("training", {})}
             train, training = with_roots(train, options.pop("families", {}), training)
-            model = train_hft(backbone, tokenizer, tree, train, seed, training, **options)
-            tasks = score(model, tokenizer, validation, lambda task: task)
+            model = train_hft(backbone, tokenizer, tree, train, seed, training, work=result.work, **options)
+            tasks = score(model, tokenizer, validation, lambda task: task, work=result.work)
             gates = {task: mean_gates(model.gates(task)) for task in TREE}
             result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree, gates=gates, training=training)
             result.update(attention=attention())

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from harness import NF4, attention
+from harness import NF4, QUIET, attention
 from peft import ArrowConfig, LoraConfig, OSFConfig, create_arrow_model, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerBase, set_seed
 from trl import SFTConfig, SFTTrainer
+from unfinished import Work, WorkCallback
+
+from hft.trainers.checkpoints import last_checkpoint
 
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -33,7 +37,8 @@ class Setup:
         rank: of a LoRA.
         training: keys of SFTConfig; epochs are of one task.
         seed: of weights and order.
-        after_task: called with the method's model after each task of a sequence.
+        after_task: called with the method's model after each task of a sequence; does what it does once.
+        work: what was done so far.
     """
 
     backbone: str
@@ -45,6 +50,7 @@ class Setup:
     training: dict[str, Any]
     seed: int
     after_task: Callable[[str, Callable[[str], Any]], None] = lambda task, model_of: None
+    work: Work = field(default_factory=Work)
 
 
 @dataclass
@@ -80,24 +86,60 @@ def lora(setup: Setup, rank: int | None = None) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS, task_type="CAUSAL_LM")
 
 
-def fit(setup: Setup, model: Any, rows: Dataset, trainer: type[SFTTrainer] = SFTTrainer, **options: Any) -> Any:
+class LoRATrainer(SFTTrainer):
+    """TRL's, whose checkpoints hold what trains and no more, whichever of PEFT's methods it is of."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(
+            {name: p.detach().contiguous() for name, p in self._training().items()}, folder / "training.safetensors"
+        )
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with torch.no_grad():
+            for name, saved in load_file(Path(resume_from_checkpoint) / "training.safetensors").items():
+                self._training()[name].copy_(saved)
+
+    def _training(self) -> dict[str, torch.nn.Parameter]:
+        return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def train_on(self) -> None:
+        """As `train`, from where an earlier run was cut off: after its end, if it came so far."""
+        folder = Path(self.args.output_dir)
+        if not (folder / "end").is_dir():
+            self.train(resume_from_checkpoint=last_checkpoint(folder))
+            self._save(str(folder / "end.writing"))
+            (folder / "end.writing").rename(folder / "end")
+        else:
+            self._load_from_checkpoint(str(folder / "end"))
+
+
+def fit(setup: Setup, model: Any, rows: Dataset, trainer: type[LoRATrainer] = LoRATrainer, **options: Any) -> Any:
     """One training by TRL's SFTTrainer; `options` go to the trainer."""
-    with tempfile.TemporaryDirectory() as folder:
+    with setup.work.training() as folder:
         config = SFTConfig(
-            output_dir=folder,
+            output_dir=str(folder),
             seed=setup.seed,
-            save_strategy="no",
-            report_to="none",
-            logging_strategy="no",
-            disable_tqdm=True,
-            gradient_checkpointing=False,
             use_cpu=not torch.accelerator.is_available(),
+            **QUIET,
+            **setup.work.saving(),
             **setup.training,
         )
-        made = trainer(model, config, train_dataset=rows, processing_class=setup.tokenizer, **options)
-        made.train()
-    made.model.eval()
-    return made.model
+        made = trainer(
+            model,
+            config,
+            train_dataset=rows,
+            processing_class=setup.tokenizer,
+            callbacks=[WorkCallback(setup.work)],
+            **options,
+        )
+        made.train_on()
+    trained = made.accelerator.unwrap_model(made.model, keep_fp32_wrapper=False).eval()
+    # What comes next is as in a run that goes on from here: unwrapped, and with numbers of its own to draw.
+    vars(trained).pop("_is_accelerate_prepared", None)
+    set_seed(setup.seed + 1000 * setup.work.trainings)
+    return trained
 
 
 def count(model: Any, part: str = "lora_") -> int:
@@ -186,7 +228,7 @@ def olora(setup: Setup, weight: float = 0.5) -> Outcome:
 
     learnt: list[str] = []
 
-    class OLoRATrainer(SFTTrainer):
+    class OLoRATrainer(LoRATrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             penalty = weight * orthogonality(factors(task), [factors(other) for other in learnt])

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING
-from harness import cell, parser, prepare, read_rows, sample, saved_model, score, todo, train_hft, train_open
+from harness import cell, parser, prepare, read_rows, sample, saved_model, score, todo, train_hft, train_open, work_of
 from transformers import set_seed
+from unfinished import Work
 
 
 WAYS = {
@@ -37,20 +38,21 @@ def main() -> None:
         for split in ("train", "validation")
     }
     settings = [f"{parent}: {way}" for way in WAYS for parent in PARENTS]
-    base, base_seed = Path(tempfile.mkdtemp()), None
+    base, base_seed, base_work = Path(tempfile.mkdtemp()), None, Work()
     for setting, seed in todo(args.out, "gates", settings, args.seeds):
         if seed != base_seed:
             train = {task: sample(rows[task, "train"], 200, seed) for task in ("sst2", "agnews")}
-            model = train_hft(backbone, tokenizer, {key: [] for key in train}, train, seed, TRAINING)
+            base_work.forget()
+            base_seed, base_work = seed, work_of(args.out, "gates", "base", seed)
+            model = train_hft(backbone, tokenizer, {key: [] for key in train}, train, seed, TRAINING, work=base_work)
             model.save_pretrained(base)
-            base_seed = seed
         parent, way = setting.split(": ")
         with cell(args.out, "gates", setting, seed) as result:
             set_seed(seed)
             model = saved_model(base)
             model.add_task(CHILD, PARENTS[parent])
             train = {CHILD: sample(rows[CHILD, "train"], 200, seed)}
-            train_open(model, tokenizer, train, seed, {**TRAINING, **WAYS[way]})
+            train_open(model, tokenizer, train, seed, {**TRAINING, **WAYS[way]}, work=result.work)
             tasks = score(model, tokenizer, {CHILD: rows[CHILD, "validation"][:EVAL_ROWS]}, lambda task: task)
             gates = model.gates(CHILD)
             zeros = {
@@ -64,6 +66,7 @@ def main() -> None:
             if small.any():
                 rows_of = {CHILD: rows[CHILD, "validation"][:EVAL_ROWS]}
                 result["threshold"].update(score(model, tokenizer, rows_of, lambda task: task)[CHILD])
+    base_work.forget()
     shutil.rmtree(base)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ablation import EVAL_ROWS, MAX_INPUT_TOKENS, TRAINING
 from harness import attention, cell, parser, prepare, read_tasks, sample, todo, train_hft
-from quality import CL14
+from hft_methods import CL14
 
 import hft
 from hft.trainers import HFTTrainer

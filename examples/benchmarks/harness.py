@@ -1,7 +1,8 @@
 """What the benchmarks share: data, scores, and result files that fill up cell by cell.
 
 A result file holds JSON lines, one a cell: name, setting, seed, value, seconds, machine, versions and what else there is
-to say. A cell that is in the file is not run again, so a run that was cut off goes on where it stopped.
+to say. A cell that is in the file is not run again, and one that was cut off goes on from its last checkpoint or score
+(`unfinished.py`): a run may be stopped at any time, and the same command goes on.
 """
 
 import argparse
@@ -9,9 +10,8 @@ import contextlib
 import json
 import os
 import platform
+import re
 import resource
-import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from bfloat16_products import use_float32_products
 from datasets import Dataset, concatenate_datasets, disable_progress_bars, load_dataset
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils import logging
+from unfinished import Work, WorkCallback
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig, run_record
@@ -148,18 +149,7 @@ def refining_together(training: Mapping[str, Any], tasks: Iterable[str], rate: f
     }
 
 
-def quiet_config(folder: str, seed: int, training: Mapping[str, Any]) -> HFTTrainingConfig:
-    """Training arguments that write and log next to nothing."""
-    return HFTTrainingConfig(
-        output_dir=folder,
-        seed=seed,
-        save_strategy="no",
-        report_to="none",
-        logging_strategy="no",
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-        **training,
-    )
+QUIET = {"report_to": "none", "logging_strategy": "no", "disable_tqdm": True, "gradient_checkpointing": False}
 
 
 def new_model(backbone: str, hierarchy: Mapping[str, list[str]], **options: Any) -> hft.HFTForCausalLM:
@@ -187,12 +177,13 @@ def train_hft(
     trainer_class: type[HFTTrainer] = HFTTrainer,
     validation: Mapping[str, Dataset] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    work: Work | None = None,
     **model_options: Any,
 ) -> hft.HFTForCausalLM:
     """A model that has learnt the hierarchy's tasks, in NF4; `model_options` as for `new_model`."""
     set_seed(seed)
     model = new_model(backbone, hierarchy, **model_options)
-    return train_open(model, tokenizer, train, seed, training, trainer_class, validation, callbacks)
+    return train_open(model, tokenizer, train, seed, training, trainer_class, validation, callbacks, work)
 
 
 def train_open(
@@ -204,15 +195,26 @@ def train_open(
     trainer_class: type[HFTTrainer] = HFTTrainer,
     validation: Mapping[str, Dataset] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    work: Work | None = None,
 ) -> hft.HFTForCausalLM:
-    """The same model once it has learnt its open tasks, in evaluation mode."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = quiet_config(folder, seed, training)
+    """The same model once it has learnt its open tasks, in evaluation mode.
+
+    Args:
+        work: of the cell that it is for: a training that an earlier run began there goes on, to the same result.
+    """
+    work = Work() if work is None else work
+    with work.training() as folder:
+        config = HFTTrainingConfig(output_dir=str(folder), seed=seed, **QUIET, **work.saving(), **training)
         eval_dataset = None if validation is None else dict(validation)
         trainer = trainer_class(
-            model, config, dict(train), eval_dataset, processing_class=tokenizer, callbacks=list(callbacks)
+            model,
+            config,
+            dict(train),
+            eval_dataset,
+            processing_class=tokenizer,
+            callbacks=[*callbacks, WorkCallback(work)],
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=True)
     model.eval()
     return model
 
@@ -224,6 +226,8 @@ def score(
     task_of: Callable[[str], str | None],
     right_of: dict[str, list[float]] | None = None,
     first: int = 0,
+    work: Work | None = None,
+    name: str = "score",
 ) -> dict:
     """Accuracy (%) with its standard error and loss (nats an answer) of each task, options by likelihood.
 
@@ -231,12 +235,19 @@ def score(
         task_of: task -> whose path to take; None for the plain model.
         right_of: gets, for each task, whether each row was right.
         first: so many rows share no batch with the others, and so are scored to the bit as they are alone.
+        work: of the cell that it is for: what an earlier run has scored there by this `name` is not scored again.
     """
+    work = Work() if work is None else work
+
+    def scored(task: str) -> tuple[list[float], list[float]]:
+        parts = [part for part in (rows[task][:first], rows[task][first:]) if part]
+        found = [score_options(model, tokenizer, part, task_of(task)) for part in parts]
+        right, loss = ([value for part in its for value in part] for its in zip(*found, strict=True))
+        return right, loss
+
     results = {}
-    for task, its_rows in rows.items():
-        parts = [part for part in (its_rows[:first], its_rows[first:]) if part]
-        scored = [score_options(model, tokenizer, part, task_of(task)) for part in parts]
-        right, loss = ([value for part in found for value in part] for found in zip(*scored, strict=True))
+    for task in rows:
+        right, loss = work.remember(f"{name}: {task}", lambda task=task: scored(task))
         if right_of is not None:
             right_of[task] = right
         results[task] = {**accuracy(right), "loss": round(sum(loss) / len(loss), 4)}
@@ -311,20 +322,34 @@ def todo(path: Path, name: str, settings: list[str], seeds: int) -> Iterator[tup
                 yield setting, seed
 
 
+class Cell(dict[str, Any]):
+    """What a cell has to say, and what it has done so far."""
+
+    work: Work
+
+
+def work_of(path: Path, *names: str | int) -> Work:
+    """What was done for something that is in a result file only once it is done."""
+    folder = re.sub(r"[^\w.@-]+", "_", "-".join(map(str, names)))
+    return Work(path.parent / ".unfinished" / folder, {"machine": machine(), "versions": versions()}, peak_bytes)
+
+
 @contextlib.contextmanager
-def cell(path: Path, name: str, setting: str, seed: int) -> Iterator[dict[str, Any]]:
+def cell(path: Path, name: str, setting: str, seed: int) -> Iterator[Cell]:
     """Times a block, and appends what it puts into the dict as one line, if it ends without an error."""
-    begin = time.time()
     reset_peak()
-    result: dict[str, Any] = {}
-    print(f"{name}: {setting}, seed {seed} ...", end=" ", flush=True)
+    result = Cell()
+    result.work = work_of(path, name, setting, seed)
+    begun = "goes on " if result.work.is_begun() else ""
+    print(f"{name}: {setting}, seed {seed} {begun}...", end=" ", flush=True)
     yield result
-    seconds = round(time.time() - begin, 1)
+    seconds = round(result.work.seconds(), 1)
     line = {"name": name, "setting": setting, "seed": seed, **result, "seconds": seconds,
-            "peak_gib": round(peak_bytes() / 2**30, 2), "machine": machine(), "versions": versions()}  # fmt: skip
+            "peak_gib": round(result.work.peak() / 2**30, 2), "machine": machine(), "versions": versions()}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    result.work.forget()
     print(f"{result.get('value')} ({seconds:.0f} s)", flush=True)

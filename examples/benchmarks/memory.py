@@ -29,8 +29,10 @@ from harness import (
     todo,
     train_hft,
     train_open,
+    work_of,
 )
 from transformers import set_seed
+from unfinished import Work
 
 import hft
 from hft.trainers.interference import switched_off
@@ -81,10 +83,12 @@ def norms(model: hft.HFTForCausalLM, task: str) -> dict[str, list[float]]:
     return {label: [round(x, 3) for x in column] for label, column in zip(sources.labels(), columns, strict=True)}
 
 
-def score_without(model: hft.HFTForCausalLM, tokenizer: Any, rows: list[dict], task: str, page: int) -> dict:
+def score_without(
+    model: hft.HFTForCausalLM, tokenizer: Any, rows: list[dict], task: str, page: int, work: Work
+) -> dict:
     """The task's score with its gates on a page at 0."""
     with switched_off(model, task, f"page:{page}"):
-        return score(model, tokenizer, {task: rows}, lambda task: task)[task]
+        return score(model, tokenizer, {task: rows}, lambda task: task, work=work, name=f"without {page}")[task]
 
 
 def main() -> None:
@@ -97,19 +101,23 @@ def main() -> None:
     rows, validation = read_tasks(args.data, first + world.later, tokenizer, MAX_INPUT_TOKENS, EVAL_ROWS)
     settings = ["first", *(f"{task}: {way}" for task in world.later for way in WAYS)]
     base = tempfile.TemporaryDirectory()
-    base_seed = None
+    base_seed, base_work = None, Work()
     for setting, seed in todo(args.out, world.name, settings, args.seeds):
         if seed != base_seed:
             train = {task: sample(rows[task], 200, seed) for task in first}
             tree = {task: [] for task in first}
-            model = train_hft(backbone, tokenizer, tree, train, seed, world.training, memory_config=memory)
+            base_work.forget()
+            base_seed, base_work = seed, work_of(args.out, world.name, "base", seed)
+            model = train_hft(
+                backbone, tokenizer, tree, train, seed, world.training, work=base_work, memory_config=memory
+            )
             model.save_pretrained(base.name)
-            base_seed = seed
         with cell(args.out, world.name, setting, seed) as result:
             if setting == "first":
-                tasks = score(model, tokenizer, {task: validation[task] for task in first}, lambda task: task)
+                work, its_rows = result.work, {task: validation[task] for task in first}
+                tasks = score(model, tokenizer, its_rows, lambda task: task, work=work)
                 for task in first:
-                    tasks[task]["without page 1"] = score_without(model, tokenizer, validation[task], task, 1)
+                    tasks[task]["without page 1"] = score_without(model, tokenizer, its_rows[task], task, 1, work)
                 added = {task: norms(model, task) for task in first}
                 fall = sum(its["accuracy"] - its["without page 1"]["accuracy"] for its in tasks.values())
                 result.update(value=round(fall / len(first), 3), tasks=tasks, added=added)
@@ -117,18 +125,21 @@ def main() -> None:
             task, way = setting.split(": ")
             train = {task: sample(rows[task], 200, seed)}
             if WAYS[way] is None:
-                model = train_hft(backbone, tokenizer, {task: []}, train, seed, TRAINING, memory_config=memory)
+                model = train_hft(
+                    backbone, tokenizer, {task: []}, train, seed, TRAINING, work=result.work, memory_config=memory
+                )
             else:
                 set_seed(seed)
                 model = saved_model(base.name)
                 model.hft_gates.root_page_start = WAYS[way]["root_init"]
                 model.add_task(task)
-                train_open(model, tokenizer, train, seed, TRAINING)
-            tasks = score(model, tokenizer, {task: validation[task]}, lambda task: task)
+                train_open(model, tokenizer, train, seed, TRAINING, work=result.work)
+            tasks = score(model, tokenizer, {task: validation[task]}, lambda task: task, work=result.work)
             if WAYS[way] is not None:
-                tasks[task]["without page 1"] = score_without(model, tokenizer, validation[task], task, 1)
+                tasks[task]["without page 1"] = score_without(model, tokenizer, validation[task], task, 1, result.work)
             result.update(value=tasks[task]["accuracy"], tasks=tasks, added={task: norms(model, task)})
             result.update(gates=model.gates(task).mean())
+    base_work.forget()
     base.cleanup()
 
 

@@ -42,8 +42,9 @@ from harness import (
     train_hft,
     with_roots,
 )
+from hft_methods import CL14
 from planner_measures import by_pair, exchanged, in_other_words, measure_all, of_plan, overlaps_between
-from quality import BUDGETS, CL14, FAMILY, read_shuffled
+from quality import BUDGETS, FAMILY, read_shuffled
 from transformers import TrainerCallback
 
 from hft.trainers import plan_hierarchy
@@ -236,9 +237,9 @@ def main() -> None:
                 tree = truth_tree(setting, families)
                 train = {task: sample(rows[task], SAMPLES, seed) for task in tree if task not in families}
                 train, training = with_roots(train, families, TRUTH)
-                model = train_hft(backbone, tokenizer, tree, train, seed, training)
+                model = train_hft(backbone, tokenizer, tree, train, seed, training, work=result.work)
                 children = {task: validation[task] for task, parents in tree.items() if parents}
-                tasks = score(model, tokenizer, children, lambda task: task)
+                tasks = score(model, tokenizer, children, lambda task: task, work=result.work)
                 result.update(value=mean_accuracy(tasks), tasks=tasks, hierarchy=tree)
 
 

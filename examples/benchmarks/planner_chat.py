@@ -95,7 +95,7 @@ def main() -> None:
                 result.update(reasons={f"{edge.parent}>{edge.child}": str(edge) for edge in found.edges})
                 continue
             tree, families = (plan["hierarchy"], plan["families"]) if setting == "found" and plan else trees[setting]
-            result.update(learn(backbone, tokenizer, tree, families, rows, validation, seed, tests))
+            result.update(learn(backbone, tokenizer, tree, families, rows, validation, seed, result.work, tests))
             result.update(attention=attention())
 
 

@@ -23,7 +23,8 @@ from harness import (
     train_hft,
     train_open,
 )
-from quality import BUDGETS, FAMILY, NO_MEMORY, RANK, read_shuffled
+from hft_methods import NO_MEMORY
+from quality import BUDGETS, FAMILY, RANK, read_shuffled
 from transformers import set_seed
 
 
@@ -59,7 +60,17 @@ def main() -> None:
             if not (folder / "config.json").exists():
                 training = {**TRAINING, "num_train_epochs": epochs}
                 all_rows = rows_of_roots(train, {"all": FAMILY})
-                made = train_hft(backbone, tokenizer, {"all": []}, all_rows, seed, training, rank=RANK, **NO_MEMORY)
+                made = train_hft(
+                    backbone,
+                    tokenizer,
+                    {"all": []},
+                    all_rows,
+                    seed,
+                    training,
+                    work=result.work,
+                    rank=RANK,
+                    **NO_MEMORY,
+                )
                 made.save_pretrained(folder)
             set_seed(seed)
             model = saved_model(folder)
