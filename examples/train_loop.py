@@ -118,7 +118,8 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.backbone)
     model = hft.HFTForCausalLM.from_backbone(args.backbone, hierarchy)
     rows = {task: [tokenize(row, tokenizer) for row in toy_rows(task)] for task in hierarchy}
-    train(model, rows, tokenizer.pad_token_id, max_steps=args.max_steps)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    train(model, rows, pad, max_steps=args.max_steps)
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     print(model.hierarchy.draw())

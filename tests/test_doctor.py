@@ -48,6 +48,12 @@ def test_missing_old_and_broken_packages_are_named(monkeypatch, capsys):
     ]
 
 
+def test_a_build_for_a_gpu_that_is_not_here_computes_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert "right on cpu" in str(doctors._nf4())
+
+
 def test_a_bitsandbytes_that_is_missing_or_wrong_is_noticed(monkeypatch, capsys):
     import bitsandbytes as bnb
 

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from datasets import Dataset
@@ -6,15 +8,17 @@ import hft
 from hft.trainers.curriculum import BlockSampler, Stage, open_stages
 from hft.trainers.evaluation import (
     EvalSet,
+    answer_ids,
     generate_answers,
     mean_and_error,
     option_likelihoods,
+    prompt_ids,
     routes_of,
     score_options,
     score_task,
 )
 from hft.trainers.metrics import OPTIONS, exact_match, find_metric, metric_name, rouge_l
-from hft.trainers.task_data import OneTaskCollator, split_by_task
+from hft.trainers.task_data import OneTaskCollator, split_by_task, tokenize_rows
 from hft.trainers.transfer import average_performance, backward_transfer, forgetting, format_matrix, forward_transfer
 
 from .tiny import grow
@@ -56,6 +60,8 @@ def test_metrics_by_name(monkeypatch):
         ("exact_mach", "exact_match"),
         ("no_module:f", "could not be imported"),
         ("operator:nothing", "could not be imported"),
+        (".relative:f", "could not be imported"),
+        (":f", "could not be imported"),
         ("reasoning_gym:chain_sums", "no family 'chain_sums'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -91,6 +97,45 @@ def test_the_options_metric_takes_chat_rows_and_routes(model, tokenizer, task):
     assert routed == alone
     with pytest.raises(ValueError, match="not among the options"):
         score_task(model, tokenizer, EvalSet([{**rows[0], "options": ["maybe"]}], OPTIONS), task)
+
+
+def test_an_option_ends_as_the_chat_template_ends_an_answer(model, tokenizer):
+    """Whatever the tokenizer's own end of text is: Gemma and Phi end a turn otherwise, and only that was learnt."""
+    other = copy.deepcopy(tokenizer)
+    turn = other.bos_token_id
+    other.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}<s>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"{i}?"}],
+            "completion": [{"role": "assistant", "content": answer}],
+            "options": ["so", "so so"],
+        }
+        for i, answer in enumerate(["so", "so so"] * 3)
+    ]
+    for row, learnt in zip(rows, tokenize_rows(rows, other), strict=True):
+        labels = [label for label in learnt["labels"] if label != -100]
+        found = answer_ids(other, row["prompt"], row["completion"][0]["content"])
+        assert found[-1] == turn and labels[: len(found)] == found and turn not in found[:-1]
+    assert answer_ids(other, "plain", "so")[-1] == other.eos_token_id != turn
+    whole = [prompt_ids(other, row["prompt"]) for row in rows]
+    found = option_likelihoods(model, other, rows, "a")
+    for ids, its in zip(whole, found, strict=True):
+        for option, likelihood in zip(rows[0]["options"], its, strict=True):
+            tail = answer_ids(other, rows[0]["prompt"], option)
+            with torch.no_grad():
+                log_TV = model(torch.tensor([ids + tail]), task="a").logits[0].log_softmax(-1)
+            expected = sum(log_TV[len(ids) - 1 + place, token].item() for place, token in enumerate(tail))
+            assert likelihood == pytest.approx(expected, abs=1e-3)
+
+
+def test_answers_are_greedy_whatever_the_backbone_generates_by(model, tokenizer):
+    prompts = [f"is it {i}" for i in range(4)]
+    expected = generate_answers(model, tokenizer, prompts, "d", 8)
+    model.generation_config.update(repetition_penalty=5.0, num_beams=3, no_repeat_ngram_size=1)
+    assert generate_answers(model, tokenizer, prompts, "d", 8) == expected
 
 
 def test_the_matrix_as_text():

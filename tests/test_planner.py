@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import sys
 import time
 from dataclasses import replace
 
@@ -291,6 +292,25 @@ def test_prompts_are_cut_so_that_any_option_fits_behind_them(fresh, tokenizer):
     whole = [tokenizer(row["prompt"])["input_ids"] for row in sample.probe]
     assert sample.prompts == [ids[-(64 - 1 - 9) :] for ids in whole]
     assert max(len(row["input_ids"]) for row in sample.tokens) <= 64
+
+
+def test_rows_to_measure_on_are_none_of_the_pilots_and_have_several_answers(tokenizer):
+    rows = [{"prompt": f"{i % 10}", "completion": "y" if i % 10 else "n"} for i in range(40)]
+    sample = take_sample("twice", rows, tokenizer, QUICK)
+    learnt = {tuple(row["input_ids"]) for row in sample.pilot}
+    twice = sum(tuple(row["input_ids"]) in learnt for row in sample.tokens)
+    assert twice > 0 and f"{twice} of the 16 rows to measure on come twice" in sample.note
+    for seed in range(8):
+        sample = take_sample("rare", rows[:10], tokenizer, replace(QUICK, seed=seed))
+        assert {row["completion"] for row in sample.probe} == {"y", "n"}
+        learnt = {tuple(row["input_ids"]) for row in sample.pilot}
+        assert not learnt & {tuple(row["input_ids"]) for row in sample.tokens} and len(learnt) == 5
+
+
+def test_a_picture_that_cannot_be_drawn_is_known_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["plan", "--data", str(tmp_path), "--out", str(tmp_path / "tree.svg")]) == 1
+    assert "needs matplotlib" in capsys.readouterr().err
 
 
 def test_candidates_are_the_nearest_by_their_prompts(fresh, tokenizer):

@@ -18,7 +18,7 @@ from hft.trainers.cli import main
 from hft.trainers.evaluation import EvalSet, score_options
 from hft.trainers.interference import advice, contributions, cross_scores, switched_off
 from hft.trainers.metrics import OPTIONS
-from hft.trainers.model_card import write_model_card
+from hft.trainers.model_card import name_repository, write_model_card
 from hft.trainers.report import write_report
 from hft.trainers.run_record import RunRecord, as_score
 from tests.tiny import grow, snapshot
@@ -210,6 +210,41 @@ def test_the_card(run, tmp_path):
         (tmp_path / file).write_text("{}")
         write_model_card(run.model.config, gates, tmp_path)
         assert ("apply_chat_template" in (tmp_path / "README.md").read_text()) == is_chat
+
+
+def test_the_card_is_a_card_whatever_came_from_where(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("hft.trainers.model_card.is_matplotlib_available", lambda: False)  # pictures take seconds
+    gates = {task: run.model.gates(task) for task in run.model.hierarchy.names}
+    record, file = RunRecord.load(run._root), tmp_path / "README.md"
+    first, second, *_ = record.last_scores()
+    for task, config in ((first, "one"), (second, "two")):
+        record.data[task] |= {"source": "you/data", "config": config}
+    write_model_card(run.model.config, gates, tmp_path, record)
+    lines = file.read_text().splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("| task |"))
+    table = lines[begin : begin + 2 + len(record.last_scores())]
+    assert all(line.startswith("|") for line in table) and lines[begin + len(table)] == ""
+    results = {its.dataset_name: its for its in ModelCard.load(file).data.eval_results}
+    assert results.keys() == record.last_scores().keys()  # not one for both
+    assert (results[first].dataset_type, results[first].dataset_config) == ("you/data", "one")
+    record.data[second]["config"] = "one"
+    write_model_card(run.model.config, gates, tmp_path, record)
+    results = {its.dataset_name: its for its in ModelCard.load(file).data.eval_results}
+    assert results.keys() == record.last_scores().keys() and results[second].dataset_type == second
+
+    assert "<this repository>" in file.read_text()
+    name_repository(tmp_path, "me/mine")
+    text = file.read_text()
+    assert "<this repository>" not in text and text.count('"me/mine"') == 4 and "- name: mine\n" in text
+    name_repository(tmp_path, "me/other")
+    assert file.read_text() == text  # it has a name
+    name_repository(tmp_path / "nowhere", "me/other")
+
+    for broken in (b"---\nlicense: [a\n---\n", b"\xff\xfe", b"---\n- a\n---\n"):
+        (tmp_path / "backbone.md").write_bytes(broken)
+        monkeypatch.setattr("hft.trainers.model_card.cached_file", lambda *_, **__: tmp_path / "backbone.md")
+        write_model_card(run.model.config, gates, tmp_path, record)
+        assert ModelCard.load(file).data.license is None
 
 
 def test_a_broken_record(tmp_path):

@@ -116,20 +116,26 @@ def scores_chart(matrix: Matrix, levels: Sequence[int]) -> Any:
 
 def gates_chart(tables: Sequence[HFTGateTable]) -> Any:
     """The absolute gates of each task, layer by layer: what it lets in, where."""
-    heights = [max(1, len(table.sources)) for table in tables]
-    figure = new_figure(7.0, 0.9 * len(tables) + 0.24 * sum(heights) + 0.4)
-    panels = figure.subplots(len(tables), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
+    width, wide, title, row, end = 7.0, 5.2, 0.4, 0.24, 0.6  # inches; fixed, since to fit many panels takes minutes
+    heights = [row * max(1, len(table.sources)) for table in tables]
+    height = title * len(tables) + sum(heights) + end
+    figure = new_figure(width, height, layout=None)
     top = max(1.0, *(float(table.values.abs().max()) for table in tables))
-    image = None
-    for axes, table in zip(panels, tables, strict=True):
+    image, edge = None, height
+    for number, (table, tall) in enumerate(zip(tables, heights, strict=True), start=1):
+        edge -= title + tall
+        axes = figure.add_axes((0.0, edge / height, wide / width, tall / height))
         image = axes.imshow(table.values.abs().T.numpy(), cmap=COLOURS, vmin=0.0, vmax=top, aspect="auto")
         mean = table.mean()
         axes.set_yticks(range(len(table.sources)), [f"{source}  {mean[source]:.2f}" for source in table.sources])
-        axes.tick_params(length=0, labelsize=8)
+        axes.tick_params(length=0, labelsize=8, labelbottom=number == len(tables))
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_title(table.task, fontsize=9, loc="left")
-    panels[-1].set_xlabel("layer")
-    panels[-1].xaxis.get_major_locator().set_params(integer=True)
-    figure.colorbar(image, ax=list(panels), label="|gate|", shrink=0.8)
+        if number == len(tables):
+            axes.set_xlabel("layer")
+    bar = min(3.0, height - title - end)  # beside the first panels
+    place = ((wide + 0.2) / width, 1 - (title + bar) / height, 0.15 / width, bar / height)
+    figure.colorbar(image, cax=figure.add_axes(place), label="|gate|")
     return figure
 
 

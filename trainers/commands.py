@@ -200,13 +200,19 @@ def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
 
 def push(args: argparse.Namespace, _: dict[str, Any]) -> None:
+    from huggingface_hub import create_repo
+
     import hft
     from hft.upload_hft import check_shareable, upload
+
+    from .model_card import name_repository
 
     check_folder(args.model)
     config, _gates = hft.read_gates(args.model)
     check_shareable(config)
-    commit = upload(args.model, args.repo_id, args.message, args.private)
+    repo_id = create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
+    name_repository(args.model, repo_id)
+    commit = upload(args.model, repo_id, args.message, args.private)
     print(f"{len(config.tasks)} tasks are in {commit.repo_url}, commit {commit.oid}")
 
 

@@ -16,7 +16,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from hft.attention_hft import has_flash_attention
 
-from .compute_dtype import is_bfloat16_slow
+from .compute_dtype import device_here, is_bfloat16_slow
 
 
 DISTRIBUTION = "modeling-hft"
@@ -100,7 +100,7 @@ def _nf4() -> Finding:
     try:
         import bitsandbytes as bnb
 
-        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        device = device_here()
         linear = bnb.nn.Linear4bit(128, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4").to(device)
         if "support_avx512bf16_for_cpu" in vars(linear):
             linear.support_avx512bf16_for_cpu = False  # as HFT's models do: else it spoils gradients

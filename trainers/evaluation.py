@@ -14,6 +14,9 @@ from .metrics import OPTIONS, Metric, Row, exact_match, find_metric, reference
 
 
 Messages = Sequence[Mapping[str, str]]
+# Whatever the backbone's generation config says: a penalty on repetition would be one on options that the prompt names.
+GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None,
+          "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,7 @@ def generate_answers(
                 attention_mask=batch["attention_mask"],
                 task=task,
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
+                **GREEDY,
             )
             new = with_answer[:, batch["input_ids"].shape[1] :]
             for i, answer in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
@@ -166,6 +166,22 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> li
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
+def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, answer: str) -> list[int]:
+    """The token ids of an answer to a prompt with what ends it, as a task learns them.
+
+    That is the end of text; after messages, what the chat template puts there, up to its last special token: `<|im_end|>`,
+    `<end_of_turn>`, whatever the tokenizer's own end of text is.
+    """
+    if isinstance(prompt, str):
+        return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    messages = [*prompt, {"role": "assistant", "content": answer}]
+    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+    ids = whole[len(prompt_ids(tokenizer, prompt)) :]
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [place for place, token_id in enumerate(ids) if token_id in special]
+    return ids[: ends[-1] + 1] if ends else [*ids, tokenizer.eos_token_id]
+
+
 def score_options(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -175,8 +191,8 @@ def score_options(
 ) -> tuple[list[float], list[float]]:
     """Whether the right option is the likeliest, for each row, and how likely it is.
 
-    An option's likelihood is that of its tokens and the end of text after the prompt. No normalisation by length. The
-    prompt is computed once; each option goes on from its cache.
+    An option's likelihood is that of its tokens and their end after the prompt, see `answer_ids`. No normalisation by
+    length. The prompt is computed once; each option goes on from its cache.
 
     Args:
         model: an HFT model, or any causal language model if `task` is None.
@@ -186,7 +202,7 @@ def score_options(
         batch_size: prompts at once.
 
     Returns:
-        1.0 or 0.0 a row; and the loss a row: -log p(right option and end of text | prompt), in nats.
+        1.0 or 0.0 a row; and the loss a row: -log p(right option and its end | prompt), in nats.
 
     Raises:
         ValueError: a row without options, or whose answer is none of them.
@@ -224,7 +240,7 @@ def option_likelihoods(
     batch_size: int = 32,
     prompts: Sequence[list[int]] | None = None,
 ) -> list[list[float]]:
-    """log p(option and end of text | prompt) of each option of each row, in nats.
+    """log p(option and its end | prompt) of each option of each row, in nats; see `answer_ids`.
 
     Args:
         model, tokenizer, rows, task, batch_size: as for `score_options`.
@@ -262,9 +278,11 @@ def option_likelihoods(
         num_options = max(len(rows[i]["options"]) for i in chosen)
         likelihood = torch.full((len(chosen), num_options), -torch.inf)
         for option in range(num_options):
-            texts = [rows[i]["options"][option] if option < len(rows[i]["options"]) else "" for i in chosen]
             tails = [
-                tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id] for text in texts
+                answer_ids(tokenizer, rows[i]["prompt"], rows[i]["options"][option])
+                if option < len(rows[i]["options"])
+                else [pad]
+                for i in chosen
             ]
             longest = max(map(len, tails))
             tail_BT = torch.tensor([tail + [pad] * (longest - len(tail)) for tail in tails], device=model.device)

@@ -114,7 +114,7 @@ def try_root(
     A task clearly does if it loses more than `CLEAR_LOSS` of its loss, and more than one and a half times `num_errors`
     standard errors (of many tasks some are beyond fewer by chance); it leaves. The others get the root unless the mean over
     them is worse by more than `SMALLEST_LOSS` and by more than `num_errors` errors. In doubt tasks share a root: it costs
-    no steps, and they still refine what it has learnt. With fewer than `FEWEST_ROWS` rows all is doubtful.
+    hardly any steps, and they still refine what it has learnt. With fewer than `FEWEST_ROWS` rows all is doubtful.
 
     Args:
         own: task -> the loss of each of its rows through its own pilot, in nats an answer.

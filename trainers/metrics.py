@@ -105,7 +105,7 @@ def find_metric(name: str) -> Metric | str:
         sys.path.append(os.getcwd())
     try:
         return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:  # the latter two: of a relative or no name
         raise ValueError(f"The metric {name!r} could not be imported: {error}.") from error
 
 

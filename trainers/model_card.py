@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import cached_file, is_matplotlib_available
+from yaml import YAMLError
 
 from hft.configuration_hft import HFTConfig
 from hft.gates_hft import HFTGateTable
@@ -19,6 +20,7 @@ from .run_record import RunRecord, write_text
 
 
 CARD_FILE = "README.md"
+THIS_REPOSITORY, UNNAMED = "<this repository>", "hft-model"  # of a card whose repository is not known yet
 CARD_TITLE = "# A Hierarchical Fine-Tuning (HFT) model"  # of the template: no card without it is ours to write anew
 
 
@@ -51,7 +53,7 @@ def write_model_card(
             tree=config.hierarchy().draw(),
             tasks=config.task_names(),
             backbone=shareable_name(config.backbone),
-            repository=repo_id or "<this repository>",
+            repository=repo_id or THIS_REPOSITORY,
             columns=columns,
             rows=rows,
             measures=record.measures(),
@@ -92,20 +94,35 @@ def renew_model_card(folder: Path, record: RunRecord) -> None:
         write_report(config, gates, record, folder)
 
 
+def name_repository(folder: Path, repo_id: str) -> None:
+    """Puts the repository that a folder is about to be in into its card, if that is ours and names none yet."""
+    file = folder / CARD_FILE
+    text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
+    if CARD_TITLE in text and THIS_REPOSITORY in text:
+        name = f"- name: {repo_id.split('/')[-1]}\n"
+        write_text(file, text.replace(THIS_REPOSITORY, repo_id).replace(f"- name: {UNNAMED}\n", name, 1))
+
+
 def _metadata(config: HFTConfig, record: RunRecord, repo_id: str | None) -> ModelCardData:
     backbone = config.backbone if shareable_name(config.backbone) == config.backbone else None
     sources = {its["source"] for its in record.data.values() if "source" in its}
     last = record.last_scores()
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=record.data.get(task, {}).get("source", task),
-            dataset_name=task,
-            metric_type=record.data.get(task, {}).get("metric", "score"),
-            metric_value=score["score"],
+    places = {task: (its.get("source"), its.get("config")) for task, its in record.data.items()}
+    results = []
+    for task, score in last.items():
+        source, part = places.get(task, (None, None))
+        if list(places.values()).count((source, part)) > 1:  # results of one dataset would become one entry
+            source, part = None, None
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=source or task,
+                dataset_config=part,
+                dataset_name=task,
+                metric_type=record.data.get(task, {}).get("metric", "score"),
+                metric_value=score["score"],
+            )
         )
-        for task, score in last.items()
-    ]
     return ModelCardData(
         base_model=backbone,
         base_model_relation="adapter" if backbone else None,
@@ -114,7 +131,7 @@ def _metadata(config: HFTConfig, record: RunRecord, repo_id: str | None) -> Mode
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hft", "continual-learning", "qlora"],
-        model_name=(repo_id or "hft-model").split("/")[-1] if results else None,
+        model_name=(repo_id or UNNAMED).split("/")[-1] if results else None,
         eval_results=results or None,
     )
 
@@ -125,6 +142,6 @@ def _licence(backbone: str | None, revision: str | None) -> str | None:
         return None
     try:
         path = cached_file(backbone, "README.md", revision=revision, _raise_exceptions_for_missing_entries=False)
-    except (OSError, ValueError):  # no such folder or repository, no access, no network
+        return ModelCard.load(path, ignore_metadata_errors=True).data.license if path else None
+    except (OSError, ValueError, YAMLError):  # no such folder or repository, no access, no network; no card
         return None
-    return ModelCard.load(path, ignore_metadata_errors=True).data.license if path else None

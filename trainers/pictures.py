@@ -38,9 +38,10 @@ def draw_plan(plan: Plan, path: Path) -> None:
 
 
 def prepare_picture(path: Path) -> None:
-    """Makes a picture's folder; raises ValueError if it cannot have this name."""
+    """Makes a picture's folder; raises ValueError if it cannot have this name, and ImportError without matplotlib."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"'{path}' should end in .png, .svg or .pdf.")
+    new_figure(1.0, 1.0)
     path.parent.mkdir(parents=True, exist_ok=True)
 
 

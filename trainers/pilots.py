@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .evaluation import Row, prompt_ids, reference
+from .evaluation import Row, answer_ids, prompt_ids, reference
 from .task_data import tokenize_rows
 
 
@@ -22,7 +22,7 @@ class ProbeSettings:
     Args:
         pilot_rows, pilot_steps, batch_size: what a pilot learns from, its optimizer steps and their rows.
         pilot_rank, learning_rate: of its node.
-        probe_rows: rows a task that losses are measured on; no pilot learns from them.
+        probe_rows: rows a task that losses are measured on; no pilot learns from them, unless they come twice.
         gradient_rows: rows a task that its gradient is taken over.
         max_length: longer rows lose their beginning; tokens.
         max_candidates: how many parents are measured for a task: those whose prompts are nearest to its own in the features
@@ -66,6 +66,8 @@ class Sample:
 def take_sample(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, settings: ProbeSettings) -> Sample:
     """Chooses rows for the pilot and others to measure on; the same for the same rows and seed.
 
+    Where there are several answers, the rows to measure on have several, too.
+
     Raises:
         ValueError: rows of another form, or fewer than four with an answer.
     """
@@ -83,11 +85,17 @@ def take_sample(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
     notes = [f"{len(rows) - len(labelled)} rows without an answer were left out"] if len(labelled) < len(rows) else []
     random.Random(settings.seed).shuffle(labelled)
     num_probe = min(settings.probe_rows, len(labelled) // 2)
+    other = next((place for place, row in enumerate(labelled) if reference(row) != reference(labelled[0])), 0)
+    if other >= num_probe:  # one answer fills the rows to measure on, and there is another
+        labelled[num_probe - 1], labelled[other] = labelled[other], labelled[num_probe - 1]
     probe, pilot = labelled[:num_probe], labelled[num_probe : num_probe + settings.pilot_rows]
     if len({reference(row) for row in labelled}) == 1:
         notes.append("all answers are equal: there is nothing to learn but their form")
     elif num_probe < 16:
         notes.append(f"only {num_probe} rows to measure on: errors are large")
+    learnt = {repr((row["prompt"], reference(row))) for row in pilot}
+    if twice := sum(repr((row["prompt"], reference(row))) in learnt for row in probe):
+        notes.append(f"{twice} of the {num_probe} rows to measure on come twice, and the pilot learns from them")
     has_options = all(
         len(row.get("options") or ()) > 1 and reference(row) in row["options"] and "" not in row["options"]
         for row in probe
@@ -103,8 +111,10 @@ def take_sample(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
 
 
 def _cut_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
-    answers = tokenizer([*(row.get("options") or ()), reference(row)], add_special_tokens=False)["input_ids"]
-    room = max_length - 1 - max(map(len, answers))  # 1: the end of text
+    answers = [
+        answer_ids(tokenizer, row["prompt"], answer) for answer in (*(row.get("options") or ()), reference(row))
+    ]
+    room = max_length - max(map(len, answers))
     return prompt_ids(tokenizer, row["prompt"])[-max(room, 1) :]
 
 

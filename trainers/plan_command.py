@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 import hft
 from hft.files_hft import check_writable
 
+from .compute_dtype import device_here
 from .hft_config import TASK_LISTS, TASK_NUMBERS, HFTTrainingConfig
 from .loading import load_tokenizer
 from .pictures import draw_plan, prepare_picture
@@ -47,6 +48,8 @@ def find_plan(args: argparse.Namespace) -> None:
     if args.model is None:
         tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)
         model = hft.HFTForCausalLM.from_backbone(recipe.backbone, {}, quantization_config=quantization, **recipe.model)
+        if quantization is None and "device_map" not in recipe.model:
+            model.to(device_here())  # as training does; bitsandbytes takes it there by itself
     else:
         tokenizer = load_tokenizer(args.model)
         model = hft.HFTForCausalLM.from_pretrained(args.model, quantization_config=quantization, device_map="auto")
@@ -57,7 +60,7 @@ def find_plan(args: argparse.Namespace) -> None:
     )  # fmt: skip
     print(as_text(found))
     if args.model is not None:
-        print("\n".join(summary_of(found, task) for task in data))
+        print("\n".join(summary_of(found, task) for task in found.hierarchy().names if task in data))
     else:
         write_text(file, as_recipe(found, recipe))
         print(f"\nThe recipe is in {file}")

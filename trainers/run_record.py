@@ -53,7 +53,7 @@ class RunRecord:
 
     Args:
         budget: the training's arguments.
-        data: task -> how many rows it learnt from, its metric, and the Hub ids of its datasets.
+        data: task -> how many rows it learnt from, its metric, and the Hub id and config of its dataset.
         before: task -> the score of the plain backbone.
         start: task -> the score on its path as its stage began, for tasks with parents.
         stages: one a stage: {"level", "tasks", "steps", "seconds", "log", "scores": task -> score, "trims": task -> what

@@ -149,8 +149,10 @@ class HFTSharing:
 
 
 def _origin(rows: Dataset) -> dict[str, Any]:
-    """The Hub id that rows came from, if `datasets` knows one: {"source": id}."""
+    """The Hub id that rows came from, if `datasets` knows one: {"source": id}, and its part: {"config": name}."""
     for address in rows.info.download_checksums or {}:
         if address.startswith("hf://datasets/"):
-            return {"source": address.removeprefix("hf://datasets/").split("@")[0]}
+            config = rows.info.config_name
+            part = {"config": config} if config and config != "default" else {}
+            return {"source": address.removeprefix("hf://datasets/").split("@")[0], **part}
     return {}
