@@ -20,6 +20,7 @@ import summary  # noqa: E402
 import table  # noqa: E402
 from baselines import METHODS, orthogonality  # noqa: E402
 from harness import cell, read_cells, rows_of_roots, todo  # noqa: E402
+from unfinished import Work  # noqa: E402
 
 from hft.trainers.curriculum import BlockSampler  # noqa: E402
 from hft.trainers.recipes import mixture_arguments  # noqa: E402
@@ -86,6 +87,33 @@ def test_a_cell_is_run_once_and_whole_or_not_at_all(tmp_path):
     assert (line["name"], line["setting"], line["seed"], line["value"]) == ("x", "one", 0, 1.5)
     assert {"seconds", "machine", "versions"} <= line.keys()
     assert list(todo(out, "x", ["one", "two"], 2)) == [("two", 0), ("one", 1), ("two", 1)]
+
+
+def test_what_a_cell_has_done_is_kept_until_it_ends(tmp_path):
+    out, asked = tmp_path / "cells.jsonl", []
+
+    def ask(work: Work, name: str) -> list:
+        return work.remember(name, lambda: asked.append(name) or [name, 0.1])
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), cell(out, "x", "a b", 0) as result:
+            assert ask(result.work, "one") == ["one", 0.1]
+            with result.work.training() as folder:
+                folder.mkdir(parents=True, exist_ok=True)
+            raise KeyboardInterrupt
+    with cell(out, "x", "a b", 0) as result:
+        assert result.work.is_begun() and ask(result.work, "one") == ["one", 0.1] and ask(result.work, "two")
+        with result.work.training() as again:
+            assert again == folder and again.is_dir()
+        with result.work.training() as other:
+            assert other != folder
+    assert asked == ["one", "two"] and not list((tmp_path / ".unfinished").iterdir())
+    with cell(out, "x", "nothing kept", 0):
+        assert not list((tmp_path / ".unfinished").iterdir())
+
+    Work(tmp_path / "w", {"machine": "a"}).remember("one", lambda: 1)
+    assert Work(tmp_path / "w", {"machine": "a"}).remember("one", lambda: 2) == 1
+    assert Work(tmp_path / "w", {"machine": "b"}).remember("one", lambda: 2) == 2  # never half by one, half by another
 
 
 def test_headline_figures_come_from_pairs_of_seeds(tmp_path, monkeypatch):
@@ -484,12 +512,9 @@ def without_times(line: dict) -> dict:
     return {key: value for key, value in line.items() if key not in ("seconds", "peak_gib")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "methods",
-    [
-        "hft_root_no_memory",
-        pytest.param("hft_shared,hft_planned,single,joint,sequential_replay,olora,osf,arrow", marks=pytest.mark.slow),
-    ],
+    "methods", ["hft_root_no_memory,hft_shared,hft_planned", "single,joint,sequential_replay,olora,osf,arrow"]
 )
 def test_a_cell_in_pieces_is_the_cell(methods, backbones, tmp_path):
     """Cut off at each checkpoint, each end of a training and each score: the same numbers, to the last bit."""
