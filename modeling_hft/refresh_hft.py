@@ -164,7 +164,7 @@ class HFTRefreshing:
         with torch.enable_grad():
             for _ in range(num_steps):
                 if len(order) < batch_size:
-                    order += torch.randperm(len(rows), generator=generator).tolist()
+                    order += torch.randperm(len(rows), generator=generator, device="cpu").tolist()
                 chosen, order = order[:batch_size], order[batch_size:]
                 loss = torch.stack(self.row_losses(task, [rows[i] for i in chosen])).mean()
                 (gates_LN.grad,) = torch.autograd.grad(loss, [gates_LN])

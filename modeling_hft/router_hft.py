@@ -73,12 +73,12 @@ class HFTRouter:
     def projection_DM(self) -> torch.Tensor:
         """P, float16. It is kept in the file: a generator's numbers may change with torch."""
         shape, generator = (self.hidden_size, self.config.num_features), torch.Generator().manual_seed(0)
-        return (torch.randn(shape, generator=generator) / math.sqrt(self.hidden_size)).half()
+        return (torch.randn(shape, generator=generator, device="cpu") / math.sqrt(self.hidden_size)).half()
 
     @functools.cached_property
     def gram_MM(self) -> torch.Tensor:
         """G, float64."""
-        return torch.zeros(self.config.num_features, self.config.num_features, dtype=torch.float64)
+        return torch.zeros(self.config.num_features, self.config.num_features, dtype=torch.float64, device="cpu")
 
     def tasks(self) -> tuple[str, ...]:
         """The tasks that the router knows, by name."""
@@ -89,7 +89,7 @@ class HFTRouter:
         return (self._normalised(f_BD) @ self.projection_DM.double()).relu()
 
     def _normalised(self, f_BD: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.layer_norm(f_BD.double().cpu(), (self.hidden_size,))
+        return torch.nn.functional.layer_norm(f_BD.cpu().double(), (self.hidden_size,))
 
     def add(self, task: str, f_BD: torch.Tensor, held_out_ND: torch.Tensor) -> None:
         """Adds a task's sums; more prompts of a task that is known add to its own.
@@ -157,7 +157,7 @@ class HFTRouter:
             )
 
     def _triangle(self) -> torch.Tensor:
-        return torch.tril_indices(self.config.num_features, self.config.num_features)
+        return torch.tril_indices(self.config.num_features, self.config.num_features, device="cpu")
 
     def route(self, f_BD: torch.Tensor, hierarchy: Hierarchy) -> list[HFTRoute]:
         """Where each prompt goes.
@@ -205,7 +205,7 @@ class HFTRouter:
         if self._solved is None:
             M = self.config.num_features
             scale = self.gram_MM.diagonal().mean().clamp(min=1e-12)
-            regular_MM = self.gram_MM + self.config.ridge * scale * torch.eye(M, dtype=torch.float64)
+            regular_MM = self.gram_MM + self.config.ridge * scale * torch.eye(M, dtype=torch.float64, device="cpu")
             factor_MM = torch.linalg.cholesky(regular_MM)
             cross_MK = torch.stack([self.cross_M[task] for task in self.tasks()], 1)
             solved = _Solution(factor_MM, torch.cholesky_solve(cross_MK, factor_MM))
@@ -217,7 +217,8 @@ class HFTRouter:
     def _calibrate(self, solved: "_Solution") -> None:
         """Sets temperature and thresholds on the held-out prompts of all tasks."""
         phi_NM = torch.cat([self.expand(self.held_out_ND[task].double()) for task in self.tasks()])
-        label_N = torch.cat([torch.full((len(self.held_out_ND[task]),), k) for k, task in enumerate(self.tasks())])
+        counts = torch.tensor([len(self.held_out_ND[task]) for task in self.tasks()], device="cpu")
+        label_N = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
         score_NK = solved.scores(phi_NM)
         grid = [2.0**-power for power in range(8)]
         losses = [float(torch.nn.functional.cross_entropy(score_NK / t, label_N)) for t in grid]

@@ -60,7 +60,7 @@ class HFTRouting:
         self.hierarchy.check(task)
         self._check_prompts(task, prompts)
         features_ND = self.features_of(prompts, batch_size)
-        held_out_N = torch.arange(len(prompts)) % 4 == 0
+        held_out_N = torch.arange(len(prompts), device="cpu") % 4 == 0
         self.hft_router.add(task, features_ND[~held_out_N], features_ND[held_out_N])
 
     def _check_prompts(self, task: str, prompts: Sequence[Sequence[int]]) -> None:
@@ -75,7 +75,7 @@ class HFTRouting:
         """The features [N, D] of N prompts, given as token ids, computed in batches of similar length; on the CPU."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         device = self.get_input_embeddings().weight.device
-        features_ND = torch.zeros(len(prompts), self.config.text_config.hidden_size)
+        features_ND = torch.zeros(len(prompts), self.config.text_config.hidden_size, device="cpu")
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
             ids_BT, mask_BT = left_padded([prompts[i] for i in chosen], device)

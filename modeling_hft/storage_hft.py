@@ -14,7 +14,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import resolve_revision
 
-from .attention_hft import best_attention, without_weights
+from .attention_hft import best_attention, goes_to_gpu, without_weights
 from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig, check_keys
 from .files_hft import SHARED_FILE, disk_errors, finish_writing, replacing
 from .hierarchy_hft import Hierarchy, nearest
@@ -63,7 +63,8 @@ class HFTStorage(HFTSlimFiles):
             rank: R of a node.
             target_modules: `"all-linear"` or the last names of linears.
             gating_config, memory_config, router_config: see `HFTGatingConfig`, `HFTMemoryConfig`, `HFTRouterConfig`.
-            attn_implementation: `"auto"` takes the fastest that is installed; a name is taken at its word.
+            attn_implementation: `"auto"` takes the fastest that is installed: FlashAttention-2 for half precision that is
+                loaded onto a GPU (in 4 bit, or by `device_map`), else PyTorch's own; a name is taken at its word.
             kwargs: as for `from_pretrained`: `quantization_config`, `dtype`, `device_map`, `revision`, `token`, ...
 
         Raises:
@@ -89,10 +90,7 @@ class HFTStorage(HFTSlimFiles):
                 f"'{backbone}' is a {text_config.model_type!r}, which takes more than text; give a text model of the family."
             )
         # Naming the family here gives a clear error before anything heavy is loaded.
-        plain = without_weights(text_config)
-        adapted_linears(plain.base_model, target_modules)
-        if attn_implementation == "auto":
-            attn_implementation = best_attention(plain)
+        adapted_linears(without_weights(text_config).base_model, target_modules)
         config = HFTConfig(
             text_config=text_config,
             gating_config=gating_config,
@@ -124,7 +122,14 @@ class HFTStorage(HFTSlimFiles):
         """As `PreTrainedModel.from_pretrained`, but nothing that the model needs may be missing."""
         text_config = kwargs["config"].text_config
         if kwargs.get("attn_implementation") == "auto":
-            kwargs["attn_implementation"] = best_attention(without_weights(text_config))
+            config, dtype = kwargs["config"], kwargs.get("dtype", kwargs.get("torch_dtype"))
+            dtype = config.dtype if dtype in (None, "auto") else dtype
+            quantization = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
+            kwargs["attn_implementation"] = best_attention(
+                without_weights(text_config),
+                goes_to_gpu(kwargs.get("device_map"), quantization is not None),
+                getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            )
         for name in kwargs.keys() & set(BACKBONE_KEYS):
             setattr(text_config, name, kwargs.pop(name))
         try:
@@ -145,6 +150,7 @@ class HFTStorage(HFTSlimFiles):
                 f"`device_map` puts what HFT owns ({offloaded[0]}, {len(offloaded)} such) where it cannot be computed with; "
                 "give hft_nodes, hft_memory and hft_gates a device, and offload parts of the backbone instead."
             )
+        model._place_own()
         model._finish()
         return model, info
 

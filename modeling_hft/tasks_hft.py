@@ -1,5 +1,6 @@
 """The life of a task: added, started with its stage, trained, sealed; or removed."""
 
+import contextlib
 import importlib
 import numbers
 import os
@@ -208,7 +209,7 @@ class HFTTasks(HFTOwnership):
         page = {"id": page_id, "slots": slots, "sealed": False, "writers": list(writers)}
         self.config.pages.append(page)
         self._make_page(page)
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), forked_rng(self):
             # Keys that depend on nothing but the page: a stage that is started again starts from the same ones.
             torch.manual_seed(page_id)
             for memory in self.hft_memory.values():
@@ -269,6 +270,14 @@ class HFTTasks(HFTOwnership):
         main = self._main_device()
         devices = {name: self.base_model.get_submodule(name).weight.device for name in self._layer_of}
         return {name: main if device.type == "meta" else device for name, device in devices.items()}
+
+    def _place_own(self) -> None:
+        """Puts nodes and pages beside their linears, and the gates where the model begins, wherever loading put them."""
+        for name, device in self._device_of().items():
+            self.hft_nodes[flat(name)].to(device)
+            if flat(name) in self.hft_memory:
+                self.hft_memory[flat(name)].to(device)
+        self.hft_gates.to(self._main_device())
 
     def _main_device(self) -> torch.device:
         """That of the embeddings, else the first; "meta" (offloaded, or not loaded yet) only if all weights are there."""
@@ -359,6 +368,12 @@ class HFTTasks(HFTOwnership):
                 if not name.startswith("hft_gates."):
                     parameter.data = parameter.data.to(self.backbone.dtype)
         return trims
+
+
+def forked_rng(model: HFTTasks) -> contextlib.AbstractContextManager[None]:
+    """A block that draws random numbers on the model's devices and leaves the generators as they were."""
+    used = {device.index or 0 for device in model._device_of().values() if device.type == "cuda"}
+    return torch.random.fork_rng(devices=sorted(used))
 
 
 def _listed(parents: Any) -> Any:

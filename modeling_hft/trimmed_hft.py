@@ -159,8 +159,11 @@ def balanced(down_RI: torch.Tensor, up_OR: torch.Tensor) -> tuple[torch.Tensor, 
     both factors, then the SVD of an R x R core.
 
     Returns:
-        down [R, I], up [O, R], float64, and the singular values S [R]; 0 beyond the rank that O and I allow.
+        down [R, I], up [O, R], float64, and the singular values S [R]; 0 beyond the rank that O and I allow. (Those of
+        Apple's GPUs on the CPU.)
     """
+    if up_OR.device.type == "mps":  # which has no float64
+        down_RI, up_OR = down_RI.cpu(), up_OR.cpu()
     left_OR, core_up_RR = torch.linalg.qr(up_OR.double())
     right_IR, core_down_RR = torch.linalg.qr(down_RI.double().T)
     U_RR, S_R, Vh_RR = torch.linalg.svd(core_up_RR @ core_down_RR.T, full_matrices=False)

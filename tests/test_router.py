@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import hft
 from hft.router_hft import HFTRouter
+from hft.trainers.calibration import calibrated_losses
 from hft.trainers.routes import prompts_of, template_tokens
 
 from .test_model import prompts
@@ -125,6 +126,17 @@ def test_generate_asks_the_router_once_a_prompt(routed):
     assert plain.tolist() == backbone.generate(x, **options).tolist()
     beams = routed.generate(x, num_beams=3, num_return_sequences=2, **options)
     assert beams.shape[0] == 6
+
+
+def test_what_is_reckoned_on_the_cpu_is_whatever_the_default_device(routed):
+    """As under `torch.set_default_device("cuda")`."""
+    features, tree = clusters("abc"), hft.Hierarchy({"a": [], "b": [], "c": []})
+    queries = torch.cat(list(features.values()))
+    expected = router_of(features, "abc").route(queries, tree)
+    losses = calibrated_losses([[1.0, 0.0], [0.0, 2.0]] * 6, [0, 1] * 6, [["a", "b"]] * 12)
+    with torch.device("meta"):
+        assert router_of(features, "abc").route(queries, tree) == expected
+        assert calibrated_losses([[1.0, 0.0], [0.0, 2.0]] * 6, [0, 1] * 6, [["a", "b"]] * 12) == losses
 
 
 def test_padding_does_not_change_the_route(routed):

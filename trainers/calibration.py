@@ -3,6 +3,7 @@
 N rows, O options.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,26 +32,26 @@ def calibrated_losses(
         N losses, in nats: about the entropy of the shares for a source that knows nothing, 0 for one that knows all. NaN
         where a likelihood is not finite.
     """
-    if any(not torch.tensor(row).isfinite().all() for row in likelihoods):
+    if not all(math.isfinite(value) for row in likelihoods for value in row):
         return [float("nan")] * len(answers)
     names = list(dict.fromkeys(tuple(row) for row in options))
     order = list(dict.fromkeys(text for row in options for text in row))
     with_offsets = all(set(row) == set(order) for row in names)
     width = max(len(row) for row in likelihoods)
-    scores_NO = torch.zeros(len(answers), width, dtype=torch.float64)
-    known_NO = torch.zeros(len(answers), width, dtype=torch.bool)
-    which_NO = torch.zeros(len(answers), width, dtype=torch.long)
+    scores_NO = torch.zeros(len(answers), width, dtype=torch.float64, device="cpu")
+    known_NO = torch.zeros(len(answers), width, dtype=torch.bool, device="cpu")
+    which_NO = torch.zeros(len(answers), width, dtype=torch.long, device="cpu")
     for i, row in enumerate(likelihoods):
-        values = torch.tensor(row, dtype=torch.float64)
+        values = torch.tensor(row, dtype=torch.float64, device="cpu")
         scores_NO[i, : len(row)] = values - values.mean()
         known_NO[i, : len(row)] = True
-        which_NO[i, : len(row)] = torch.tensor([order.index(text) for text in options[i]])
+        which_NO[i, : len(row)] = torch.tensor([order.index(text) for text in options[i]], device="cpu")
     if with_offsets:  # what an option gets in all rows says nothing of one
         for place in range(len(order)):
             is_it_NO = known_NO & (which_NO == place)
             scores_NO[is_it_NO] -= scores_NO[is_it_NO].mean()
     scores_NO /= scores_NO[known_NO].square().mean().sqrt().clamp(min=1e-6)
-    answers_N = torch.tensor(answers)
+    answers_N = torch.tensor(answers, device="cpu")
 
     def logits(numbers: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor:
         scaled_NO = numbers[0] * scores_NO[rows_N]
@@ -58,10 +59,12 @@ def calibrated_losses(
             scaled_NO = scaled_NO + numbers[1:][which_NO[rows_N]]
         return scaled_NO.masked_fill(~known_NO[rows_N], -torch.inf)
 
-    order_N = torch.tensor(sorted(range(len(answers)), key=lambda i: options[i][answers[i]]))
+    order_N = torch.tensor(sorted(range(len(answers)), key=lambda i: options[i][answers[i]]), device="cpu")
     fold_N = torch.empty_like(order_N)
-    fold_N[order_N] = torch.arange(len(answers)) % FOLDS  # each answer in all folds: else the shares would differ
-    losses_N = torch.zeros(len(answers), dtype=torch.float64)
+    fold_N[order_N] = (
+        torch.arange(len(answers), device="cpu") % FOLDS
+    )  # each answer in all folds: else the shares would differ
+    losses_N = torch.zeros(len(answers), dtype=torch.float64, device="cpu")
     for fold in range(min(FOLDS, len(answers))):
         others_N, its_N = (fold_N != fold).nonzero()[:, 0], (fold_N == fold).nonzero()[:, 0]
         numbers = _fit(lambda n, r=others_N: _loss(logits(n, r), answers_N[r]).sum(), 1 + len(order))
@@ -76,7 +79,7 @@ def _loss(logits_NO: torch.Tensor, answers_N: torch.Tensor) -> torch.Tensor:
 def _fit(loss, count: int) -> torch.Tensor:
     """The numbers with the least penalised loss, which is convex, starting at 0."""
     with torch.enable_grad(), torch.inference_mode(False):
-        numbers = torch.zeros(count, dtype=torch.float64, requires_grad=True)
+        numbers = torch.zeros(count, dtype=torch.float64, requires_grad=True, device="cpu")
         optimizer = torch.optim.LBFGS([numbers], max_iter=50, line_search_fn="strong_wolfe")
 
         def closure() -> torch.Tensor:

@@ -226,7 +226,7 @@ nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_
                          bnb_4bit_use_double_quant=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype, quantization_config=nf4)
 with torch.inference_mode():
-        inputs = load_file(inputs, device=str(model.device))
+    inputs = load_file(inputs, device=str(model.device))
     save_file({task: model(ids, task=task).logits.cpu() for task, ids in inputs.items()}, outputs)
 """
 

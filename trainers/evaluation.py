@@ -276,7 +276,7 @@ def option_likelihoods(
         cache, first_BV = first.cache, first.logits[:, -1].float().log_softmax(-1)
         cache.activate_past_recording()  # else what left a sliding window could not be brought back
         num_options = max(len(rows[i]["options"]) for i in chosen)
-        likelihood = torch.full((len(chosen), num_options), -torch.inf)
+        likelihood = torch.full((len(chosen), num_options), -torch.inf, device="cpu")
         for option in range(num_options):
             tails = [
                 answer_ids(tokenizer, rows[i]["prompt"], rows[i]["options"][option])
@@ -302,7 +302,7 @@ def option_likelihoods(
                 cache.crop(1 - longest)
                 log_BTV = torch.cat([log_BTV, logits_BTV.float().log_softmax(-1)], 1)
             total_B = (log_BTV.gather(-1, tail_BT[..., None])[..., 0] * known_BT).sum(1)
-            has_option = torch.tensor([option < len(rows[i]["options"]) for i in chosen])
+            has_option = torch.tensor([option < len(rows[i]["options"]) for i in chosen], device="cpu")
             likelihood[has_option, option] = total_B.cpu()[has_option]
         for i, its in zip(chosen, likelihood.tolist(), strict=True):
             found[i] = its[: len(rows[i]["options"])]

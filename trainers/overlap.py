@@ -83,7 +83,7 @@ def group_gradients(model: PreTrainedModel, rows: Sequence[TokenRow], settings: 
         factors = model.task_parameters(name).items()
         ups = [factor for key, factor in factors if key.rsplit(".", 1)[-1].startswith("B_")]
         draw = torch.Generator().manual_seed(settings.seed)
-        chosen_P = torch.randint(sum(up.numel() for up in ups), (NUM_PARAMETERS,), generator=draw)
+        chosen_P = torch.randint(sum(up.numel() for up in ups), (NUM_PARAMETERS,), generator=draw, device="cpu")
         for begin in range(0, len(rows) - settings.batch_size + 1, settings.batch_size):
             with torch.enable_grad():
                 loss = torch.stack(model.row_losses(name, rows[begin : begin + settings.batch_size])).mean()

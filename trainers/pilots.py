@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hft.tasks_hft import forked_rng
+
 from .evaluation import Row, answer_ids, prompt_ids, reference
 from .task_data import tokenize_rows
 
@@ -126,7 +128,7 @@ def pilot(
     name, taken = PILOT, [task.lower() for task in (*model.hierarchy.names, *model.config.left_out)]
     while name.lower() in taken:  # names that differ in case only would be one file
         name += "x"
-    with torch.random.fork_rng():
+    with forked_rng(model):
         torch.manual_seed(settings.seed)
         model.add_task(name, rank=settings.pilot_rank)
     try:

@@ -34,6 +34,12 @@ class HFTProcesses:
             model = self.model
             plugin.ignored_modules = [model.hft_nodes, model.hft_memory, model.hft_gates]
 
+    def _place_own(self) -> None:
+        """Under FSDP nobody else takes to the device what is not sharded."""
+        if self.is_fsdp_enabled:
+            for own in (self.model.hft_nodes, self.model.hft_memory, self.model.hft_gates):
+                own.to(self.accelerator.device)
+
     @contextmanager
     def _nothing_is_sharded(self) -> Iterator[None]:
         """What a run saves and resumes from is not: under FSDP, too, the main process alone writes it, as without."""
@@ -57,7 +63,8 @@ class HFTProcesses:
 
     def _summed(self, *numbers: torch.Tensor) -> list[float]:
         """Each number, summed over all processes."""
-        return self.accelerator.reduce(torch.stack([n.detach().float() for n in numbers]), "sum").tolist()
+        here = [n.detach().float().to(self.accelerator.device) for n in numbers]  # a model may be spread over cards
+        return self.accelerator.reduce(torch.stack(here), "sum").tolist()
 
     def _average_gradients(self) -> None:
         """Once an optimizer step: what DDP does for parameters that FSDP left whole."""

@@ -110,6 +110,7 @@ class HFTStages:
         # Dropout and noise do not depend on what came before, which a resumed run has not drawn.
         set_seed(self.args.seed)
         self.model.start_stage(stage.tasks, self.args.writers(stage.tasks, self.model.config.memory_config))
+        self._place_own()
         if checkpoint is None:
             self.record.rates[str(stage.level)] = self.args.base_rates()
         self._begin_stage_record(stage)
