@@ -90,7 +90,7 @@ def _device() -> Finding:
 
 def _attention() -> str:
     flash = "installed" if is_flash_attn_2_available() else "not installed"
-    best = "flash_attention_2" if has_flash_attention() else "sdpa"
+    best = "flash_attention_2 for half precision on the GPU" if has_flash_attention() else "sdpa"
     return f"sdpa, eager; flash_attention_2 {flash}; attn_implementation='auto' takes {best} if the model has it"
 
 
