@@ -117,14 +117,14 @@ def test_an_option_ends_as_the_chat_template_ends_an_answer(model, tokenizer):
     ]
     for row, learnt in zip(rows, tokenize_rows(rows, other), strict=True):
         labels = [label for label in learnt["labels"] if label != -100]
-        found = answer_ids(other, row["prompt"], row["completion"][0]["content"])
+        (found,) = answer_ids(other, row["prompt"], [row["completion"][0]["content"]])
         assert found[-1] == turn and labels[: len(found)] == found and turn not in found[:-1]
-    assert answer_ids(other, "plain", "so")[-1] == other.eos_token_id != turn
+    assert answer_ids(other, "plain", ["so"])[0][-1] == other.eos_token_id != turn
     whole = [prompt_ids(other, row["prompt"]) for row in rows]
     found = option_likelihoods(model, other, rows, "a")
     for ids, its in zip(whole, found, strict=True):
         for option, likelihood in zip(rows[0]["options"], its, strict=True):
-            tail = answer_ids(other, rows[0]["prompt"], option)
+            (tail,) = answer_ids(other, rows[0]["prompt"], [option])
             with torch.no_grad():
                 log_TV = model(torch.tensor([ids + tail]), task="a").logits[0].log_softmax(-1)
             expected = sum(log_TV[len(ids) - 1 + place, token].item() for place, token in enumerate(tail))

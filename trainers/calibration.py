@@ -61,9 +61,8 @@ def calibrated_losses(
 
     order_N = torch.tensor(sorted(range(len(answers)), key=lambda i: options[i][answers[i]]), device="cpu")
     fold_N = torch.empty_like(order_N)
-    fold_N[order_N] = (
-        torch.arange(len(answers), device="cpu") % FOLDS
-    )  # each answer in all folds: else the shares would differ
+    # Each answer in all folds: else the shares would differ.
+    fold_N[order_N] = torch.arange(len(answers), device="cpu") % FOLDS
     losses_N = torch.zeros(len(answers), dtype=torch.float64, device="cpu")
     for fold in range(min(FOLDS, len(answers))):
         others_N, its_N = (fold_N != fold).nonzero()[:, 0], (fold_N == fold).nonzero()[:, 0]

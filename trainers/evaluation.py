@@ -166,20 +166,24 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> li
     return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, answer: str) -> list[int]:
-    """The token ids of an answer to a prompt with what ends it, as a task learns them.
+def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, answers: Sequence[str]) -> list[list[int]]:
+    """The token ids of each answer to a prompt with what ends it, as a task learns them.
 
     That is the end of text; after messages, what the chat template puts there, up to its last special token: `<|im_end|>`,
     `<end_of_turn>`, whatever the tokenizer's own end of text is.
     """
     if isinstance(prompt, str):
-        return [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    messages = [*prompt, {"role": "assistant", "content": answer}]
-    whole = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    ids = whole[len(prompt_ids(tokenizer, prompt)) :]
+        return [
+            [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for answer in answers
+        ]
+    begin, found = len(prompt_ids(tokenizer, prompt)), []
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = [place for place, token_id in enumerate(ids) if token_id in special]
-    return ids[: ends[-1] + 1] if ends else [*ids, tokenizer.eos_token_id]
+    for answer in answers:
+        messages = [*prompt, {"role": "assistant", "content": answer}]
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)[begin:]
+        ends = [place for place, token_id in enumerate(ids) if token_id in special]
+        found.append(ids[: ends[-1] + 1] if ends else [*ids, tokenizer.eos_token_id])
+    return found
 
 
 def score_options(
@@ -275,15 +279,11 @@ def option_likelihoods(
         )
         cache, first_BV = first.cache, first.logits[:, -1].float().log_softmax(-1)
         cache.activate_past_recording()  # else what left a sliding window could not be brought back
-        num_options = max(len(rows[i]["options"]) for i in chosen)
+        options = [answer_ids(tokenizer, rows[i]["prompt"], rows[i]["options"]) for i in chosen]
+        num_options = max(map(len, options))
         likelihood = torch.full((len(chosen), num_options), -torch.inf, device="cpu")
         for option in range(num_options):
-            tails = [
-                answer_ids(tokenizer, rows[i]["prompt"], rows[i]["options"][option])
-                if option < len(rows[i]["options"])
-                else [pad]
-                for i in chosen
-            ]
+            tails = [its[option] if option < len(its) else [pad] for its in options]
             longest = max(map(len, tails))
             tail_BT = torch.tensor([tail + [pad] * (longest - len(tail)) for tail in tails], device=model.device)
             known_BT = torch.tensor(
@@ -302,7 +302,7 @@ def option_likelihoods(
                 cache.crop(1 - longest)
                 log_BTV = torch.cat([log_BTV, logits_BTV.float().log_softmax(-1)], 1)
             total_B = (log_BTV.gather(-1, tail_BT[..., None])[..., 0] * known_BT).sum(1)
-            has_option = torch.tensor([option < len(rows[i]["options"]) for i in chosen], device="cpu")
+            has_option = torch.tensor([option < len(its) for its in options], device="cpu")
             likelihood[has_option, option] = total_B.cpu()[has_option]
         for i, its in zip(chosen, likelihood.tolist(), strict=True):
             found[i] = its[: len(rows[i]["options"])]

@@ -91,12 +91,12 @@ def take_sample(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
     if other >= num_probe:  # one answer fills the rows to measure on, and there is another
         labelled[num_probe - 1], labelled[other] = labelled[other], labelled[num_probe - 1]
     probe, pilot = labelled[:num_probe], labelled[num_probe : num_probe + settings.pilot_rows]
-    if len({reference(row) for row in labelled}) == 1:
+    if not other:
         notes.append("all answers are equal: there is nothing to learn but their form")
     elif num_probe < 16:
         notes.append(f"only {num_probe} rows to measure on: errors are large")
-    learnt = {repr((row["prompt"], reference(row))) for row in pilot}
-    if twice := sum(repr((row["prompt"], reference(row))) in learnt for row in probe):
+    in_probe, in_pilot = ([repr((row["prompt"], reference(row))) for row in its] for its in (probe, pilot))
+    if twice := sum(map(set(in_pilot).__contains__, in_probe)):
         notes.append(f"{twice} of the {num_probe} rows to measure on come twice, and the pilot learns from them")
     has_options = all(
         len(row.get("options") or ()) > 1 and reference(row) in row["options"] and "" not in row["options"]
@@ -113,9 +113,7 @@ def take_sample(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
 
 
 def _cut_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
-    answers = [
-        answer_ids(tokenizer, row["prompt"], answer) for answer in (*(row.get("options") or ()), reference(row))
-    ]
+    answers = answer_ids(tokenizer, row["prompt"], [*(row.get("options") or ()), reference(row)])
     room = max_length - max(map(len, answers))
     return prompt_ids(tokenizer, row["prompt"])[-max(room, 1) :]
 

@@ -97,9 +97,10 @@ class LoRATrainer(SFTTrainer):
         )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        training = self._training()
         with torch.no_grad():
             for name, saved in load_file(Path(resume_from_checkpoint) / "training.safetensors").items():
-                self._training()[name].copy_(saved)
+                training[name].copy_(saved)
 
     def _training(self) -> dict[str, torch.nn.Parameter]:
         return {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}

@@ -69,10 +69,10 @@ def hft_root(setup: Setup, **options: Any) -> Outcome:
 
 def hft_planned(setup: Setup, **options: Any) -> Outcome:
     """HFT with the hierarchy that the planner finds in the training rows."""
-    model = new_model(setup.backbone, {})
-    settings = ProbeSettings(max_length=setup.training["max_length"], seed=setup.seed)
 
     def found() -> dict[str, Any]:
+        model = new_model(setup.backbone, {})
+        settings = ProbeSettings(max_length=setup.training["max_length"], seed=setup.seed)
         plan = plan_hierarchy(
             model, setup.with_options, processing_class=setup.tokenizer, settings=settings, progress=False
         )
@@ -117,10 +117,8 @@ def hft_on(
         model.train(is_training)
 
     class Reporting(HFTTrainer):
-        def save_model(
-            self, *args, **kwargs
-        ):  # before it: a run that is cut off comes back to a stage until it is saved
-            report(self.model)
+        def save_model(self, *args, **kwargs):
+            report(self.model)  # before: a run that is cut off comes back to a stage until it is saved
             super().save_model(*args, **kwargs)
 
     model = train_hft(

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from hft.trainers.run_record import write_json
 
 
 SAVE_STEPS = 25  # a few minutes on the slowest CPU
@@ -66,10 +67,7 @@ class Work:
             return
         self._kept.update(seconds=self.seconds(), peak=self.peak())
         self._since = time.time()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        staged = self.folder / "work.json.writing"
-        staged.write_text(json.dumps(self._kept))
-        os.replace(staged, self.folder / "work.json")
+        write_json(self.folder / "work.json", self._kept)
 
     @contextlib.contextmanager
     def training(self) -> Iterator[Path]:
