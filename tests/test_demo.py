@@ -11,6 +11,7 @@ import pytest
 
 from hft import Hierarchy
 from hft.trainers import demo_backbone
+from hft.trainers.compute_dtype import is_bfloat16_slow
 from hft.trainers.demo import _RELOAD, NUM_TEST, TASKS, TEST_SEED, TRAIN_SEED, clear, make_rows
 from hft.trainers.metrics import find_metric
 
@@ -88,5 +89,5 @@ def test_the_whole_demo(tmp_path):
     assert report["forgetting"] == 0.0
     assert report["mean_gain_points"] >= 30
     assert report["reload_max_abs_diff"] == 0.0
-    assert report["seconds"] <= 480
+    assert report["seconds"] <= (900 if is_bfloat16_slow() else 480)
     assert "after stage 3" in done.stdout and "└─ add" in done.stdout

@@ -45,7 +45,7 @@ SMALL = {"samples": 200, "rows": {"validation": 100, "test": 200}, "max_input_to
 BUDGETS: dict[str, dict[str, Any]] = {
     "short": {**SMALL, "epochs": 1},  # too short for most tasks: see the README
     "small": {**SMALL, "epochs": 3},
-    "medium": {**SMALL, "samples": 1000, "epochs": 1},  # as many rows as small has steps for, and two thirds more
+    "medium": {**SMALL, "samples": 1000, "epochs": 1},  # with half as many steps again as small
     "full": {
         "samples": None,
         "rows": {"validation": None, "test": None},

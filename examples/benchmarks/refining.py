@@ -28,7 +28,7 @@ from quality import BUDGETS, FAMILY, RANK, read_shuffled
 from transformers import set_seed
 
 
-TRAINING = {**ablation.TRAINING, "route_samples": 0}
+TRAINING = {**ablation.TRAINING, "gate_learning_rate": 5e-2, "route_samples": 0}
 SMALL = BUDGETS["small"]
 # Setting -> epochs of the root, and how its tasks' training differs; None: the root alone.
 SETTINGS = {

@@ -269,7 +269,8 @@ def speed() -> str:
             if setting.startswith("mixed"):  # no way to run adapters is faster than to run none
                 bounds = {name: its["peft"] / its["backbone"] for name, its in cell["times"].items()}
                 beside.append(
-                    "the plain backbone: " + ", ".join(f"{bound:.2f} {name}" for name, bound in bounds.items())
+                    "PEFT over the plain backbone: "
+                    + ", ".join(f"{bound:.2f} {name}" for name, bound in bounds.items())
                 )
             beside += [f"{name}: does not run" for name in cell.get("does_not_run", ())]
             lines.append(f"| {title} | {cell['value']:.2f} | {', '.join(beside)} |")
