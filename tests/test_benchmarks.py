@@ -514,7 +514,11 @@ def without_times(line: dict) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "methods", ["hft_root_no_memory,hft_shared,hft_planned", "single,joint,sequential_replay,olora,osf,arrow"]
+    "methods",
+    [
+        "hft_root_no_memory,hft_shared,hft_planned",
+        "single,joint,single_float32,joint_float32,sequential_replay,olora,osf,arrow",
+    ],
 )
 def test_a_cell_in_pieces_is_the_cell(methods, backbones, tmp_path):
     """Cut off at each checkpoint, each end of a training and each score: the same numbers, to the last bit."""

@@ -3,6 +3,7 @@
 Each takes the same backbone in NF4, the same rows, rank, linears, batch and steps a task, and returns an `Outcome`.
 """
 
+import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -116,6 +117,22 @@ class LoRATrainer(SFTTrainer):
             self._load_from_checkpoint(str(folder / "end"))
 
 
+class Float32Trainer(LoRATrainer):
+    """TRL makes what trains over 4 bits bfloat16; here it stays float32, as HFT's nodes are, and is rounded in the end."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._convert(torch.float32)
+
+    def train_on(self) -> None:
+        super().train_on()
+        self._convert(torch.bfloat16)
+
+    def _convert(self, dtype: torch.dtype) -> None:
+        for parameter in self._training().values():
+            parameter.data = parameter.data.to(dtype)
+
+
 def fit(setup: Setup, model: Any, rows: Dataset, trainer: type[LoRATrainer] = LoRATrainer, **options: Any) -> Any:
     """One training by TRL's SFTTrainer; `options` go to the trainer."""
     with setup.work.training() as folder:
@@ -153,7 +170,7 @@ def zero_shot(setup: Setup) -> Outcome:
     return Outcome(lambda task: model, 0, 0)
 
 
-def single(setup: Setup) -> Outcome:
+def single(setup: Setup, trainer: type[LoRATrainer] = LoRATrainer) -> Outcome:
     """One LoRA a task."""
     set_seed(setup.seed)
     model = get_peft_model(load(setup), lora(setup), adapter_name=setup.order[0])
@@ -161,7 +178,7 @@ def single(setup: Setup) -> Outcome:
         model.add_adapter(task, lora(setup))
     for task in setup.order:
         model.set_adapter(task)
-        fit(setup, model, setup.train[task])
+        fit(setup, model, setup.train[task], trainer)
 
     def model_of(task: str) -> Any:
         model.set_adapter(task)
@@ -170,12 +187,11 @@ def single(setup: Setup) -> Outcome:
     return Outcome(model_of, count(model), count(model))
 
 
-def joint(setup: Setup, rank: int | None = None) -> Outcome:
+def joint(setup: Setup, rank: int | None = None, trainer: type[LoRATrainer] = LoRATrainer) -> Outcome:
     """One LoRA on the mixture of all tasks, as many steps as all of them together."""
     set_seed(setup.seed)
-    model = fit(
-        setup, load(setup), concatenate_datasets([setup.train[t] for t in setup.order]), peft_config=lora(setup, rank)
-    )
+    rows = concatenate_datasets([setup.train[task] for task in setup.order])
+    model = fit(setup, load(setup), rows, trainer, peft_config=lora(setup, rank))
     return Outcome(lambda task: model, count(model), count(model))
 
 
@@ -285,6 +301,8 @@ METHODS: dict[str, Callable[[Setup], Outcome]] = {
     "single": single,
     "joint": joint,
     "joint_wide": joint_wide,
+    "single_float32": functools.partial(single, trainer=Float32Trainer),
+    "joint_float32": functools.partial(joint, trainer=Float32Trainer),
     "sequential": sequential,
     "sequential_replay": sequential_replay,
     "olora": olora,

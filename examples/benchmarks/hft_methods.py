@@ -135,7 +135,7 @@ def hft_on(
     )
     report(model)  # where an earlier run has learnt all
     own = sum(p.numel() for name, p in model.named_parameters() if name.startswith("hft_"))
-    return Outcome(lambda task: model, own, own, {"tree": tree})
+    return Outcome(lambda task: model, own, own, {"tree": tree, "training": training})
 
 
 NO_MEMORY: dict[str, Any] = {"memory_config": {"read": "off"}}

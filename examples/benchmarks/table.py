@@ -55,6 +55,8 @@ BASELINES = {
     "single": "one LoRA a task",
     "joint": "joint LoRA",
     "joint_wide": "joint LoRA, as many parameters as HFT with pages",
+    "single_float32": "one LoRA a task, trained in float32",
+    "joint_float32": "joint LoRA, trained in float32",
     "sequential": "sequential LoRA",
     "sequential_replay": "sequential LoRA, 2 % replay",
     "olora": "O-LoRA",

@@ -32,13 +32,13 @@ class Work:
     def __init__(self, folder: Path | None = None, by: Mapping[str, Any] | None = None, peak: Callable[[], int] = int):
         self.folder, self._by, self._peak = folder, dict(by or {}), peak
         self._since, self.trainings = time.time(), 0
-        self._kept: dict[str, Any] = {"by": self._by, "seconds": 0.0, "peak": 0, "values": {}}
+        self._kept: dict[str, Any] = {"by": self._by, "seconds": 0.0, "peak": 0, "values": {}, "steps": {}}
         if folder is None:
             return
         with contextlib.suppress(OSError, ValueError):
             before = json.loads((folder / "work.json").read_text())
             if before["by"] == self._by:
-                self._kept = before
+                self._kept.update(before)
                 return
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -48,6 +48,15 @@ class Work:
             self._kept["values"][key] = json.loads(json.dumps(compute()))
             self.note()
         return self._kept["values"][key]
+
+    def count_steps(self, part: str, steps: int) -> None:
+        """Notes how many optimizer steps a part of the cell's newest training took."""
+        self._kept["steps"][f"{self.trainings}: {part}"] = steps
+        self.note()
+
+    def steps(self) -> int:
+        """The optimizer steps of all trainings that have ended."""
+        return sum(self._kept["steps"].values())
 
     def is_begun(self) -> bool:
         """Whether an earlier run has done a part of it."""
@@ -94,10 +103,13 @@ class Work:
 
 
 class WorkCallback(TrainerCallback):
-    """Counts the time up to each checkpoint as done."""
+    """Counts the time up to each checkpoint as done, and a training's steps in its end."""
 
     def __init__(self, work: Work):
         self.work = work
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         self.work.note()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.work.count_steps(Path(args.output_dir).name, state.global_step)
