@@ -58,7 +58,7 @@ def test_the_recipes_numbers():
 
 @pytest.mark.parametrize(
     "table",
-    [["ablation"], ["memory"], ["speed"], ["quality"], ["hierarchies"], ["tasks"]],
+    [["ablation"], ["memory"], ["speed"], ["quality"], ["more"], ["hierarchies"], ["tasks"]],
     ids=" ".join,
 )
 def test_the_benchmarks_tables(table):

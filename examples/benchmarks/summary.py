@@ -79,7 +79,7 @@ def quality() -> dict[str, float]:
 
     `hft` is HFT with the hierarchy that validation rows choose, see `own_hierarchy`.
     """
-    from table import BASELINES, HIERARCHIES, LOW_RESOURCE, learnable, own_hierarchy, runs, test_scores
+    from table import BASELINES, HIERARCHIES, LOW_RESOURCE, learnable, own_hierarchy, runs, test_scores, transfer
 
     figures: dict[str, float] = {}
     for budget, tasks in itertools.product(("short", "small", "medium", "full"), ("family", "cl14")):
@@ -87,7 +87,7 @@ def quality() -> dict[str, float]:
         if not cells:
             continue
         of: dict[str, dict[int, dict]] = {}
-        above = learnable(cells)
+        above, single = learnable(cells), runs(cells, "single")
         if above:
             figures[f"{prefix}.learnable_tasks"] = len(above)
         best = own_hierarchy(cells)
@@ -95,6 +95,9 @@ def quality() -> dict[str, float]:
         stands_for = {method: method for method in (*BASELINES, *HIERARCHIES, *routed)}
         if best is not None:
             stands_for |= {"hft": best, "hft_routed": f"{best}_routed"}
+        plans = [cell["notes"]["tree"] for cell in cells.values() if cell["method"] == "hft_planned_pages"]
+        if plans and all(map(is_one_root, plans)) and not runs(cells, "hft_planned"):
+            stands_for["hft_planned"] = "hft_root_no_memory"  # the same training
         for method, its_name in stands_for.items():
             if not (its := runs(cells, its_name)):
                 continue
@@ -105,22 +108,38 @@ def quality() -> dict[str, float]:
                     means = [statistics.mean(one[task] for task in some) for one in scores]
                     _put(figures, f"{prefix}.{key}_{method}", means)
             if lost := [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]:
-                figures[f"{prefix}.forgetting_{method}"] = round(statistics.mean(lost), 3)
+                _put(figures, f"{prefix}.forgetting_{method}", lost)
+            if method not in (*BASELINES, "hft"):
+                continue
+            if moved := [found for cell in its if (found := transfer(cell, single))]:
+                for i, key in enumerate(("bwt", "fwt")):
+                    _put(figures, f"{prefix}.{key}_{method}", [one[i] for one in moved])
+            if able := [cell["general"] for cell in its if "general" in cell]:
+                _put(figures, f"{prefix}.perplexity_{method}", [one["perplexity"] for one in able])
+                for task in able[0]["unseen"]:
+                    _put(
+                        figures, f"{prefix}.unseen_{task}_{method}", [one["unseen"][task]["accuracy"] for one in able]
+                    )
         for ours, other in itertools.product(("hft", *HIERARCHIES), ("joint", "single")):
             if seeds := of.get(ours, {}).keys() & of.get(other, {}).keys():
                 gaps = [of[ours][seed]["test"]["ap"] - of[other][seed]["test"]["ap"] for seed in seeds]
                 _put(figures, f"{prefix}.{ours}_minus_{other}", gaps)
         if budget == "small" and "hft" in of and "single" in of:
-            low = [
-                of["hft"][seed]["test"]["tasks"][task]["accuracy"]
-                - of["single"][seed]["test"]["tasks"][task]["accuracy"]
+            both = [
+                [test_scores(of[m][seed], m) for m in ("hft", "single")]
                 for seed in of["hft"].keys() & of["single"].keys()
-                for task in LOW_RESOURCE
-                if task in of["hft"][seed]["test"]["tasks"]
             ]
-            if low:
-                figures["quality.small.hft_minus_single_low_resource"] = round(statistics.mean(low), 3)
+            few = [task for task in LOW_RESOURCE if both and task in both[0][0]]
+            if few:
+                gaps = [statistics.mean(ours[task] - alone[task] for task in few) for ours, alone in both]
+                _put(figures, "quality.small.hft_minus_single_low_resource", gaps)
     return figures
+
+
+def is_one_root(tree: Mapping[str, list[str]]) -> bool:
+    """Whether all tasks but one stand on that one."""
+    (root, *others) = [task for task, parents in tree.items() if not parents]
+    return not others and all(parents == [root] for task, parents in tree.items() if task != root)
 
 
 def routing() -> dict[str, float]:

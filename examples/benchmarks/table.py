@@ -3,6 +3,7 @@
 python examples/benchmarks/table.py ablation --budget small    # `full` has all training rows
 python examples/benchmarks/table.py quality --budget small --tasks family    # `short` has less training
 python examples/benchmarks/table.py tasks --budget small --tasks family
+python examples/benchmarks/table.py more --budget small --tasks family
 python examples/benchmarks/table.py memory
 python examples/benchmarks/table.py speed
 """
@@ -171,6 +172,49 @@ def quality_tasks(budget: str, tasks: str) -> str:
     return "\n".join(lines)
 
 
+def quality_more(budget: str, tasks: str) -> str:
+    """Methods in rows: transfer, general ability without any task's path, what was trained, time and memory."""
+    cells = read(f"quality-{budget}-{tasks}")
+    best, single = own_hierarchy(cells), runs(cells, "single")
+    unseen = next((list(cell["general"]["unseen"]) for cell in cells.values() if "general" in cell), [])
+    lines = [
+        f"| method | backward transfer | forward transfer | perplexity | {' | '.join(unseen)} | trained | minutes | GiB |",
+        "|---" * (7 + len(unseen)) + "|",
+    ]
+    for method, title in (BASELINES | ({best: "HFT"} if best is not None else {})).items():
+        if not (its := runs(cells, method)):
+            continue
+        moved = [transfer(cell, single) for cell in its]
+        shown = [mean_se([one[i] for one in moved if one]) if any(moved) else "" for i in range(2)]
+        able = [cell["general"] for cell in its if "general" in cell]
+        measured = [
+            [one["perplexity"] for one in able],
+            *([one["unseen"][t]["accuracy"] for one in able] for t in unseen),
+        ]
+        if method in ("zero_shot", best):  # the same in each seed: the plain backbone
+            measured = [values[:1] for values in measured]
+        shown += [mean_se(values) if values else "" for values in measured]
+        usual = [cell for cell in its if "through float32" not in cell["machine"]]
+        minutes = mean_se([cell["seconds"] / 60 for cell in usual], 0) if usual else ""
+        peak = f"{max(cell['peak_gib'] for cell in usual):.1f}" if usual else ""
+        lines.append(f"| {title} | {' | '.join(shown)} | {its[0]['trainable'] / 1e6:.1f} M | {minutes} | {peak} |")
+    return "\n".join(lines)
+
+
+def transfer(cell: Mapping, single: Sequence[Mapping]) -> tuple[float, ...]:
+    """Of a method that sees a sequence: backward transfer, and forward transfer against one LoRA a task, in points.
+
+    Backward: what tasks gained (or, below 0, lost) from when they were learnt to the end, but for the last, which nothing
+    came after. Forward: how much better a task is, as soon as it is learnt, than its own LoRA with the same seed. Both on
+    the test rows that are scored twice; a LoRA's own on all. Empty if it sees no sequence, or that LoRA was not run.
+    """
+    alone = {its["seed"]: test_scores(its, "single") for its in single}.get(cell["seed"])
+    if alone is None or "just_learnt" not in cell["test"]:
+        return ()
+    gains = [first - alone[task] for task, (first, _last) in cell["test"]["just_learnt"].items()]
+    return 0.0 - cell["test"]["forgetting"], statistics.mean(gains)
+
+
 def memory() -> str:
     """Tasks in rows, as they were learnt: the score with and without page 1, and what share of the update it makes up."""
     cells = read("memory")
@@ -294,6 +338,7 @@ def main() -> None:
         "speed": speed,
         "quality": lambda: quality(args.budget, args.tasks),
         "hierarchies": lambda: hierarchies(args.budget, args.tasks),
+        "more": lambda: quality_more(args.budget, args.tasks),
         "tasks": lambda: quality_tasks(args.budget, args.tasks),
     }
     parser.add_argument("table", choices=list(made))
