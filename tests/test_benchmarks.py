@@ -371,9 +371,10 @@ def test_speeds_figures_and_table_by_hand(tmp_path, monkeypatch):
     assert table.speed().splitlines()[2:] == [
         "| a training step on a path of 4, over one PEFT LoRA's | 1.20 | ≤ 1.05 | hft without memory 1.10 |",
         "| a training step with 64 tasks, over one with 4 | 1.01 | ≤ 1.02 |  |",
-        "| a token on a path of 4 nodes, over the backbone's | 1.30 | ≤ 1.10; folded, routed 1.00 | folded 1.25, routed 1.31, merged 1.00 |",
+        "| a token on a path of 4 nodes, over the backbone's | 1.30 | ≤ 1.10; folded, routed 1.00 "
+        "| folded 1.25, routed 1.31, merged 1.00 |",
         "| loading one task of 64, over loading all | 0.50 |  | 1.2 s, 9.8 MB a task |",
-        "| a training step with 4 active PEFT LoRAs, over one's | 1.40 | "
+        "| a training step with 4 active PEFT LoRAs, over one's | 1.40 |  "
         "| train: poly 2.00, decode: poly 3.00, xlora: does not run |",
     ]
 
