@@ -23,8 +23,14 @@ class _Entry:
     factors: dict[str, Pair] = field(default_factory=dict)
 
 
+MOST_TASKS = 8
+
+
 class HFTKept:
-    """The fused factors of tasks whose parameters do not train, kept from pass to pass until one of them changes.
+    """The fused factors of sealed tasks, kept from pass to pass until one of their parameters changes.
+
+    Of the tasks that were asked for last, eight, or as many as the last batch has: each takes as much memory again as all
+    that it reads.
 
     A write that raises no version, as through `parameter.data`, is not seen; none of HFT's own is such.
 
@@ -33,11 +39,16 @@ class HFTKept:
     """
 
     def __init__(self):
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, _Entry] = {}  # what was asked for last is last
+        self._most = MOST_TASKS
 
     def clear(self) -> None:
         """Forgets all."""
         self._entries = {}
+
+    def hold(self, num_tasks: int) -> None:
+        """Before a batch with so many tasks."""
+        self._most = max(MOST_TASKS, num_tasks)
 
     def of(self, task: str, parameters: Sequence[torch.Tensor]) -> dict[str, Pair] | None:
         """The factors by linear that are right for these parameters, to be read and added to; None if none may be kept.
@@ -47,13 +58,16 @@ class HFTKept:
             parameters: all that the task's factors are made of.
         """
         if any(parameter.requires_grad for parameter in parameters):
-            self.clear()  # a fused optimizer may change them without raising their versions
+            self.clear()  # a refresh: a fused optimizer may change gates without raising their versions
             return None
         if torch.is_grad_enabled() or any(parameter.is_inference() for parameter in parameters):
             return None
         # A change in place raises a tensor's version; another tensor is elsewhere in memory.
         made_of = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
-        entry = self._entries.get(task)
+        entry = self._entries.pop(task, None)
         if entry is None or entry.made_of != made_of:
-            entry = self._entries[task] = _Entry(made_of, [parameter.detach() for parameter in parameters])
+            entry = _Entry(made_of, [parameter.detach() for parameter in parameters])
+        self._entries[task] = entry
+        while len(self._entries) > self._most:
+            del self._entries[next(iter(self._entries))]
         return entry.factors

@@ -106,6 +106,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
 
         `forward` and `generate` take `task=` themselves; this is for code that calls parts of the model. It holds for this
         thread: in one that is started within the block, `forward` runs the plain backbone and `generate` asks the router.
+        Coroutines and generators share their thread: they must not await or yield within a block; let them give `task=`.
 
         Args:
             task: a name, a name a row, or ids [B]; `"backbone"` for the plain backbone, None to change nothing.
@@ -118,6 +119,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         Raises:
             ValueError: an unknown name, or as many names as there are not rows; a rank that is too small, or given while a
                 task is folded.
+            RuntimeError: in the end of a block that ends before one that was begun within it.
         """
         if rank is not None and isinstance(task, str) and self._rows(task, num_rows) != [None]:
             self._check_unfolded()
@@ -147,6 +149,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         names = [name for name in dict.fromkeys(rows) if name is not None]
         if not names:
             return HFTPath(self._owner, ())
+        self._kept.hold(len(names))
         paths = tuple(self._task_path(name, self._kept_factors(name, is_one_pass)) for name in names)
         if len(set(rows)) == 1:
             return HFTPath(self._owner, paths)
@@ -159,7 +162,9 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         if torch.compiler.is_compiling():
             self._kept.clear()  # a compiled training step may change parameters without raising their versions
             return None
-        factors = self._kept.of(task, self._read_parameters(task))
+        factors = None
+        if self.config.task(task)["sealed"]:  # else an optimizer may change them without raising their versions
+            factors = self._kept.of(task, self._read_parameters(task))
         if not is_one_pass:
             return None
         return {} if factors is None and made_paths() is not None else factors

@@ -3,7 +3,7 @@
 Making a linear's fused factors costs more than using them in a short pass, so they are used again for as long as they are
 right:
 
-    HFTKept                 a task's, from pass to pass, until a parameter of theirs changes; none while it trains
+    HFTKept                 a task's, from pass to pass, until a parameter of theirs changes; none before it is sealed
     HFTTaskPath.kept        those of one path: HFTKept's; or made once for a `generate` beside open tasks, for `fold`, or
                             for `activate(rank=...)`; None where each linear makes them anew: in training and `activate`
     HFTTaskPath.wide, HFTPath.wide_stacks    in float32, for one `generate` on a CPU
@@ -142,9 +142,24 @@ def active_path(owner: HFTOwner) -> HFTPath | None:
 
 @contextmanager
 def on_path(path: HFTPath) -> Iterator[None]:
-    """All of its model's linears that run inside take `path`; afterwards what was before is active again."""
-    with _on_paths((*_state.paths, path)):
+    """All of its model's linears that run inside take `path`; afterwards what was before is active again.
+
+    Raises:
+        RuntimeError: another block, begun within this one, has not ended yet. That one's path stays active.
+    """
+    _state.paths = (*_state.paths, path)
+    try:
         yield
+    finally:
+        paths = _state.paths
+        if paths[-1] is path:
+            _state.paths = paths[:-1]
+        else:
+            _state.paths = tuple(other for other in paths if other is not path)
+            raise RuntimeError(
+                "Two blocks with an active task overlap, and neither is within the other, so passes took the wrong one's: do "
+                "not await or yield within `activate`; give `task=` to forward and generate instead."
+            )
 
 
 @contextmanager

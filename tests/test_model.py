@@ -183,7 +183,7 @@ def test_kept_factors_are_used_and_never_stale(model, monkeypatch):
     """Each way to change a parameter is seen; and what is kept is what would be made."""
     from hft.fused_hft import HFTFused
 
-    model.requires_grad_(False)
+    model.seal(model.hierarchy.names)
     made = []
     fuse = HFTFused._fuse
     monkeypatch.setattr(HFTFused, "_fuse", lambda self, task, *rest: made.append(task.task) or fuse(self, task, *rest))
@@ -209,7 +209,6 @@ def test_kept_factors_are_used_and_never_stale(model, monkeypatch):
         lambda: model.hft_gates.of("d").mul_(0.9),
         lambda: torch.optim.SGD([B], lr=0.1).step() if setattr(B, "grad", torch.ones_like(B)) is None else None,
         lambda: model.load_state_dict(state),
-        lambda: model.seal(model.hierarchy.names),
     ):
         with torch.no_grad():
             change()
@@ -219,20 +218,45 @@ def test_kept_factors_are_used_and_never_stale(model, monkeypatch):
         before = len(made)
         model(x, task="d")
         assert len(made) == before
-    # A fused optimizer changes parameters without raising their versions.
-    own = list(model.learning_parameters("d").values())
-    for parameter in own:
-        parameter.requires_grad_(True)
+    # A fused optimizer changes parameters without raising their versions; of an open task nothing is kept.
+    model.add_task("new", ["d"])
+    model.start_stage(["new"])
+    own = list(model.learning_parameters("new").values())
     optimizer = torch.optim.AdamW(own, lr=0.1, fused=True)
-    model(x, labels=x, task="d").loss.backward()
-    optimizer.step()
+    model(x, labels=x, task="new").loss.backward()
     model.requires_grad_(False)
     with torch.no_grad():
-        assert bits(model(x, task="d").logits) == fresh("d")
+        before = bits(model(x, task="new").logits)
+        optimizer.step()
+        assert before != bits(model(x, task="new").logits) == fresh("new")
     with torch.inference_mode():  # a cache of the one mode serves in the other
         model(x, task="e")
     with torch.no_grad():
         assert bits(model(x, task="e").logits) == fresh("e")
+
+
+@torch.no_grad()
+def test_factors_of_the_last_tasks_are_kept_and_no_others(model, monkeypatch):
+    """Else a server of many tasks would hold each task's ancestors once more."""
+    monkeypatch.setattr("hft.kept_hft.MOST_TASKS", 2)
+    model.seal(model.hierarchy.names)
+    x = prompts(3, 6)
+    for tasks, kept in (("a", "a"), ("b", "ab"), ("a", "ba"), ("c", "ac"), ("bcd", "bcd"), ("e", "de")):
+        model(x[: len(tasks)], task=list(tasks))
+        assert list(model._kept._entries) == list(kept)
+
+
+def test_blocks_that_overlap_are_told_of_and_leave_nothing_active(model):
+    """As of two coroutines that share a thread; without it a dead block's task would stay active for good."""
+    x = prompts(2, 6)
+    plain = bits(model(x).logits)
+    first, second = model.activate("d"), model.activate("e")
+    first.__enter__(), second.__enter__()
+    with pytest.raises(RuntimeError, match="Two blocks with an active task overlap"):
+        first.__exit__(None, None, None)
+    assert bits(model(x).logits) == bits(model(x, task="e").logits)
+    second.__exit__(None, None, None)
+    assert bits(model(x).logits) == plain
 
 
 @pytest.mark.parametrize("is_open", [False, True], ids=["sealed", "open"])
@@ -240,9 +264,9 @@ def test_generating_fuses_once_and_the_next_call_sees_a_change(model, monkeypatc
     """Open or sealed: tokens are those of passes that each look for themselves."""
     from hft.fused_hft import HFTFused
 
-    model.eval().requires_grad_(False)
-    if is_open:
-        model.hft_gates.of("d").requires_grad_(True)
+    model.eval()
+    if not is_open:
+        model.seal(model.hierarchy.names)
     looked = []
     read = type(model)._read_parameters
     monkeypatch.setattr(type(model), "_read_parameters", lambda self, task: looked.append(task) or read(self, task))
@@ -267,7 +291,7 @@ def test_generating_fuses_once_and_the_next_call_sees_a_change(model, monkeypatc
             looked.clear(), fused.clear()
             found = model.generate(x, task=task, **options)
             num_tasks = len(set(task) - {"backbone"})
-            assert len(looked) == num_tasks and len(fused) <= 14 * num_tasks
+            assert len(looked) == (0 if is_open else num_tasks) and len(fused) <= 14 * num_tasks
             assert torch.equal(found, one_by_one(task))
         beams = model.generate(x, task=rows, num_beams=2, **options)
         with monkeypatch.context() as patch:
