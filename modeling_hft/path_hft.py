@@ -157,8 +157,8 @@ def on_path(path: HFTPath) -> Iterator[None]:
         else:
             _state.paths = tuple(other for other in paths if other is not path)
             raise RuntimeError(
-                "Two blocks with an active task overlap, and neither is within the other, so passes took the wrong one's: do "
-                "not await or yield within `activate`; give `task=` to forward and generate instead."
+                "Two blocks with an active task overlap, and neither is within the other, so passes took the wrong one's: "
+                "do not await or yield within `activate`; give `task=` to forward and generate instead."
             )
 
 
