@@ -13,8 +13,8 @@ from transformers import initialization as init
 from .hierarchy_hft import nearest
 
 
-# Linears of Mamba whose weight its kernels take without calling the module, so that no hook would run.
-_NOT_CALLED = ("dt_proj",)
+# Linears of a Mamba mixer whose weights its kernels take, at least in training, without calling them: no hook would run.
+_NOT_CALLED = ("dt_proj", "x_proj", "out_proj")
 
 
 class HFTFactors(nn.Module):
@@ -113,7 +113,7 @@ def adapted_linears(decoder: nn.Module, target_modules: str | Sequence[str]) -> 
         indices = [int(part) for part in name.split(".") if part.isdigit()]
         # A subclass with a forward of its own, such as a mixture's router, need not return a plain tensor.
         is_plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-        if is_plain and indices and name.rsplit(".", 1)[-1] not in _NOT_CALLED:
+        if is_plain and indices and _is_called(decoder, name):
             layer_of[name] = indices[0]
     if not layer_of:
         kinds = sorted({type(module).__name__ for module in decoder.modules() if not list(module.children())})
@@ -129,6 +129,13 @@ def adapted_linears(decoder: nn.Module, target_modules: str | Sequence[str]) -> 
         if target not in known:
             raise ValueError(f"`target_modules` names {target!r}, which this backbone lacks. {nearest(target, known)}")
     return {name: layer for name, layer in layer_of.items() if name.rsplit(".", 1)[-1] in target_modules}
+
+
+def _is_called(decoder: nn.Module, name: str) -> bool:
+    """Whether the linear called `name` runs as a module wherever its weight is used."""
+    above, _, own = name.rpartition(".")
+    mixer = decoder.get_submodule(above)
+    return own not in _NOT_CALLED or not (hasattr(mixer, "A_log") and hasattr(mixer, "D"))
 
 
 def numbers_a_rank(modules: nn.ModuleDict) -> int:

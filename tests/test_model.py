@@ -684,11 +684,12 @@ def test_a_task_that_is_refused_leaves_no_trace(model, arguments, message):
     ("family", "more"),
     [
         ("mamba", {"state_size": 4}),
+        ("mamba2", {"state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1}),
         ("jamba", {"mamba_d_state": 4, "num_experts": 2, "attn_layer_period": 2, "attn_layer_offset": 1}),
     ],
 )
 def test_no_node_stands_where_a_family_takes_weights_without_their_linear(family, more):
-    """Such a node would never speak, nor learn."""
+    """Such a node would never speak, nor learn; of a mixer's linears it is seen where its kernels run, on a GPU."""
     config = hft.HFTConfig(text_config=tiny_config(family, **more), rank=2)
     model = hft.HFTForCausalLM(config)
     model.add_task("a")
@@ -697,6 +698,8 @@ def test_no_node_stands_where_a_family_takes_weights_without_their_linear(family
     model(prompts(2, 6), labels=prompts(2, 6), task="a").loss.backward()
     silent = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
     assert not silent
+    mixers = [name for name in model.hft_nodes if "mixer" in name or "mamba" in name]
+    assert mixers and all(name.endswith("in_proj") for name in mixers)
 
 
 def test_a_family_with_a_cache_of_its_own_generates(tmp_path, tokenizer):
