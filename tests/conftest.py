@@ -36,6 +36,13 @@ def _deterministic():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def quantizable(monkeypatch):
+    """bitsandbytes' kernels fill their own memory, and are not all deterministic."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, and a chat template."""

@@ -68,6 +68,20 @@ def test_without_a_gain_nothing_changes_to_the_bit(grown):
     assert bits(grown(x, task="a").logits) == logits
 
 
+@pytest.mark.parametrize(("errors", "kept"), [(0.5, False), (2.0, True)])
+def test_a_gain_counts_only_beyond_its_standard_error(grown, monkeypatch, errors, kept):
+    """Losses by hand: of n differences that lie s above or below their mean in turn, the error is s / (n - 1)^0.5."""
+    gain = errors * 0.01
+    after = [2.0 - gain - away for away in [0.01 * 7**0.5, -0.01 * 7**0.5] * 4]
+    losses = iter([[2.0] * 8, after])
+    monkeypatch.setattr(type(grown), "_losses", lambda *args: next(losses))
+    before, tasks = snapshot(grown), copy.deepcopy(grown.config.tasks)
+    result = grown.refresh_gates("a", rows_like(grown, "f"), num_steps=2)
+    assert (result.kept, result.error) == (kept, pytest.approx(0.01))
+    assert result.before - result.after == pytest.approx(gain)
+    assert ((snapshot(grown), grown.config.tasks) == (before, tasks)) == (not kept)
+
+
 def test_an_interrupted_refresh_changes_nothing(grown, monkeypatch):
     before, tasks = snapshot(grown), copy.deepcopy(grown.config.tasks)
     rows = rows_like(grown, "f")

@@ -58,6 +58,10 @@ def plain_step(model, task: str, batch) -> tuple[torch.Tensor, dict[str, torch.T
     return loss.detach(), dict(zip(own, torch.autograd.grad(loss, list(own.values())), strict=True))
 
 
+def error_of(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).detach().norm() / expected.detach().norm())
+
+
 class Watching(HFTTrainer):
     """Compares each step with plain passes, before the optimizer moves anything."""
 
@@ -72,7 +76,7 @@ class Watching(HFTTrainer):
         expected, gradients = plain_step(self.model, task, inputs)
         torch.testing.assert_close(loss, expected, rtol=self.tolerance, atol=0)
         for name, parameter in self.model.learning_parameters(task).items():
-            error = (parameter.grad - gradients[name]).norm() / gradients[name].norm()
+            error = error_of(parameter.grad, gradients[name])
             assert error < self.tolerance, f"{name}: {error}"
         self.seen.append(task)
         self.num_labels.append(int((inputs["labels"][:, 1:] != -100).sum()))
@@ -91,13 +95,18 @@ def row_for(task: str, i: int) -> dict[str, str]:
     return {"prompt": f"{task}{i}" + " so" * (i % 4), "completion": f" then {i}" * (1 + i % 2)}
 
 
+def new_model(backbone, how: str, hierarchy: dict[str, list[str]]) -> hft.HFTForCausalLM:
+    """Untrained, over a backbone in float32, bfloat16 or NF4."""
+    quantized = {"quantization_config": NF4} if how == "nf4" else {}
+    dtype = torch.float32 if how == "float32" else torch.bfloat16
+    return hft.HFTForCausalLM.from_backbone(
+        backbone, hierarchy, rank=3, memory_config={"slots": 2}, dtype=dtype, **quantized
+    )
+
+
 def train(backbone, tokenizer, folder, how: str, texts=None, **options) -> Watching:
     torch.manual_seed(0)
-    quantized = {"quantization_config": NF4} if how == "nf4" else {}
-    model = hft.HFTForCausalLM.from_backbone(
-        backbone, {"a": [], "b": ["a"]}, rank=3, memory_config={"slots": 2},
-        dtype=torch.float32 if how == "float32" else torch.bfloat16, **quantized,
-    )  # fmt: skip
+    model = new_model(backbone, how, {"a": [], "b": ["a"]})
     data = texts or {task: Dataset.from_list([row_for(task, i) for i in range(9)]) for task in "ab"}
     options = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "bf16": False, "save_strategy": "no",
                "disable_tqdm": True, "gradient_checkpointing": False, "learning_rate": 1e-2, "report_to": "none",
@@ -120,13 +129,6 @@ WAYS = {
     "padding-free": {"padding_free": True, "max_length": None},
     "packed and checkpointed": {"packing": True, "max_length": 64, "gradient_checkpointing": True},
 }  # fmt: skip
-
-
-@pytest.fixture
-def quantizable(monkeypatch):
-    """bitsandbytes' kernels fill their own memory, and are not all deterministic."""
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("how", ["float32", "bfloat16", "nf4"])
@@ -236,23 +238,52 @@ def test_the_paged_8_bit_optimizer_reaches_the_trainer(backbones, tokenizer, tmp
     assert type(optimizer).__name__ == "AdamW" and optimizer.is_paged and optimizer.args.optim_bits == 8
 
 
+def test_the_paged_8_bit_optimizer_goes_where_adamw_goes(backbones, tokenizer, tmp_path):
+    """Three steps of a child's node and gates. A tensor of fewer than 4096 numbers keeps its state in 32 bit."""
+
+    def steps(optim: str) -> tuple[dict[str, torch.Tensor], set[torch.dtype]]:
+        """How far each parameter moves, and in what the first moments are kept."""
+        model = hft.HFTForCausalLM.from_backbone(
+            backbones["llama"], {"a": [], "b": ["a"]}, rank=128, memory_config={"read": "off"}
+        )
+        fill(model)
+        model.seal(["a"])
+        before = {name: p.detach().clone() for name, p in model.learning_parameters("b").items()}
+        config = HFTTrainingConfig(
+            str(tmp_path / optim), optim=optim, max_steps=3, learning_rate=1e-2, per_device_train_batch_size=4,
+            bf16=False, save_strategy="no", disable_tqdm=True, report_to="none",
+        )  # fmt: skip
+        rows = {"b": Dataset.from_list([row_for("b", i) for i in range(9)])}
+        trainer = HFTTrainer(model, config, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        states = trainer.optimizer.optimizer.state.values()
+        dtypes = {state["exp_avg" if "exp_avg" in state else "state1"].dtype for state in states}
+        return {name: p.detach() - before[name] for name, p in model.learning_parameters("b").items()}, dtypes
+
+    (expected, plain), (moved, mixed) = steps("adamw_torch"), steps("paged_adamw_8bit")
+    assert plain == {torch.float32} and mixed == {torch.float32, torch.uint8}
+    for name, way in expected.items():
+        assert way.any() and error_of(moved[name], way) < 0.02, name
+
+
 # ---- invariant 4: each fast path against the naive loop ----
+
+
+def two_open(backbone, how: str) -> hft.HFTForCausalLM:
+    """Two open tasks on sealed ones; every node, page and gate has a value of its own."""
+    model = new_model(backbone, how, {"a": [], "e": [], "b": ["a"], "d": ["a", "e"]})
+    model.start_stage(["a", "e"])
+    fill(model)
+    model.seal(["a", "e"])
+    model.start_stage(["b", "d"])
+    fill(model)
+    return model
 
 
 @pytest.fixture
 def naive_model(backbones):
-    """Two open tasks on sealed ones, in float64, where equal means equal."""
-    model = hft.HFTForCausalLM.from_backbone(
-        backbones["llama"], {"a": [], "e": [], "b": ["a"], "d": ["a", "e"]}, rank=3, memory_config={"slots": 2}
-    )
-    model.start_stage(["a", "e"])
-    model.set_trainable(["a", "e"])
-    fill(model)
-    model.seal(["a", "e"])
-    model.start_stage(["b", "d"])
-    model.double()
-    fill(model)
-    return model
+    """In float64, where equal means equal."""
+    return two_open(backbones["llama"], "float32").double()
 
 
 def gradients_of(model, logits, weight):
@@ -284,6 +315,27 @@ def test_4_training_paths_are_the_naive_loop(naive_model, way):
         if gradient is not None:
             assert gradient.abs().max() > 0
             torch.testing.assert_close(actual[name], gradient, rtol=1e-7, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("how", TOLERANCE)
+@pytest.mark.parametrize("rows", [["d", "d"], ["d", None, "b"]], ids=["one task", "mixed"])
+def test_4_in_low_precision_only_rounding_is_between(backbones, quantizable, rows, how):
+    """The loop runs in float64, over the very numbers that the model holds."""
+    model, x = two_open(backbones["llama"], how).train(), prompts(len(rows), 5)
+    weight = torch.randn(*x.shape, VOCABULARY)
+    logits = model(x, task=rows, use_cache=False).logits
+    actual = gradients_of(model, logits, weight)
+    if how == "nf4":
+        model.dequantize()
+    model.double()
+    naive = naive_logits(model, x, rows, use_cache=False)
+    expected = gradients_of(model, naive, weight)
+    assert {name for name, g in actual.items() if g is None} == {name for name, g in expected.items() if g is None}
+    errors = {name: error_of(actual[name], gradient) for name, gradient in expected.items() if gradient is not None}
+    worst = max(errors, key=errors.get)
+    assert error_of(logits, naive) < TOLERANCE[how]
+    assert sum(errors.values()) < TOLERANCE[how] * len(errors), errors
+    assert errors[worst] < 6 * TOLERANCE[how], f"{worst}: {errors[worst]}"  # where a sum nearly cancels out
 
 
 @pytest.mark.parametrize("way", ["kept", "kept, mixed", "kept, each its own", "folded", "merged"])
