@@ -2,6 +2,12 @@
 
     python examples/benchmarks/quality.py --data DIR --tasks family --budget small    # goes on where it stopped
 
+The full budget is for a GPU, which no committed cell had yet. A cell there is up to 32,064 training rows and 13,643 to be
+answered, so begin with what the comparison rests on, at one rate:
+
+    python examples/benchmarks/quality.py --data DIR --tasks cl14 --budget full --seeds 1 --rates 1e-3 \
+        --methods zero_shot,single,joint,sequential,olora,hft_root_no_memory
+
 A cell is a method at a learning rate with a seed. With seed 0 each method runs at every rate of the grid; the rate with the
 best average on validation rows (over the seeds that all its rates have run) is its own, and runs with the further seeds.
 Test rows are scored in the same pass and looked at by `table.py` only, for the chosen rate.
