@@ -89,7 +89,7 @@ class HFTRouterConfig(PreTrainedConfig):
         ridge: the penalty, as a share of the mean diagonal of the features' second moments; above 0.
         confidence: how likely the likeliest task must be; below, the prompt goes to an ancestor or to the backbone. 0 to 1.
         prefix, suffix: ids of the tokens that a chat template puts around every prompt, which do not count.
-        tasks: the tasks that the router knows.
+        tasks: the tasks that the router sends prompts to. In a model's config, always those that its router has sums of.
 
     Raises:
         ValueError: a number out of its range.
@@ -136,7 +136,8 @@ class HFTConfig(PreTrainedConfig):
         router_config: see `HFTRouterConfig`.
         tasks: one entry a task, in the order of creation: `{"name", "parents", "rank", "sealed", "pages", "borrows"}`: the
             ids of the memory pages that it reads, and the nodes that it reads beside its path. Without the others, a name is
-            an open root of rank `rank` that reads no page. In the slim form a sealed task also has a `"hash"` (`lineage`).
+            an open root of rank `rank` that reads no page. A sealed task, or page, also has the `"dtype"` of its factors,
+            and a task in the slim form a `"hash"` (`lineage`).
         pages: one entry a memory page: `{"id", "slots", "sealed", "writers"}`, the last being the tasks that write it.
         rank: the rank R of the nodes of new tasks; 1 or more.
         target_modules: the linears that carry nodes: `"all-linear"` (every `nn.Linear` in a decoder layer), or a list of
@@ -192,6 +193,14 @@ class HFTConfig(PreTrainedConfig):
             if names.count(name) > 1:
                 raise ValueError(f"The task {name!r} is a duplicate in `tasks`; each name stands once.")
         for task in self.tasks:
+            if odd := sorted(task.keys() - {*defaults, "name", "dtype", "hash"}):
+                raise ValueError(
+                    f"Task {task['name']!r} has the unknown key {odd[0]!r}. {nearest(odd[0], list(defaults))}"
+                )
+            if not isinstance(task["rank"], int) or task["rank"] < 1:
+                raise ValueError(
+                    f"`rank` of task {task['name']!r} is {task['rank']!r}; a node needs a whole rank of 1 or more."
+                )
             for kind, known in (("pages", [page["id"] for page in self.pages]), ("borrows", names)):
                 for other in task[kind]:
                     if other not in known:

@@ -155,8 +155,8 @@ def read_tensors(
     Args:
         repo: a folder or a Hub id.
         filename: the file in it.
-        expected: the names that it must hold; no others are read.
-        may_hold_more: whether others beside them are no error.
+        expected: the names that it must hold.
+        may_hold_more: whether others beside them are no error; they are read, too.
         download: `revision`, `token`, `cache_dir`, ... as for `transformers.utils.cached_file`.
 
     Raises:
@@ -172,14 +172,14 @@ def read_tensors(
     try:
         with safe_open(path, "pt") as file:
             held = set(file.keys())
-            tensors = {name: file.get_tensor(name) for name in sorted(expected & held)}
+            odd = sorted(expected - held) or sorted(set() if may_hold_more else held - expected)
+            tensors = {} if odd else {name: file.get_tensor(name) for name in sorted(held)}
     except (SafetensorError, OSError) as error:
         raise OSError(
             f"'{path}' is no whole safetensors file ({error}); it was cut short or damaged. Copy or download it again."
         ) from error
-    if expected - held or (held != expected and not may_hold_more):
-        odd = sorted(expected - held) or sorted(held - expected)
-        what = "lacks" if expected - held else "holds the unexpected"
+    if odd:
+        what = "lacks" if odd[0] in expected else "holds the unexpected"
         raise ValueError(
             f"'{path}' does not fit its config.json: it {what} {odd[0]!r} ({len(odd)} such). "
             "Is it a file of another model, or of another backbone?"

@@ -60,51 +60,77 @@ class HFTGenerationMixin(GenerationMixin):
             task = getattr(self.generation_config, "task", None)
         prompts = inputs if inputs is not None else kwargs.get("input_ids")
         num_rows = num_rows_of(prompts, kwargs.get("inputs_embeds"))
-        active = active_path(self._owner) if task is None else None
-        if active is not None:  # `activate` around this call
-            active.check(num_rows)
-            routes = [HFTRoute(name or BACKBONE, (), (), 0.0, "active around the call") for name in active.names()]
-        elif task is not None:
-            rows = self._rows(task, num_rows)
-            routes = [HFTRoute(row or BACKBONE, (), (), 0.0, "named by the caller") for row in rows]
-        elif prompts is not None and self.hft_router.tasks():
-            mask = kwargs.get("attention_mask")
-            if mask is not None and mask.shape != prompts.shape:
-                raise ValueError(
-                    f"`attention_mask` has the shape {list(mask.shape)} for {list(prompts.shape)} tokens, and the router "
-                    "needs whole prompts; to go on from a cache, name the task that made it: generate(..., task=...)."
-                )
-            routes = self.route(prompts, self._mask_of_pads(prompts, kwargs) if mask is None else mask)
-            for i, route in enumerate(routes):
-                logger.info(f"Prompt {i} is answered by {route.task}: {route.reason}.")
-        else:
-            routes = [HFTRoute(BACKBONE, (), (), 0.0, "the router was not asked")] * (num_rows or 1)
+        routes = self._who_answers(task, prompts, num_rows, kwargs)
         names = [route.task for route in routes]
-        around: str | None = None
-        if (assistant := kwargs.get("assistant_model")) is not None:  # transformers hands it what `forward` gets
+        around = None
+        if self._drafts_or_guides(names, kwargs):
+            around = names[0]
+        elif task is not None or not self._active_is_ready():
+            kwargs["task"] = self._for_forward(names)
+        with generating(), self._one_pass(around, num_rows):
+            output = super().generate(inputs, **kwargs)
+        return (output, routes * (num_rows or 1) if len(routes) == 1 else routes) if return_route else output
+
+    def _who_answers(
+        self, task: Task | None, prompts: torch.Tensor | None, num_rows: int | None, kwargs: Mapping[str, Any]
+    ) -> list[HFTRoute]:
+        """The decision for each prompt, or one for all: the task that is given, else the active one, else the router's."""
+        if task is not None:
+            return [
+                HFTRoute(name or BACKBONE, (), (), 0.0, "named by the caller") for name in self._rows(task, num_rows)
+            ]
+        if (active := active_path(self._owner)) is not None:  # `activate` around this call
+            active.check(num_rows)
+            return [HFTRoute(name or BACKBONE, (), (), 0.0, "active around the call") for name in active.names()]
+        if prompts is None or not self.hft_router.tasks():
+            return [HFTRoute(BACKBONE, (), (), 0.0, "the router was not asked")]
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.shape != prompts.shape:
+            raise ValueError(
+                f"`attention_mask` has the shape {list(mask.shape)} for {list(prompts.shape)} tokens, and the router "
+                "needs whole prompts; to go on from a cache, name the task that made it: generate(..., task=...)."
+            )
+        routes = self.route(prompts, self._mask_of_pads(prompts, kwargs) if mask is None else mask)
+        for i, route in enumerate(routes):
+            logger.info(f"Prompt {i} is answered by {route.task}: {route.reason}.")
+        return routes
+
+    def _drafts_or_guides(self, names: Sequence[str], kwargs: Mapping[str, Any]) -> bool:
+        """Whether there are passes besides `forward`'s own, so that the task is to be active around all, not its argument.
+
+        An assistant gets what `forward` gets, and knows no tasks; a model that drafts for itself (early exit) would make the
+        task's path anew for each draft; guidance's unconditional pass does not get what `forward` gets.
+        """
+        if (assistant := kwargs.get("assistant_model")) is not None:
             if assistant.config.model_type == self.config.model_type:
                 raise ValueError(
                     "`assistant_model` is an HFT model, too, and nothing says which of its tasks drafts; give a plain one."
                 )
-            around = names[0]
-        elif self._is_guided(kwargs):  # transformers' unconditional pass does not get what `forward` gets
-            if len(set(names)) > 1:
-                raise ValueError(
-                    f"`guidance_scale` needs one task for all prompts, and these have {', '.join(dict.fromkeys(names))}; "
-                    "generate the prompts of each task by themselves."
-                )
-            around = names[0]
-        elif len(set(names)) == 1:  # a name needs no copying for each beam
-            is_made = active is not None and any(path.kept is not None for path in active.tasks)
-            if not is_made and (names[0] != BACKBONE or task is not None or active is not None):
-                kwargs["task"] = names[0]
-        else:  # ids [B], which generate repeats for each beam
-            known = self.config.task_names()
-            ids_B = [-1 if name == BACKBONE else known.index(name) for name in names]
-            kwargs["task"] = torch.tensor(ids_B, device=self.get_input_embeddings().weight.device)
-        with generating(), self._one_pass(around, num_rows):
-            output = super().generate(inputs, **kwargs)
-        return (output, routes * (num_rows or 1) if len(routes) == 1 else routes) if return_route else output
+            return True
+        if self._option("assistant_early_exit", kwargs) is not None:
+            return True
+        if self._option("guidance_scale", kwargs) in (None, 1):
+            return False
+        if len(set(names)) > 1:
+            raise ValueError(
+                f"`guidance_scale` needs one task for all prompts, and these have {', '.join(dict.fromkeys(names))}; "
+                "generate the prompts of each task by themselves."
+            )
+        return True
+
+    def _active_is_ready(self) -> bool:
+        """Whether the path that is active around the call is one for all passes (as in `activate(rank=...)`, or a draft):
+        naming its tasks would make another."""
+        active = active_path(self._owner)
+        return active is not None and all(path.kept is not None for path in active.tasks)
+
+    def _for_forward(self, names: Sequence[str]) -> str | torch.Tensor:
+        """What tells `forward` these tasks: a name, which needs no copying for each beam, or ids [B], which are repeated."""
+        if len(set(names)) == 1:
+            return names[0]
+        known = self.config.task_names()
+        ids_B = [-1 if name == BACKBONE else known.index(name) for name in names]
+        return torch.tensor(ids_B, device=self.get_input_embeddings().weight.device)
 
     def _mask_of_pads(self, prompts: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """The mask that transformers takes where none is given: without pads, if the end of text is not one, too."""
@@ -113,9 +139,6 @@ class HFTGenerationMixin(GenerationMixin):
             return None
         mask_BT = (prompts != pad).long()
         return mask_BT if mask_BT.any() else None
-
-    def _is_guided(self, kwargs: Mapping[str, Any]) -> bool:
-        return self._option("guidance_scale", kwargs) not in (None, 1)
 
     def _option(self, name: str, kwargs: Mapping[str, Any]) -> Any:
         """What `generate` takes for one of its options: as an argument, of the configuration given, or of the model's."""

@@ -194,6 +194,9 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
             names = self._names_of(task.reshape(-1)) if isinstance(task, torch.Tensor) else list(task)
             if not names or num_rows not in (None, len(names)):
                 raise ValueError(f"`task` names {len(names)} tasks for {num_rows} rows; give one name, or one a row.")
+        for name in names:
+            if name is not None and not isinstance(name, str):
+                raise ValueError(f"`task` holds {name!r}; give a name, a name a row, or a tensor of ids.")
         names = [None if name in (None, BACKBONE) else name for name in names]
         for name in names:
             if name in self.config.left_out:
@@ -208,6 +211,8 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         known: list[str | None] = [*self.config.task_names(), None]  # so -1 is the backbone
         ids = ids_B.tolist()
         for i in ids:
+            if not isinstance(i, int) or isinstance(i, bool):
+                raise ValueError(f"`task` is a tensor of {ids_B.dtype}; give whole ids, or names.")
             if not -1 <= i < len(known) - 1:
                 raise ValueError(f"`task` holds the id {i}; ids go from -1 (the backbone) to {len(known) - 2}.")
         return [known[i] for i in ids]

@@ -5,7 +5,7 @@ B batch, T tokens, D hidden size, M random features, K tasks.
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ class HFTRoute:
 
     Args:
         task: the task that answers, or `"backbone"`.
-        names: the K tasks that the router knows; none if it was not asked.
+        names: the K tasks whose prompts the router tells apart, removed ones included; none if it was not asked.
         probabilities: of each of them, given that the prompt is one of theirs.
         novelty: how far the prompt is from all that the router has seen; above 1 the backbone answers. 0 if it was not
             asked, infinite if it knows no task.
@@ -46,8 +46,11 @@ class HFTRouter:
     A prompt unlike all that was seen is told by its leverage phi^T (G + ridge I)^-1 phi, the variance of the ridge
     prediction, relative to that of held-out prompts of the tasks.
 
+    A task that is removed leaves its column of C: G has its prompts for good (a G of each task's own would be 4 MB a task),
+    so they stay familiar, and without the column they would be taken for the likeliest other task's.
+
     Args:
-        config: M, the penalty, and how sure is sure enough.
+        config: M, the penalty, and how sure is sure enough; its `tasks` are the router's own record, at first empty.
         hidden_size: D.
         num_layers: of the backbone.
 
@@ -64,7 +67,8 @@ class HFTRouter:
                 f"`layer` of the router is {self.layer}, of {num_layers} that the backbone has; give 1 to {num_layers - 1}."
             )
         self.layer = min(self.layer, num_layers - 1)
-        self.cross_M: dict[str, torch.Tensor] = {}  # task -> its column of C
+        config.tasks = []  # those of a saved model come with their sums, by `load`
+        self.cross_M: dict[str, torch.Tensor] = {}  # task, which may have been removed -> its column of C
         self.held_out_ND: dict[str, torch.Tensor] = {}  # task -> features to calibrate on
         self._solved: _Solution | None = None
 
@@ -81,7 +85,11 @@ class HFTRouter:
         return torch.zeros(self.config.num_features, self.config.num_features, dtype=torch.float64, device="cpu")
 
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that the router knows, by name."""
+        """The tasks that the router sends prompts to, by name."""
+        return tuple(self.config.tasks)
+
+    def names(self) -> tuple[str, ...]:
+        """The K tasks whose prompts it tells apart: `tasks` and those that were removed."""
         return tuple(sorted(self.cross_M))
 
     def expand(self, f_BD: torch.Tensor) -> torch.Tensor:
@@ -93,6 +101,9 @@ class HFTRouter:
 
     def add(self, task: str, f_BD: torch.Tensor, held_out_ND: torch.Tensor) -> None:
         """Adds a task's sums; more prompts of a task that is known add to its own.
+
+        So do prompts of a task that was removed and is there again: they are mostly the same, and were the old ones
+        nobody's, they would halve its scores.
 
         Args:
             task: its name.
@@ -114,7 +125,7 @@ class HFTRouter:
         held_out_ND = self._normalised(held_out_ND).half()  # as they are, some models' would overflow
         before = self.held_out_ND.get(task, held_out_ND[:0])
         self.held_out_ND[task] = torch.cat([before, held_out_ND])[:64]
-        self.config.tasks = list(self.tasks())
+        self.config.tasks = sorted({*self.tasks(), task})
         self._solved = None
 
     def clear(self) -> None:
@@ -123,11 +134,11 @@ class HFTRouter:
         self.gram_MM = torch.zeros_like(self.gram_MM)
 
     def remove(self, task: str) -> None:
-        """Forgets a task's name; what G has of its prompts stays."""
-        self.cross_M.pop(task, None)
-        self.held_out_ND.pop(task, None)
-        self.config.tasks = list(self.tasks())
-        self._solved = None
+        """From here on a task's prompts go to the backbone. With the last task all that was learnt goes."""
+        if task in self.tasks():
+            self.config.tasks = [other for other in self.tasks() if other != task]
+            if not self.tasks():
+                self.clear()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that it knows, by the names that a file has: a contract."""
@@ -138,14 +149,24 @@ class HFTRouter:
             **{f"held_out.{task}": held_out_ND for task, held_out_ND in self.held_out_ND.items()},
         }
 
-    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Takes over what `tensors` gave; raises as `check` does."""
+    def load(self, tensors: Mapping[str, torch.Tensor], tasks: Iterable[str]) -> None:
+        """Takes over what `tensors` gave.
+
+        Args:
+            tensors: of these tasks, and of those that were removed.
+            tasks: those that are there.
+
+        Raises:
+            ValueError: as `check`.
+        """
         self.check(tensors)
         self.projection_DM = tensors["projection"]
         row, column = self._triangle()
         self.gram_MM[row, column] = self.gram_MM[column, row] = tensors["gram"]
-        self.cross_M = {task: tensors[f"cross.{task}"] for task in self.config.tasks}
-        self.held_out_ND = {task: tensors[f"held_out.{task}"] for task in self.config.tasks}
+        names = [key.removeprefix("cross.") for key in tensors if key.startswith("cross.")]
+        self.cross_M = {name: tensors[f"cross.{name}"] for name in names}
+        self.held_out_ND = {name: tensors[f"held_out.{name}"] for name in names}
+        self.config.tasks = sorted(tasks)
         self._solved = None
 
     def check(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -163,42 +184,48 @@ class HFTRouter:
         """Where each prompt goes.
 
         A prompt that is farther from all that was seen than held-out prompts are goes to the backbone. Else to the likeliest
-        task, if that one is likely enough; else to the lowest task on the paths of all leading candidates; else to the
-        backbone.
+        task, if that one is likely enough and no other as likely; else to the lowest task on the paths of all leading
+        candidates; else to the backbone, which also answers where a leading candidate was removed.
 
         Args:
             f_BD: features of prompts; NaN for a prompt of nothing but padding.
             hierarchy: of the tasks.
         """
-        if not self.cross_M:
+        if not self.tasks():
             return [HFTRoute(BACKBONE, (), (), math.inf, "the router knows no task")] * len(f_BD)
-        if (empty_B := f_BD.isnan().any(1)).any():
-            routes = iter(self.route(f_BD[~empty_B], hierarchy))
-            nothing = HFTRoute(BACKBONE, (), (), math.inf, "the prompt is empty")
-            return [nothing if empty else next(routes) for empty in empty_B.tolist()]
+        if not (finite_B := f_BD.isfinite().all(1)).all():
+            routes = iter(self.route(f_BD[finite_B], hierarchy))
+            empty, broken = (
+                HFTRoute(BACKBONE, (), (), math.inf, reason)
+                for reason in ("the prompt is empty", "the prompt's hidden states are not finite")
+            )
+            return [next(routes) if f_D.isfinite().all() else empty if f_D.isnan().all() else broken for f_D in f_BD]
         solved = self._solve()
-        names = self.tasks()
+        names = self.names()
         phi_BM = self.expand(f_BD)
         score_BK, novelty_B = solved.scores(phi_BM), solved.leverage(phi_BM) / solved.most_leverage
         routes = []
         for probability_K, novelty in zip((score_BK / solved.temperature).softmax(-1), novelty_B, strict=True):
-            order = probability_K.argsort(descending=True).tolist()
-            best = float(probability_K[order[0]])
+            leading = [names[k] for k in self._leading(probability_K)]
+            removed = set(leading) - {*self.tasks()}
             if novelty > 1:
                 task, reason = BACKBONE, "unlike all prompts that the router has seen"
-            elif best >= self.config.confidence:
-                task, reason = names[order[0]], f"probability {best:.2f}"
-            else:
-                leading, total = [], 0.0
-                for k in order:
-                    leading.append(names[k])
-                    total += float(probability_K[k])
-                    if total >= self.config.confidence:
-                        break
-                task = hierarchy.lowest_common_ancestor(leading) or BACKBONE
+            elif len(leading) > 1:
+                task = None if removed else hierarchy.lowest_common_ancestor(leading)
                 reason = f"not sure between {', '.join(leading)}"
-            routes.append(HFTRoute(task, names, tuple(probability_K.tolist()), float(novelty), reason))
+            elif removed:
+                task, reason = BACKBONE, f"it belongs to {leading[0]}, which was removed"
+            else:
+                task, reason = leading[0], f"probability {float(probability_K.max()):.2f}"
+            routes.append(HFTRoute(task or BACKBONE, names, tuple(probability_K.tolist()), float(novelty), reason))
         return routes
+
+    def _leading(self, probability_K: torch.Tensor) -> list[int]:
+        """The places of the likeliest tasks that are likely enough together, and of those that tie with the last of them."""
+        sorted_K, order_K = probability_K.sort(descending=True)
+        last = int((sorted_K.cumsum(0) < self.config.confidence).sum())
+        least = sorted_K[min(last, len(sorted_K) - 1)] - 1e-4  # no probability is known better than that
+        return order_K[sorted_K >= least].tolist()
 
     def _solve(self) -> "_Solution":
         """The solution of all that was added so far; solved anew only after something was added."""
@@ -207,7 +234,7 @@ class HFTRouter:
             scale = self.gram_MM.diagonal().mean().clamp(min=1e-12)
             regular_MM = self.gram_MM + self.config.ridge * scale * torch.eye(M, dtype=torch.float64, device="cpu")
             factor_MM = torch.linalg.cholesky(regular_MM)
-            cross_MK = torch.stack([self.cross_M[task] for task in self.tasks()], 1)
+            cross_MK = torch.stack([self.cross_M[name] for name in self.names()], 1)
             solved = _Solution(factor_MM, torch.cholesky_solve(cross_MK, factor_MM))
             self._calibrate(solved)
             self._solved = solved  # whole: another thread may ask meanwhile
@@ -216,8 +243,8 @@ class HFTRouter:
 
     def _calibrate(self, solved: "_Solution") -> None:
         """Sets temperature and thresholds on the held-out prompts of all tasks."""
-        phi_NM = torch.cat([self.expand(self.held_out_ND[task].double()) for task in self.tasks()])
-        counts = torch.tensor([len(self.held_out_ND[task]) for task in self.tasks()], device="cpu")
+        phi_NM = torch.cat([self.expand(self.held_out_ND[name].double()) for name in self.names()])
+        counts = torch.tensor([len(self.held_out_ND[name]) for name in self.names()], device="cpu")
         label_N = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
         score_NK = solved.scores(phi_NM)
         grid = [2.0**-power for power in range(8)]

@@ -5,6 +5,9 @@ B batch, T tokens, D hidden size.
 
 import contextlib
 import dataclasses
+import math
+import re
+import statistics
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -87,7 +90,8 @@ class HFTRouting:
         """The mean hidden state [B, D] of each prompt's own tokens after the backbone's first layers, float32.
 
         Only `router_config.layer` layers run, without any task. Tokens at the beginning and end that are the chat template's
-        do not count, nor do tokens before the last ones that the backbone can hold. NaN for a row of nothing but padding.
+        do not count, nor do tokens before the last ones that the backbone can hold. NaN for a row of nothing but padding,
+        infinite where hidden states are not finite.
 
         Raises:
             ValueError: prompts without tokens.
@@ -102,8 +106,8 @@ class HFTRouting:
         mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if longest := getattr(self.config.text_config, "max_position_embeddings", None):
             input_ids, mask_BT = _last_tokens(input_ids, mask_BT, longest)
-        num_layers = self.config.text_config.num_hidden_layers
-        layers = next(m for m in self.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
+        # Found by the linears in them: the config's number of layers is a lower one while transformers drafts by early exit.
+        layers = self.base_model.get_submodule(statistics.mode(re.split(r"\.\d+\.", n)[0] for n in self._layer_of))
         caught: list[torch.Tensor] = []
         asks = threading.get_ident()
 
@@ -128,7 +132,9 @@ class HFTRouting:
             hook.remove()
         own_BT = self._own_tokens(input_ids, mask_BT).to(caught[0].device)
         total_BD = (caught[0].float() * own_BT[..., None]).sum(1)
-        return total_BD / own_BT.sum(1, keepdim=True)
+        count_B1 = own_BT.sum(1, keepdim=True)
+        mean_BD = (total_BD / count_B1).nan_to_num(math.inf, math.inf, -math.inf)
+        return mean_BD.where(count_B1 > 0, math.nan)
 
     def _own_tokens(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """1 for the tokens of a prompt that are not the chat template's [B, T]."""

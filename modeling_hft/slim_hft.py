@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -64,23 +64,23 @@ class HFTSlimFiles:
                 else:
                     parameter.data = read[file][name].to(parameter.device)  # takes the dtype of the file
 
-    def _read_router(self, repo: str | os.PathLike, **download: Any) -> None:
-        """Takes over what the router of a saved model knows, in either form."""
-        if known := self.config.router_config.tasks:
-            self.hft_router.load(_router_tensors(repo, known, **download))
+    def _read_router(self, repo: str | os.PathLike, tasks: Sequence[str], **download: Any) -> None:
+        """Takes over what the router of a saved model, in either form, knows: these tasks, by its config."""
+        if tasks:
+            self.hft_router.load(_router_tensors(repo, tasks, **download), tasks)
 
     def _write_router(self, folder: Path) -> None:
-        if self.config.router_config.tasks:
+        if self.hft_router.tasks():
             write_tensors(self.hft_router.tensors(), folder / ROUTER_FILE)
 
     def _write_tasks(self, folder: Path) -> None:
         """Writes all tasks and pages into a folder that `replacing` gave."""
         write_tensors(self._gate_tensors(self.hierarchy.names), folder / SHARED_FILE)
         for page in self.config.pages:
-            write_tensors(self._page_tensors(page["id"]), folder / page_file(page["id"]))
+            write_tensors(_as_sealed(page, self._page_tensors(page["id"])), folder / page_file(page["id"]))
         for task in self.hierarchy.names:  # parents first
-            write_tensors(self._node_tensors(task), folder / task_file(task))
             entry = self.config.task(task)
+            write_tensors(_as_sealed(entry, self._node_tensors(task)), folder / task_file(task))
             if entry["sealed"]:
                 entry["hash"] = lineage(folder / task_file(task), [self.config.task(up) for up in entry["parents"]])
 
@@ -172,39 +172,54 @@ class HFTSlimFiles:
         """If the block ends with an error, the config's entries and the parameters are those of before."""
         modules = (*self.hft_nodes.values(), *self.hft_memory.values(), self.hft_gates)
         parameters = [dict(module._parameters) for module in modules]
-        entries = self.config.tasks, self.config.pages
+        entries, hierarchy = (list(self.config.tasks), list(self.config.pages)), self.hierarchy
         try:
             yield
         except BaseException:
-            self.config.tasks, self.config.pages = entries
+            (self.config.tasks, self.config.pages), self.hierarchy = entries, hierarchy
             for module, its in zip(modules, parameters, strict=True):
                 module._parameters = its
             raise
 
     def _restore_router(self, saved: HFTConfig, tensors: Mapping[str, torch.Tensor] | None) -> None:
         self.hft_router.clear()
-        for name in ("tasks", "prefix", "suffix"):  # all that it learns besides its sums
+        for name in ("prefix", "suffix"):  # all that it learns besides its sums and whose they are
             setattr(self.hft_router.config, name, list(getattr(saved.router_config, name)))
         if tensors is not None:
-            self.hft_router.load(tensors)
+            self.hft_router.load(tensors, saved.router_config.tasks)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any):
         """As torch's, for the full form.
 
         Raises:
-            ValueError: the gates of a slim folder, which transformers' `Trainer` would take for a checkpoint's weights, and
-                go on with nodes that have learnt nothing.
+            ValueError: a folded model; or the gates of a slim folder, which transformers' `Trainer` would take for a
+                checkpoint's weights, and go on with nodes that have learnt nothing.
         """
         if slim := next((name for name in state_dict if name.startswith(_GATE)), None):
             raise ValueError(
                 f"{slim!r} is of the slim form, whose model.safetensors holds gates only: take it over with "
                 "model.restore(folder), and resume with HFTTrainer, not transformers' Trainer."
             )
+        self._check_unfolded()
         return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any):
+        """As torch's; ValueError while a task is merged into the backbone's weights, which are not its own then."""
+        self._check_unmerged()
+        return super().state_dict(*args, **kwargs)
+
+
+def _as_sealed(entry: Mapping[str, Any], tensors: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """The factors of an entry in the dtype in which they were sealed, whatever the model was converted to since.
+
+    It holds them as they are: so a task's file, and its hash, never change.
+    """
+    dtype = getattr(torch, entry["dtype"]) if "dtype" in entry else None
+    return {name: tensor.detach().to(dtype) for name, tensor in tensors.items()}
 
 
 def _router_tensors(repo: str | os.PathLike, tasks: Iterable[str], **download: Any) -> dict[str, torch.Tensor]:
-    """What the router of a saved model, in either form, knows of these tasks."""
+    """What the router of a saved model, in either form, knows of these tasks and of those that were removed."""
     names = ["projection", "gram", *(f"{kind}.{task}" for kind in ("cross", "held_out") for task in tasks)]
     return read_tensors(repo, ROUTER_FILE, names, may_hold_more=True, **download)
 

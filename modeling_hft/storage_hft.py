@@ -32,7 +32,7 @@ AUTO_MAP = {
 # What `PreTrainedModel.save_pretrained` and `push_to_hub` take besides.
 _SAVE_ARGUMENTS = {
     *("repo_id", "commit_message", "private", "token", "revision"),
-    *("max_shard_size", "variant", "save_original_format", "safe_serialization"),
+    *("max_shard_size", "variant", "save_original_format", "safe_serialization", "save_peft_format"),
 }
 # What tells where a repository's files come from; everything else says how to load the model.
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -197,7 +197,7 @@ class HFTStorage(HFTSlimFiles):
         config = copy.deepcopy(config)
         if not config.slim:
             model, loading_info = cls._load_whole(repo, *model_args, config=config, **kwargs)
-            model._read_router(repo, **download)
+            model._read_router(repo, config.router_config.tasks, **download)
             return (model, loading_info) if info else model
 
         entries, config.tasks, pages, config.pages = config.tasks, [], config.pages, []
@@ -220,7 +220,7 @@ class HFTStorage(HFTSlimFiles):
         model.hierarchy = model.config.hierarchy()
         model._make_room()
         model._read_tasks(repo, entries, pages, **download)
-        model._read_router(repo, **download)
+        model._read_router(repo, config.router_config.tasks, **download)
         model._finish()
         model.config.name_or_path = repo
         if model.can_generate() and kwargs.get("generation_config") is None:
@@ -274,7 +274,7 @@ class HFTStorage(HFTSlimFiles):
                 "This model was not built on a saved backbone, so a slim form could not name one; save it whole: "
                 "save_pretrained(..., slim=False)."
             )
-        if os.path.realpath(save_directory) == os.path.realpath(self.config.backbone or ""):
+        if self.config.backbone and os.path.realpath(save_directory) == os.path.realpath(self.config.backbone):
             raise ValueError(
                 f"'{save_directory}' is the backbone's own folder, which would be overwritten; choose another."
             )
@@ -339,7 +339,10 @@ class HFTStorage(HFTSlimFiles):
         custom_object_save(own_class, folder)
         config.save_pretrained(folder)
         if self.can_generate():
-            self.generation_config.save_pretrained(folder)
+            generation_config = copy.deepcopy(self.generation_config)
+            if "task" in vars(generation_config):  # a reader skips what is not transformers' own where this is set
+                generation_config._from_model_config = False
+            generation_config.save_pretrained(folder)
 
 
 def _check_places(kwargs: Mapping[str, Any]) -> None:

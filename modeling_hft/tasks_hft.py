@@ -49,16 +49,15 @@ class HFTTasks(HFTOwnership):
         if not isinstance(rank, numbers.Integral) or rank < 1:
             raise ValueError(f"`rank` of task {name!r} is {rank}; a node needs a whole rank of 1 or more.")
         parents = _listed(parents)
-        self.hierarchy = Hierarchy(
-            {**{task: self.hierarchy.parents(task) for task in self.hierarchy.names}, name: parents}
-        )
+        hierarchy = Hierarchy({**{task: self.hierarchy.parents(task) for task in self.hierarchy.names}, name: parents})
         entry = {"name": name, "parents": parents, "rank": int(rank), "sealed": False, "pages": [], "borrows": []}
-        self.config.tasks.append(entry)
-        self._make_node(entry)
-        with torch.no_grad():
+        with self._same_room_on_error(), torch.inference_mode(False), torch.no_grad():
+            self.hierarchy = hierarchy
+            self.config.tasks.append(entry)
+            self._make_node(entry)
             for nodes in self.hft_nodes.values():
                 nodes.reset_parameters(name)
-        self._begin_as_parents(name)
+            self._begin_as_parents(name)
 
     @torch.no_grad()
     def import_lora(
@@ -116,8 +115,8 @@ class HFTTasks(HFTOwnership):
     def remove_task(self, name: str, cascade: bool = False) -> list[str]:
         """Removes a task. What others compute does not change; the ids of later tasks move up.
 
-        A memory page that no other task reads goes with it. What the router has summed up of it stays in the router's second
-        moments, so its decisions on other tasks may move a little.
+        A memory page that no other task reads goes with it. The router still tells its prompts, whose sums and held-out
+        features stay in its file: the plain backbone answers them. With the last task that it knows, they go, too.
 
         Args:
             name: the task.
@@ -174,11 +173,13 @@ class HFTTasks(HFTOwnership):
             writers: those of them that write the page; None: all. Without any there is no page.
 
         Raises:
-            ValueError: if one of them is unknown or sealed.
+            ValueError: if one of them is unknown or sealed, or one of `writers` is not of the stage.
         """
         tasks = self._each_once(tasks)
         for writer in writers or ():
             self.hierarchy.check(writer)
+            if writer not in tasks:
+                raise ValueError(f"`writers` names {writer!r}, which is not of this stage: {', '.join(tasks)}.")
         self.set_trainable(tasks)  # checks the names before anything changes
         new = [task for task in tasks if not self._has_learnt(task)]
         without = [task for task in new if self._open_page(task) is None and (writers is None or task in writers)]
@@ -346,10 +347,12 @@ class HFTTasks(HFTOwnership):
                     )
         for task in tasks:
             for name, parameter in self.learning_parameters(task).items():
-                if not bool(parameter.isfinite().all()):
+                rounded = parameter if name.startswith("hft_gates.") else parameter.to(self.backbone.dtype)
+                if not bool(rounded.isfinite().all()):
                     raise ValueError(
-                        f"Task {task!r} has learnt numbers that are not finite ({name}), so it is not sealed: its training "
-                        "diverged. Begin it anew with a lower learning rate; in a run, delete its stage's folder and resume."
+                        f"Task {task!r} has learnt numbers that are not finite in {rounded.dtype} ({name}), so it is not "
+                        "sealed: its training diverged. Begin it anew with a lower learning rate; in a run, delete its "
+                        "stage's folder and resume."
                     )
         trims = []
         if rank_tolerance is not None:
@@ -361,7 +364,7 @@ class HFTTasks(HFTOwnership):
             *((self.config.task(task), self.task_parameters(task)) for task in tasks),
             *((page, self.page_parameters(page["id"])) for page in pages),
         ]:
-            entry["sealed"] = True
+            entry.update(sealed=True, dtype=str(self.backbone.dtype).removeprefix("torch."))
             for name, parameter in parameters.items():
                 parameter.requires_grad_(False)
                 parameter.grad = None

@@ -341,4 +341,4 @@ def test_a_stage_goes_on_without_a_task_that_was_removed(backbones):
     model.start_stage(["a", "b"])
     model.remove_task("b")
     model.seal(["a"])
-    assert model.config.pages == [{"id": 1, "slots": 8, "sealed": True, "writers": ["a"]}]
+    assert model.config.pages == [{"id": 1, "slots": 8, "sealed": True, "writers": ["a"], "dtype": "float32"}]

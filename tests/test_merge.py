@@ -78,6 +78,26 @@ def test_every_task_keeps_its_bits(grown_apart, tmp_path):
     assert hft.HFTForCausalLM.from_pretrained(tmp_path / "same").hierarchy.names == one.hierarchy.names
 
 
+def test_a_task_that_one_model_removed_is_known_where_the_other_has_it(grown_apart, tmp_path):
+    for folder, task in (("one", "c"), ("other", "y")):
+        model = hft.HFTForCausalLM.from_pretrained(tmp_path / folder)
+        model.remove_task(task)
+        model.save_pretrained(tmp_path / f"less of {folder}")
+    for one, other, gone in (
+        ("less of one", "less of other", "cy"),
+        ("less of one", "other", "c"),
+        ("one", "less of one", ""),
+        ("less of one", "one", ""),
+    ):
+        merge_models(tmp_path / one, tmp_path / other, tmp_path / f"{one}, {other}")
+        union = hft.HFTForCausalLM.from_pretrained(tmp_path / f"{one}, {other}")
+        for kind, task in ((0, "a"), (1, "b"), (2, "c"), (4, "y")):
+            if task != "y" or "other" in other:
+                (route,) = union.route(typical(kind, 99))
+                assert route.task == ("backbone" if task in gone else task), (one, other, task)
+                assert (route.reason == f"it belongs to {task}, which was removed") == (task in gone)
+
+
 def test_pages_of_the_same_content_stay_several(backbones, tokenizer, tmp_path):
     """As two pages that were never trained and were filled with the same numbers."""
     base = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, rank=3, memory_config={"slots": 2})

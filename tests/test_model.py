@@ -499,6 +499,9 @@ def test_ids_are_places_in_the_config(model):
         (3, "`task` is 3; give a name, a name a row, or a tensor of ids."),
         (torch.tensor([0, -2, 1]), "`task` holds the id -2; ids go from -1 (the backbone) to 5."),
         (torch.tensor([0, 6, 1]), "`task` holds the id 6; ids go from -1"),
+        (torch.tensor([0.0, -1.0, 1.0]), "`task` is a tensor of torch.float32; give whole ids, or names."),
+        (torch.tensor([True, False, True]), "`task` is a tensor of torch.bool; give whole ids, or names."),
+        ([["a"], ["b"], ["a"]], "`task` holds ['a']; give a name, a name a row, or a tensor of ids."),
     ],
 )
 def test_wrong_tasks(model, task, message):
@@ -678,6 +681,53 @@ def test_a_task_that_is_refused_leaves_no_trace(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         model.add_task(**arguments)
     assert model.config.tasks == before and set(model.hierarchy.names) == {entry["name"] for entry in before}
+
+
+def test_a_task_that_is_cut_off_while_it_is_added_leaves_no_trace(model, monkeypatch):
+    before, names = copy.deepcopy(model.config.tasks), sorted(dict(model.named_parameters()))
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "_make_gates", None)
+        with pytest.raises(TypeError):
+            model.add_task("new", ["d"])
+    assert model.config.tasks == before and sorted(dict(model.named_parameters())) == names
+    with torch.inference_mode():  # whose tensors could never learn
+        model.add_task("new", ["d"])
+    model.start_stage(["new"])
+    model(prompts(2, 5), labels=prompts(2, 5), task="new").loss.backward()
+
+
+def test_only_tasks_of_a_stage_write_its_page(model):
+    model.seal(model.hierarchy.names)
+    model.add_task("new", ["d"])
+    with pytest.raises(ValueError, match="`writers` names 'd', which is not of this stage: new"):
+        model.start_stage(["new"], writers=["d"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"rank": 0}, "`rank` of task 'a' is 0; a node needs a whole rank"),
+        ({"rank": "4"}, "`rank` of task 'a' is '4'; a node needs a whole rank"),
+        ({"rnk": 4}, "Task 'a' has the unknown key 'rnk'. Did you mean 'rank'?"),
+    ],
+)
+def test_wrong_entries_of_a_config(entry, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        hft.HFTConfig(tasks=[{"name": "a", **entry}])
+
+
+def test_a_folded_model_neither_gives_nor_takes_weights_that_are_not_its_own(model):
+    model.eval().seal(model.hierarchy.names)
+    state = copy.deepcopy(model.state_dict())
+    for merge in (False, True):
+        model.fold("d", merge=merge)
+        with pytest.raises(ValueError, match="folded for task 'd'; call unfold"):
+            model.load_state_dict(state)
+        if merge:
+            with pytest.raises(ValueError, match="merged into the backbone's weights; call unfold"):
+                model.state_dict()
+        model.unfold()
+    model.load_state_dict(state)
 
 
 @pytest.mark.parametrize(

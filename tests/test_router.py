@@ -92,6 +92,32 @@ def test_in_doubt_it_backs_off_to_the_lowest_common_ancestor():
         assert router.route(features["e"][10:11], tree)[0].task == "e"
 
 
+def test_of_tasks_that_are_as_likely_none_answers():
+    features = clusters(["x", "e"])
+    features["y"] = features["x"].clone()
+    router = router_of(features, "xye")
+    for parents, expected in ((["p"], "p"), ([], "backbone")):
+        (route,) = router.route(features["x"][10:11], hft.Hierarchy({"p": [], "x": parents, "y": parents, "e": []}))
+        assert route.probabilities[1:] == pytest.approx((0.5, 0.5), abs=1e-3)
+        assert route.task == expected and re.fullmatch("not sure between [xy], [xy]", route.reason)
+    router.config.confidence = 0.0  # whichever is likeliest
+    tree = hft.Hierarchy({"x": [], "y": [], "e": []})
+    assert [router.route(features[name][10:11], tree)[0].task for name in "ex"] == ["e", "backbone"]
+    router.remove("y")  # it may be y's
+    (route,) = router.route(features["x"][10:11], hft.Hierarchy({"p": [], "x": ["p"], "e": []}))
+    assert route.task == "backbone" and re.fullmatch("not sure between [xy], [xy]", route.reason)
+
+
+def test_what_is_not_finite_goes_to_the_backbone():
+    features = clusters("ab")
+    f_BD = features["a"][10:].clone()
+    f_BD[0, 3], f_BD[1, 3], f_BD[2], f_BD[3, 0] = torch.inf, torch.nan, torch.nan, -torch.inf
+    routes = router_of(features, "ab").route(f_BD, hft.Hierarchy({"a": [], "b": []}))
+    broken = "the prompt's hidden states are not finite"
+    assert [route.reason for route in routes[:4]] == [broken, broken, "the prompt is empty", broken]
+    assert [route.task for route in routes[:6]] == ["backbone"] * 4 + ["a"] * 2
+
+
 @pytest.fixture
 def routed(backbones, tokenizer) -> hft.HFTForCausalLM:
     """sst -> yelp and nli, sealed; the router knows prompts of each, in which one byte prevails."""
@@ -199,6 +225,49 @@ def test_adding_a_task_leaves_the_sums_of_the_others(routed):
     assert routed.route(typical(3, 99))[0].task == "late"
 
 
+@pytest.mark.parametrize("slim", [True, False])
+def test_prompts_of_a_removed_task_go_to_the_backbone(routed, tmp_path, slim):
+    """Not to another task; and what the router says of other tasks' prompts stays as it was."""
+    x = torch.cat([typical(kind, seed=100 + kind) for kind in (2, 0, 1)])
+    before, sums = routed.route(x), routed.hft_router.tensors()
+    assert [route.task for route in before] == ["nli", "sst", "yelp"]
+    routed.remove_task("nli")
+    route, *others = routed.route(x)
+    assert (route.task, route.reason) == ("backbone", "it belongs to nli, which was removed")
+    assert others == before[1:] and routed.hft_router.tasks() == ("sst", "yelp")
+    routed.save_pretrained(tmp_path, slim=slim)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.router_config.tasks == ["sst", "yelp"] and loaded.route(x) == [route, *others]
+    if slim:
+        assert AutoModelForCausalLM.from_pretrained(tmp_path, tasks=["sst"]).route(x)[0] == route
+    loaded.add_task("nli")  # the router has yet to learn what it is
+    assert loaded.route(x)[0] == route
+    loaded.add_routes("nli", [typical(2, seed)[0].tolist() for seed in range(24)])
+    (again, *others), (likely, *_) = loaded.route(x), before
+    assert again.task == "nli" and [other.task for other in others] == ["sst", "yelp"]
+    assert again.probabilities == pytest.approx(likely.probabilities, abs=0.02)  # not halved
+    after = loaded.hft_router.tensors()
+    assert {name: tensor.shape for name, tensor in sums.items()} == {name: t.shape for name, t in after.items()} | {
+        "held_out.nli": sums["held_out.nli"].shape  # of these, up to 64
+    }
+
+
+def test_with_the_last_task_the_router_forgets_all(routed):
+    for task in ("nli", "yelp", "sst"):
+        routed.remove_task(task)
+    assert routed.route(typical(0, 1))[0].reason == "the router knows no task"
+    assert routed.hft_router.names() == () and not routed.hft_router.tensors()["gram"].any()
+
+
+def test_a_config_alone_knows_no_prompts(routed, tmp_path):
+    """A model that is made of it says so, and what it saves loads again."""
+    made = AutoModelForCausalLM.from_config(routed.config)
+    assert made.config.router_config.tasks == [] and made.hft_router.tasks() == ()
+    assert routed.config.router_config.tasks == ["nli", "sst", "yelp"]
+    made.save_pretrained(tmp_path, slim=False)
+    assert made.route(typical(0, 1)) == AutoModelForCausalLM.from_pretrained(tmp_path).route(typical(0, 1))
+
+
 def test_the_trainer_teaches_the_router_and_resumes_with_it(backbones, tokenizer, tmp_path):
     trainer = make(backbones, tokenizer, tmp_path)
     trainer.train()
@@ -259,6 +328,11 @@ def test_odd_prompts(routed, backbones):
     first, second = routed.route(x, mask)
     assert first == routed.route(x[:1])[0]
     assert (second.task, second.reason) == ("backbone", "the prompt is empty")
+    with torch.no_grad():
+        routed.get_input_embeddings().weight[7] = torch.nan
+    broken, alone = routed.route(torch.cat([torch.full((1, 12), 7), x[:1]]))
+    assert (broken.task, broken.reason) == ("backbone", "the prompt's hidden states are not finite")
+    assert alone.task == first.task
     with pytest.raises(
         ValueError, match=re.escape("`input_ids` has the shape [2, 0]: there are no tokens to route by.")
     ):

@@ -10,7 +10,7 @@ import hft
 
 from .test_model import prompts
 from .test_router import routed, typical  # noqa: F401 (a fixture)
-from .tiny import grow
+from .tiny import grow, tiny_config
 
 
 @pytest.fixture
@@ -137,6 +137,37 @@ def test_an_assistant_drafts_for_a_task_that_is_named_or_found(mixed, backbones)
         mixed.generate(x, *by_place, assistant_model=assistant)
 
 
+@pytest.mark.parametrize("task", ["b", "backbone", None])
+def test_a_model_that_drafts_by_early_exit_asks_the_router_once(mixed, monkeypatch, task):
+    """And makes its path once. Its own first layers draft, on the same task, or the backbone's where that answers."""
+    for other, low in (("a", 5), ("c", 130)):
+        mixed.add_routes(other, [[low + i, low + 2, low + 3] for i in range(12)])
+    asked, ask, made, make = [], mixed.hft_router.route, [], mixed._path
+    monkeypatch.setattr(mixed.hft_router, "route", lambda *args: asked.append(1) or ask(*args))
+    monkeypatch.setattr(mixed, "_path", lambda *args, **options: made.append(1) or make(*args, **options))
+    mixed.remove_task("c")
+    x = torch.tensor([[133, 132, 133]])  # so that the backbone answers it
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "return_route": True, "task": task}
+    expected, (route,) = mixed.generate(x, **options)
+    assert route.task == (task or "backbone")
+    asked.clear()
+    made.clear()
+    for early in ({"assistant_early_exit": 1}, {"generation_config": GenerationConfig(assistant_early_exit=1)}):
+        assert mixed.generate(x, **early, **options)[0].tolist() == expected.tolist()
+    assert len(asked) == (2 if task is None else 0) and len(made) == 2  # once for each of the two answers
+    assert mixed.config.text_config.num_hidden_layers == 2
+
+
+def test_a_thread_may_route_while_another_drafts_by_early_exit(tmp_path):
+    """transformers lowers the number of layers in the configuration meanwhile, and leaves it so after an error."""
+    AutoModelForCausalLM.from_config(tiny_config("llama", num_hidden_layers=3)).save_pretrained(tmp_path)
+    model = hft.HFTForCausalLM.from_backbone(tmp_path, {"a": []})
+    model.add_routes("a", [[5 + i, 7, 8] for i in range(12)])
+    expected = model.route(prompts(1, 6))
+    model.config.text_config.num_hidden_layers = 2
+    assert model.route(prompts(1, 6)) == expected
+
+
 def test_one_thread_routes_while_another_generates(mixed):
     """The router stops a pass after the first layers: its own thread's only."""
     for task, low in (("a", 5), ("c", 130)):
@@ -182,6 +213,18 @@ def test_the_models_own_generation_config_may_name_the_task(mixed):
     mixed.unfold()
     rows = mixed.generate(x, task=["a", "b"], num_beams=1, **options).tolist()
     assert rows == [expected["a"][0], expected["b"][1]]
+
+
+@pytest.mark.parametrize("slim", [True, False])
+def test_the_task_that_the_generation_config_names_is_saved(mixed, tmp_path, slim):
+    """Also where that configuration was made of a backbone's config.json, as is noted in it."""
+    mixed.generation_config._from_model_config = True
+    mixed.generation_config.task = "b"
+    mixed.save_pretrained(tmp_path, slim=slim)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generation_config.task == "b" and mixed.generation_config._from_model_config
+    (route,) = loaded.generate(prompts(1, 6), max_new_tokens=1, return_route=True)[1]
+    assert (route.task, route.reason) == ("b", "named by the caller")
 
 
 def test_guidance_guides_a_task_by_itself(mixed):

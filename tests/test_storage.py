@@ -27,6 +27,7 @@ from transformers import (
 
 import hft
 from hft.files_hft import disk_errors
+from hft.slim_hft import read_config
 from hft.trainers.run_record import write_json
 
 from .hub import Hub, serving
@@ -43,6 +44,32 @@ def saved(model, tmp_path, tokenizer):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def test_a_sealed_tasks_file_does_not_change_with_the_models_dtype(backbones, tmp_path):
+    """Nor its hash, by which `merge` knows it."""
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, rank=3, dtype=torch.bfloat16)
+    fill(model)
+    model.start_stage(["a"])
+    fill(model, only_trainable=True)
+    model.seal(["a"])
+    model.save_pretrained(tmp_path / "before")
+    model.float().save_pretrained(tmp_path / "after")
+    model.bfloat16().save_pretrained(tmp_path / "again")
+    for other in ("after", "again"):
+        for file in ("tasks/a.safetensors", "model.safetensors"):
+            assert (tmp_path / "before" / file).read_bytes() == (tmp_path / other / file).read_bytes(), (other, file)
+        assert read_config(tmp_path / other).tasks == read_config(tmp_path / "before").tasks
+
+
+def test_what_is_not_finite_in_the_models_dtype_is_not_sealed(backbones):
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, rank=3, dtype=torch.float16)
+    model.start_stage(["a"])
+    with torch.no_grad():
+        next(iter(model.hft_nodes.values())).pair("a")[1].fill_(1e6)
+    with pytest.raises(ValueError, match=r"not finite in torch\.float16"):
+        model.seal(["a"])
+    assert not model.config.sealed_tasks()
 
 
 def test_slim_files_are_a_contract(saved, model):
@@ -69,7 +96,9 @@ def test_slim_files_are_a_contract(saved, model):
     assert config["tasks"][4] == {
         **{"name": "d", "parents": ["b", "c"], "rank": 3, "sealed": False, "pages": [1, 2, 3], "borrows": []}
     }
-    assert config["pages"][1] == {"id": 2, "slots": 2, "sealed": True, "writers": ["b", "c", "f"]}
+    assert config["pages"][1] == {
+        **{"id": 2, "slots": 2, "sealed": True, "writers": ["b", "c", "f"], "dtype": "float32"}
+    }
     assert config["slim"] is True and config["format_version"] == 1 and "quantization_config" not in config
     assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
 

@@ -111,7 +111,8 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
         saved.update(tasks=config.tasks, pages=config.pages, left_out=left_out)
         if not first.router_config.tasks and second.router_config.tasks:  # the one that has learnt says how it looks
             saved["router_config"] = json.loads((other / "config.json").read_text())["router_config"]
-        saved["router_config"]["tasks"] = sorted(key.split(".", 1)[1] for key in known if key.startswith("cross."))
+        theirs = {rename.get(name, name) for name in second.router_config.tasks}
+        saved["router_config"]["tasks"] = sorted({*first.router_config.tasks, *theirs})
         (staging / "config.json").write_text(json.dumps(saved, indent=2, sort_keys=True) + "\n")
     renew_model_card(out, RunRecord.load(one).united(RunRecord.load(other), rename))
     return [rename.get(name, name) for name in second.task_names() if name not in common]
@@ -201,13 +202,11 @@ def _merge_routers(
     one: Path, first: HFTConfig, other: Path, second: HFTConfig, rename: Mapping[str, str]
 ) -> dict[str, torch.Tensor]:
     """The sums of both routers."""
-    parts = [
-        load_file(folder / ROUTER_FILE)
+    ours, theirs = (
+        load_file(folder / ROUTER_FILE) if config.router_config.tasks else {}
         for folder, config in ((one, first), (other, second))
-        if config.router_config.tasks
-    ]
-    if len(parts) == 2:
-        ours, theirs = parts
+    )
+    if ours and theirs:
         for name in ("layer", "num_features", "prefix", "suffix"):
             mine, its = getattr(first.router_config, name), getattr(second.router_config, name)
             if mine != its:
@@ -217,22 +216,11 @@ def _merge_routers(
                 )
         if not torch.equal(ours["projection"], theirs["projection"]):
             raise ValueError("The two routers use different random features; teach one of them anew with add_routes.")
-        ours["gram"] = ours["gram"] + theirs["gram"]
-        for key, tensor in theirs.items():
-            kind, _, task = key.partition(".")
-            key = f"{kind}.{rename.get(task, task)}"
-            if kind == "cross":
-                ours[key] = ours[key] + tensor if key in ours else tensor
-            elif kind == "held_out" and key not in ours:
-                ours[key] = tensor
-        return ours
-    if parts and not first.router_config.tasks:
-        return {
-            ".".join([kind, rename.get(task, task)]) if task else kind: tensor
-            for key, tensor in parts[0].items()
-            for kind, _, task in [key.partition(".")]
-        }
-    return parts[0] if parts else {}
+    for key, tensor in theirs.items():
+        kind, _, task = key.partition(".")
+        key = f"{kind}.{rename.get(task, task)}" if task else kind
+        ours[key] = ours[key] + tensor if key in ours and kind in ("gram", "cross") else ours.get(key, tensor)
+    return ours
 
 
 def parse_rename(text: str, names: list[str]) -> tuple[str, str]:
