@@ -265,7 +265,7 @@ def test_stages_are_the_levels_that_are_open():
 
 def test_a_batch_of_two_tasks_is_our_own_mistake():
     with pytest.raises(AssertionError, match=r"a micro-batch holds one task, not \[0, 1\]"):
-        OneTaskCollator(lambda rows: {})([{"task": 0}, {"task": 1}])
+        OneTaskCollator(lambda rows: {})([{"hft_task": 0}, {"hft_task": 1}])
 
 
 def test_an_empty_dataset_with_a_task_column():

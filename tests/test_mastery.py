@@ -192,17 +192,18 @@ def test_without_shrinking_gates_go_where_the_gradient_says(backbones, tokenizer
     ("options", "message"),
     [
         ({"mastery_accuracy": 1.5}, "`mastery_accuracy` is 1.5; it must be above 0 and at most 1."),
-        ({"mastery_patience": 0}, "`mastery_patience` is 0; it must be 1 or more."),
+        ({"mastery_patience": 0}, "`mastery_patience` is 0; it must be a whole number of 1 or more, or None."),
         (
             {"mastery_patience": 2},
             "go by evaluations, and `eval_strategy` is 'no'; set it to 'steps', and `eval_steps`.",
         ),
-        ({"gate_shrink": -1.0}, "`gate_shrink` is -1.0; it must be 0 or more."),
+        ({"gate_shrink": -1.0}, "`gate_shrink` is -1.0; it must be a number of 0 or more."),
         ({"task_passes": {"a": 0}}, "`task_passes['a']` is 0; it must be a number above 0."),
         ({"task_passes": {"a": "1e-1"}}, "`task_passes['a']` is '1e-1'; it must be a number above 0."),
-        ({"task_passes": ["a"]}, "`task_passes` is ['a']; give {\"task\": passes}."),
+        ({"task_passes": {"a": True}}, "`task_passes['a']` is True; it must be a number above 0."),
+        ({"task_passes": ["a"]}, "`task_passes` is ['a']; it must be text or `key: value` pairs."),
         ({"task_passes": "{a: 1}"}, "`task_passes` is '{a: 1}'; give {\"task\": passes}."),
-        ({"page_tasks": "a"}, "`page_tasks` is 'a'; give a list of tasks."),
+        ({"page_tasks": "a"}, "`page_tasks` is 'a'; it must be a list."),
         (
             {"task_learning_rates": {"a": 1e-4}, "learning_rate": 0.0},
             "`learning_rate` is 0.0; with `task_learning_rates` it must be above 0.",

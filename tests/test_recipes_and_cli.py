@@ -90,7 +90,7 @@ train_samples: 4
     for wrong in (1.0, 0.0, "a"):
         with pytest.raises(ValueError, match="`root_share` is"):
             read_recipe(tmp_path / "family.yaml", {"root_share": wrong})
-    for wrong in (0, True, float("nan")):
+    for wrong in (0, float("nan")):
         with pytest.raises(ValueError, match=rf"`refining_rate` is {wrong}; it must be above 0\.0"):
             read_recipe(tmp_path / "family.yaml", {"refining_rate": wrong})
     whole = read_recipe(tmp_path / "family.yaml", {"refining_rate": 1}).training_arguments()
@@ -148,13 +148,16 @@ def test_numbers_are_read_as_their_field_takes_them(tmp_path):
     (tmp_path / "r.yaml").write_text("backbone: x\nhierarchy: {a: []}\n")
     given = {"warmup_steps": "1e-1", "save_steps": "1e2", "eval_steps": "5e-1", "max_steps": "1e3",
              "rank_tolerance": "1e-2", "save_total_limit": "2e0", "output_dir": "1e2", "train_samples": "1e1",
-             "llm_int8_threshold": "5e0"}  # fmt: skip
+             "llm_int8_threshold": "5e0", "seed": 4.0, "resume_from_checkpoint": True, "include_for_metrics": ["loss"],
+             "rank": "1e1", "dtype": "auto"}  # fmt: skip
     recipe = read_recipe(tmp_path / "r.yaml", given)
     assert recipe.training == {
         "warmup_steps": 0.1, "save_steps": 100, "eval_steps": 0.5, "max_steps": 1000, "rank_tolerance": 0.01,
-        "save_total_limit": 2, "output_dir": "1e2",
+        "save_total_limit": 2, "output_dir": "1e2", "seed": 4, "resume_from_checkpoint": True,
+        "include_for_metrics": ["loss"],
     }  # fmt: skip
-    assert type(recipe.training["max_steps"]) is int and recipe.train_samples == 10
+    assert type(recipe.training["max_steps"]) is type(recipe.training["seed"]) is int and recipe.train_samples == 10
+    assert recipe.model == {"rank": 10, "dtype": "auto"}
     assert recipe.quantization == {"llm_int8_threshold": 5.0}
     config = HFTTrainingConfig(**{**recipe.training, "bf16": False})
     assert (config.get_warmup_steps(1000), config.save_steps) == (100, 100)
@@ -251,7 +254,11 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
         ),
         (["--train_samples", "x"], "`train_samples` is 'x'; it must be a whole number."),
         (["--train_samples", "0"], "`train_samples` is 0; it must be a whole number of 1 or more."),
-        (["--rank", "abc"], "Validation error for field 'rank'"),
+        (["--rank", "abc"], "`rank` is 'abc'; it must be a whole number."),
+        (["--rank", "0"], "`rank` is 0; a node needs a rank of 1 or more."),
+        (["--hierarchy", "{}", "--datasets", "{}"], "`hierarchy` names no task; give `task: [parents]` lines."),
+        (["--output_dir", ""], "`output_dir` is ''; name a folder, or leave it out."),
+        (["--optim_args", "3"], "`optim` is 'adamw_torch_fused' and `optim_args` '3', with which training could not"),
         (["--gating_config", "{trainabel: false}"], "`gating_config` has the unknown key 'trainabel'."),
         (["--resume_from_checkpoint", "/no/run"], "'/no/run' holds no run to resume"),
         (["stray"], "'stray' stands where a --key should."),
@@ -591,6 +598,8 @@ def test_plan_draws_a_saved_model_without_its_backbone(grown_folder, tmp_path, c
     picture = out.read_text()
     for text in ("yelp", "page:1 0.50", "0.20", "backbone"):
         assert f"<!-- {text} -->" in picture, text
+    yelp, later = map(float, re.findall(r"fill: none; stroke: #000000; stroke-width: ([\d.]+)", picture))
+    assert later > 2 * yelp  # gates of 1 and 0.2 on their parents
     assert main(["plan", "--model", str(grown_folder), "--out", str(tmp_path / "tree.png")]) == 0
     assert (tmp_path / "tree.png").read_bytes().startswith(b"\x89PNG")
 
@@ -627,7 +636,7 @@ def test_plan_draws_a_saved_model_without_its_backbone(grown_folder, tmp_path, c
         (["--data", "DATA", "--steps", "0"], 2, "--steps is 0; it must be 1 or more."),
         (["--data", "DATA", "--out", "BACKBONE/config.json/tree.svg"], 1, "config.json"),
         (["--data", "DATA", "--yaml", "BACKBONE/config.json/plan.yaml"], 1, "Cannot write to the folder '"),
-        (["--data", "WRONG"], 2, "`mastery_patience` is 0; it must be 1 or more."),
+        (["--data", "WRONG"], 2, "`mastery_patience` is 0; it must be a whole number of 1 or more"),
     ],
 )
 def test_wrong_plans(grown_folder, backbones, data, tmp_path, monkeypatch, capsys, arguments, code, message):
@@ -724,6 +733,9 @@ def test_without_a_tokenizer_of_its_own_a_model_has_its_backbones(backbones, tok
 @pytest.mark.parametrize("text", ["1.10", "0123", "1_0", "12:30", "no", "2024-01-01", "a: b"])
 def test_words_and_paths_are_taken_to_the_letter_on_the_command_line(text):
     assert read_value("output_dir", text) == text and read_value("hub_model_id", "null") is None
+    for key in ("resume_from_checkpoint", "fsdp"):  # text, or a truth value
+        assert read_value(key, text) == (False if text == "no" else text)
+        assert (read_value(key, "true"), read_value(key, "null")) == (True, None)
     assert read_value("max_steps", "1_0") == 10 and read_value("metric", "{a: options}") == {"a": "options"}
 
 
@@ -733,6 +745,27 @@ def test_words_and_paths_are_taken_to_the_letter_on_the_command_line(text):
         ("output_dir: 1.10", "`output_dir` is 1.1, as YAML reads it; it must be text: put it in quotes."),
         ("output_dir: 2024-01-01", "it must be text: put it in quotes."),
         ("bf16: maybe", "`bf16` is 'maybe'; it must be true or false."),
+        ("learning_rate: true", "`learning_rate` is True; it must be a number."),
+        ("train_samples: true", "`train_samples` is True; it must be a whole number."),
+        ("refining_rate: true", "`refining_rate` is True; it must be a number."),
+        ("task_learning_rates: {a: true}", "`task_learning_rates['a']` is True; it must be a number."),
+        ("seed: 1.5", "`seed` is 1.5; it must be a whole number."),
+        ("max_grad_norm: null", "`max_grad_norm` is None; it must be a number."),
+        ("page_tasks: 3", "`page_tasks` is 3; it must be a list."),
+        ("lr_scheduler_kwargs: 3", "`lr_scheduler_kwargs` is 3; it must be text or `key: value` pairs."),
+        ("accelerator_config: 3", "`accelerator_config` is 3; it must be text or `key: value` pairs."),
+        ("metric: [exact_match]", "`metric` is ['exact_match']; it must be text or `key: value` pairs."),
+        ("metric:", "`metric` is None; it must be text or `key: value` pairs."),
+        ("metric: {a: 3}", "`metric['a']` is 3; it must be text."),
+        ("rank: true", "`rank` is True; it must be a whole number."),
+        ("gating_config: 3", "`gating_config` is 3; it must be `key: value` pairs."),
+        ("target_modules: 3", "`target_modules` is 3; it must be text or a list."),
+        ("target_modules: []", "`target_modules` is []; name the linears that carry nodes, or leave it out for all"),
+        ("dtype: floaty", "`dtype` is 'floaty'; it must be a floating-point type of torch, such as bfloat16."),
+        ("dtype: int8", "`dtype` is 'int8'; it must be a floating-point type of torch"),
+        ("bnb_4bit_compute_dtype: auto", "`bnb_4bit_compute_dtype` is 'auto'; it must be a floating-point type of"),
+        ("bnb_4bit_quant_type: nf5", "`bnb_4bit_quant_type` is 'nf5'; it must be nf4 or fp4."),
+        ("llm_int8_skip_modules: 3", "BitsAndBytesConfig has a wrong value: llm_int8_skip_modules must be a list"),
     ],
 )
 def test_values_that_are_not_what_their_key_takes(tmp_path, line, message):

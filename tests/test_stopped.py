@@ -1,5 +1,6 @@
 """Runs that are stopped from outside, go back, or are asked for what would seal tasks that have learnt nothing."""
 
+import dataclasses
 import json
 import os
 import re
@@ -119,6 +120,25 @@ def test_a_run_that_went_back_never_meets_what_it_had_learnt_before(backbones, t
     assert learnt(resumed) == learnt(whole)
 
 
+def test_a_stage_goes_on_in_the_batches_that_fitted(backbones, tokenizer, tmp_path):
+    """Of 12 rows, four batches of three that the memory had room for, not three of the four that were asked for."""
+
+    class Full(HFTTrainer):
+        def training_step(self, *args, **kwargs):
+            if self._train_batch_size > 3:
+                raise RuntimeError("CUDA out of memory. Tried to allocate")
+            return super().training_step(*args, **kwargs)
+
+    options = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    options |= {"num_train_epochs": 1, "save_strategy": "no"}
+    stopped = make(backbones, tokenizer, tmp_path, {"a": []}, {"a": rows(0, 12)}, cls=Full, **options)
+    stopped.add_callback(Stop(stopped, 1, 3))
+    assert stopped.train().metrics["stopped"] == 3
+    resumed = make(backbones, tokenizer, tmp_path, {"a": []}, {"a": rows(0, 12)}, **options)
+    assert resumed.train(resume_from_checkpoint=True).global_step == 4
+    assert resumed.model.config.sealed_tasks() == ["a"]
+
+
 def files_of(folder) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -135,6 +155,14 @@ def test_what_cannot_go_back_loses_nothing(backbones, tokenizer, tmp_path, monke
         ),
         ({"page_tasks": ["a"]}, "`page_tasks` is ['a'], and the run to be resumed was begun with None"),
         ({"num_train_epochs": 0}, "has no steps"),
+        (
+            {"per_device_train_batch_size": 4},
+            "`per_device_train_batch_size` x processes is 4, and stage 1, which is to be resumed, was begun with 2; give",
+        ),
+        (
+            {"gradient_accumulation_steps": 1},
+            "`gradient_accumulation_steps` is 1, and stage 1, which is to be resumed,",
+        ),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             make(backbones, tokenizer, run, TREE, **options).train(str(run / "stage-1/checkpoint-2"))
@@ -290,6 +318,23 @@ def test_rows_to_trim_by_are_counted_before_the_training(backbones, tokenizer, t
             "`gradient_accumulation_steps` is 0; it must be a whole number of 1 or m",
         ),
         ({"max_steps": 1.5}, "`max_steps` is 1.5; it must be a whole number"),
+        ({"max_steps": True}, "`max_steps` is True; it must be a whole number."),
+        ({"learning_rate": True}, "`learning_rate` is True; it must be a number of 0 or more."),
+        ({"mastery_patience": 1.5}, "`mastery_patience` is 1.5; it must be a whole number of 1 or more, or None."),
+        ({"max_length": -1}, "`max_length` is -1; it must be a whole number of 1 or more, or None."),
+        ({"max_length": 10.5}, "`max_length` is 10.5; it must be a whole number of 1 or more, or None."),
+        ({"route_samples": -1}, "`route_samples` is -1; it must be a whole number of 0 or more."),
+        ({"neftune_noise_alpha": -1}, "`neftune_noise_alpha` is -1; it must be a number of 0 or more, or None."),
+        ({"max_grad_norm": None}, "`max_grad_norm` is None; it must be a number."),
+        ({"seed": 1.5}, "`seed` is 1.5; it must be a whole number."),
+        ({"page_tasks": 3}, "`page_tasks` is 3; it must be a list."),
+        ({"packing": "false"}, "`packing` is 'false'; it must be true or false."),
+        (
+            {"gradient_checkpointing_kwargs": 3},
+            "`gradient_checkpointing_kwargs` is 3; it must be text or `key: value` pairs.",
+        ),
+        ({"output_dir": ""}, "`output_dir` is ''; name a folder, or leave it out."),
+        ({"chat_template_path": "no.jinja"}, "`chat_template_path` is 'no.jinja', and there is no such file."),
         ({"learning_rate": None}, "`learning_rate` is None; it must be a number of 0 or more."),
         ({"max_steps": 0}, "`max_steps` is 0; it must be a whole number of 1 or more (-1: as many as there are)."),
         ({"num_train_epochs": -1}, "`num_train_epochs` is -1; it must be a number of 0 or more."),
@@ -301,7 +346,15 @@ def test_rows_to_trim_by_are_counted_before_the_training(backbones, tokenizer, t
 )
 def test_arguments_that_no_stage_could_use(tmp_path, options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        HFTTrainingConfig(output_dir=str(tmp_path), **options)
+        HFTTrainingConfig(**{"output_dir": str(tmp_path), **options})
+
+
+def test_values_of_kinds_that_transformers_takes_without_saying_so(tmp_path):
+    options = {"fsdp": "", "resume_from_checkpoint": True, "save_steps": None, "logging_steps": None, "use_cpu": 1}
+    options |= {"logging_strategy": "epoch", "save_strategy": "no", "page_tasks": ("a",), "max_grad_norm": 1}
+    made = HFTTrainingConfig(tmp_path, bf16=False, report_to="none", **options)
+    again = dataclasses.replace(made, learning_rate=1)  # with what the first has made of its values
+    assert again.page_tasks == ["a"] and again.resume_from_checkpoint is True and again.accelerator_config is not None
 
 
 def test_a_model_that_has_lost_a_task_grows_in_its_folder(backbones, tokenizer, tmp_path):

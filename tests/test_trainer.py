@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset, concatenate_datasets
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig
 
 import hft
@@ -489,7 +490,7 @@ def test_a_parameter_that_gets_no_gradient_is_named(backbones, tokenizer, tmp_pa
         ({**data(), "a": rows(1).to_iterable_dataset()}, {}, TypeError, "is a IterableDataset; HFT needs"),
         ([1], {}, TypeError, "`train_dataset` is a list; give {name: Dataset}"),
         (None, {"max_length": 3}, ValueError,
-            "Nothing is left to learn in the 5 rows of task 'a': all labels are masked. With `max_length`=3"),
+            "Nothing is left to learn in the 5 rows of task 'a': all labels are masked, or on a first token, which nothing"),
         (None, {"train_sampling_strategy": "group_by_length"}, ValueError, "a micro-batch must hold one task"),
         (None, {"accelerator_config": {"split_batches": True}}, ValueError, "`accelerator_config` sets `split_batches`"),
     ],
@@ -509,13 +510,23 @@ def test_rows_that_lose_their_answer_are_counted(backbones, tokenizer, tmp_path,
 
 
 def test_wrong_models(backbones, tokenizer, tmp_path):
-    plain = AutoModelForCausalLM.from_pretrained(backbones["llama"])
     args = HFTTrainingConfig(output_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=re.escape("HFTTrainer got a plain LlamaForCausalLM; build on it with")):
-        HFTTrainer(plain, args, train_dataset=data(), processing_class=tokenizer)
     model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model
 
+    plain = AutoModelForCausalLM.from_pretrained(backbones["llama"])
+    wrapped = get_peft_model(
+        hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}), LoraConfig(target_modules=["q_proj"])
+    )
+    for wrong, name in ((plain, "LlamaForCausalLM"), (wrapped, "PeftModel"), (None, "NoneType")):
+        with pytest.raises(
+            ValueError, match=f"HFTTrainer got a {name} as `model`; give an HFTForCausalLM, not wrapped"
+        ):
+            HFTTrainer(wrong, args, train_dataset={"a": rows(1)}, processing_class=tokenizer)
+    HFTTrainer(torch.compile(model, backend="eager"), args, train_dataset={"a": rows(1)}, processing_class=tokenizer)
+    for stopper in (EarlyStoppingCallback, EarlyStoppingCallback(2)):
+        with pytest.raises(ValueError, match=r"takes no EarlyStoppingCallback: .*; set `mastery_patience`"):
+            HFTTrainer(model, args, {"a": rows(1)}, processing_class=tokenizer, callbacks=[stopper])
     for refused in ({"peft_config": LoraConfig()}, {"optimizers": (torch.optim.SGD(model.parameters(), 0.1), None)}):
         with pytest.raises(ValueError, match=f"HFTTrainer takes no `{next(iter(refused))}`"):
             HFTTrainer(model, args, train_dataset={"a": rows(1)}, processing_class=tokenizer, **refused)
@@ -550,6 +561,47 @@ def test_a_tracker_that_is_not_there_is_named_before_anything_is_loaded(report_t
     with pytest.raises(ValueError, match=re.escape(message)):
         HFTTrainingConfig(output_dir=str(tmp_path), report_to=report_to)
     assert HFTTrainingConfig(output_dir=str(tmp_path), report_to="none").report_to == []
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            {"optim": "lomo"},
+            "`optim` is 'lomo' and `optim_args` None, with which training could not begin (You need to",
+        ),
+        ({"optim": "sgd", "optim_args": "3"}, "`optim` is 'sgd' and `optim_args` '3', with which training could not"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay"},
+            "`lr_scheduler_type` is 'warmup_stable_decay' and `lr_scheduler_kwargs` None, with which training could not "
+            "begin (get_wsd_schedule() missing 1 required positional argument: 'num_decay_steps')",
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "(One of min_lr or min_lr_rate should be set through the"),
+        ({"use_liger_kernel": True}, "`use_liger_kernel` is set, and the package is not installed; install it (pip"),
+    ],
+)
+def test_what_no_stage_could_begin_with_is_named_before_anything_is_loaded(options, message, tmp_path, monkeypatch):
+    for module, package in ((transformers.trainer_optimizer, "lomo"), (hft.trainers.optimizers, "liger_kernel")):
+        monkeypatch.setattr(module, f"is_{package}_available", lambda: False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        HFTTrainingConfig(output_dir=str(tmp_path), **options)
+
+
+def test_schedules_with_what_they_need_and_optimizers_of_parts_are_taken(tmp_path):
+    wsd = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 5}}
+    for options in (wsd, {"optim": "sgd", "optim_args": "momentum=0.9", "optim_target_modules": ["attn"]}):
+        HFTTrainingConfig(output_dir=str(tmp_path), **options)
+
+
+def test_a_template_is_taken_from_a_file(backbones, tokenizer, tmp_path):
+    """With a model's TRL takes tokens, too, which a frozen backbone of 261 embeddings has no place for."""
+    with pytest.raises(
+        ValueError, match=r"`chat_template_path` is '.*', a model, .* has 261, and is frozen. Give the template alone"
+    ):
+        make(backbones, tokenizer, tmp_path, {"a": []}, chat_template_path=str(backbones["qwen3"]))
+    (tmp_path / "own.jinja").write_text("{{ messages[0]['content'] }}")
+    trainer = make(backbones, copy.deepcopy(tokenizer), tmp_path, chat_template_path=str(tmp_path / "own.jinja"))
+    assert trainer.processing_class.chat_template == "{{ messages[0]['content'] }}"
 
 
 @pytest.mark.parametrize(

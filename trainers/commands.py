@@ -28,6 +28,8 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     disable_progress_bars()  # seven short ones a task would hide the one that matters
     recipe = read_recipe(args.recipe, overrides)
+    if not recipe.hierarchy:
+        raise ValueError("`hierarchy` names no task; give `task: [parents]` lines.")
     config = HFTTrainingConfig(**recipe.training_arguments())
     check_metrics(recipe)
     set_seed(config.seed)

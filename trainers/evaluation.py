@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.hierarchy_hft import BACKBONE
 
-from .metrics import OPTIONS, Metric, Row, exact_match, find_metric, reference
+from .metrics import OPTIONS, Metric, Row, exact_match, find_metric, reference, template_arguments
 
 
 Messages = Sequence[Mapping[str, str]]
@@ -24,7 +25,7 @@ class EvalSet:
     """What a task is tested on.
 
     Args:
-        rows: prompt-completion rows, as TRL takes them: strings, or lists of messages.
+        rows: prompt-completion rows, as TRL takes them: strings, or lists of messages, with `tools` if need be.
         score: an answer and its row -> a number from 0 to 1, or the name of one, see `find_metric`; `OPTIONS` chooses the
             likeliest of each row's "options" instead of generating.
         max_new_tokens: where an answer is cut off.
@@ -51,6 +52,7 @@ def generate_answers(
     max_new_tokens: int = 16,
     batch_size: int = 16,
     progress: str | None = None,
+    templates: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """Greedy answers, in batches of prompts of similar length, padded on the left.
 
@@ -62,6 +64,7 @@ def generate_answers(
         max_new_tokens: where an answer is cut off if no end-of-text token came.
         batch_size: prompts generated at once.
         progress: text before a progress bar; None for no bar.
+        templates: what each prompt of messages hands to the chat template besides, see `template_arguments`; None: nothing.
 
     Returns:
         The answers in the order of the prompts, without special tokens.
@@ -72,8 +75,8 @@ def generate_answers(
     texts = [
         prompt
         if isinstance(prompt, str)
-        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        for prompt in prompts
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **template)
+        for prompt, template in zip(prompts, templates or [{}] * len(prompts), strict=True)
     ]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -123,7 +126,8 @@ def score_task(
     if data.score == OPTIONS:
         return _score_options_on(model, tokenizer, data.rows, task, batch_size, progress)
     prompts = [row["prompt"] for row in data.rows]
-    answers = generate_answers(model, tokenizer, prompts, task, data.max_new_tokens, batch_size, progress)
+    templates = [template_arguments(row) for row in data.rows]
+    answers = generate_answers(model, tokenizer, prompts, task, data.max_new_tokens, batch_size, progress, templates)
     return [data.score(answer, row) for answer, row in zip(answers, data.rows, strict=True)]
 
 
@@ -155,32 +159,40 @@ def _score_options_on(
 
 def routes_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[str]:
     """Which task, or `"backbone"`, the router finds for the prompt of each row."""
-    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+    prompts = [prompt_ids(tokenizer, row["prompt"], **template_arguments(row)) for row in rows]
     return [route.task for route in model.route_features(model.features_of(prompts))]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages) -> list[int]:
-    """A prompt's token ids as `generate` gets them; messages end with the template's call for an answer."""
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, **template: Any) -> list[int]:
+    """A prompt's token ids as `generate` gets them; messages end with the template's call for an answer.
+
+    Args:
+        tokenizer, prompt: see `generate_answers`.
+        template: what messages hand to the chat template besides, see `template_arguments`.
+    """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
+    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    return tokenizer.apply_chat_template(prompt, **how, **template)
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, answers: Sequence[str]) -> list[list[int]]:
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, answers: Sequence[str], **template: Any
+) -> list[list[int]]:
     """The token ids of each answer to a prompt with what ends it, as a task learns them.
 
     That is the end of text; after messages, what the chat template puts there, up to its last special token: `<|im_end|>`,
-    `<end_of_turn>`, whatever the tokenizer's own end of text is.
+    `<end_of_turn>`, whatever the tokenizer's own end of text is. Arguments as for `prompt_ids`.
     """
     if isinstance(prompt, str):
         return [
             [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for answer in answers
         ]
-    begin, found = len(prompt_ids(tokenizer, prompt)), []
+    begin, found = len(prompt_ids(tokenizer, prompt, **template)), []
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     for answer in answers:
         messages = [*prompt, {"role": "assistant", "content": answer}]
-        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)[begin:]
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template)[begin:]
         ends = [place for place, token_id in enumerate(ids) if token_id in special]
         found.append(ids[: ends[-1] + 1] if ends else [*ids, tokenizer.eos_token_id])
     return found
@@ -255,7 +267,7 @@ def option_likelihoods(
     """
     which = {} if task is None else {"task": task}
     if prompts is None:
-        prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
+        prompts = [prompt_ids(tokenizer, row["prompt"], **template_arguments(row)) for row in rows]
     for row, ids in zip(rows, prompts, strict=True):
         _check_tokens(row["prompt"], len(ids))
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
@@ -279,7 +291,9 @@ def option_likelihoods(
         )
         cache, first_BV = first.cache, first.logits[:, -1].float().log_softmax(-1)
         cache.activate_past_recording()  # else what left a sliding window could not be brought back
-        options = [answer_ids(tokenizer, rows[i]["prompt"], rows[i]["options"]) for i in chosen]
+        options = [
+            answer_ids(tokenizer, rows[i]["prompt"], rows[i]["options"], **template_arguments(rows[i])) for i in chosen
+        ]
         num_options = max(map(len, options))
         likelihood = torch.full((len(chosen), num_options), -torch.inf, device="cpu")
         for option in range(num_options):

@@ -3,23 +3,35 @@
 import contextlib
 import json
 import math
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import is_compiled_module
 from torch import accelerator
+from transformers import EarlyStoppingCallback
 from trl import SFTConfig
 
 from hft.configuration_hft import HFTMemoryConfig
 from hft.hierarchy_hft import nearest
 
 from .curriculum import BlockSampler
+from .kinds import check_kind, field_types, kinds_of
+from .optimizers import check_optimizer
 from .trackers import check_trackers
 
 
 # Settings that name tasks: some of them, or a number for each.
 TASK_LISTS = ("route_tasks", "page_tasks")
 TASK_NUMBERS = ("task_passes", "task_learning_rates")
+# The least that a number may be, and with which a step can be taken.
+LEAST = {
+    "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "max_length": 1,
+    "mastery_patience": 1, "learning_rate": 0, "gate_learning_rate": 0, "gate_shrink": 0, "num_train_epochs": 0,
+    "route_samples": 0, "neftune_noise_alpha": 0,
+}  # fmt: skip
+TEMPLATE_FILES = (".jinja", ".j2")  # what TRL reads as a template, and not as a model whose tokenizer has one
 
 
 @dataclass
@@ -85,6 +97,7 @@ class HFTTrainingConfig(SFTConfig):
     )
 
     def __post_init__(self):
+        self._check_values()
         if not accelerator.is_available():
             self.use_cpu = True
         if self.train_sampling_strategy != "random":
@@ -108,7 +121,6 @@ class HFTTrainingConfig(SFTConfig):
                     f"`{name}` is not supported: each stage evaluates other tasks, so no one metric could choose for all of "
                     "them. To stop early, set `mastery_patience` or `mastery_accuracy`."
                 )
-        self._check_numbers()
         if self.has_mastery() and self.fp16:
             raise ValueError(
                 "`fp16` does not go with `mastery_accuracy` or `mastery_patience`: its scaler cannot pass over the steps of "
@@ -116,15 +128,9 @@ class HFTTrainingConfig(SFTConfig):
             )
         if self.mastery_accuracy is not None and not 0 < self.mastery_accuracy <= 1:
             raise ValueError(f"`mastery_accuracy` is {self.mastery_accuracy}; it must be above 0 and at most 1.")
-        if self.mastery_patience is not None and self.mastery_patience < 1:
-            raise ValueError(f"`mastery_patience` is {self.mastery_patience}; it must be 1 or more.")
-        if self.gate_shrink < 0:
-            raise ValueError(f"`gate_shrink` is {self.gate_shrink}; it must be 0 or more.")
         if self.rank_tolerance is not None and not self.rank_tolerance >= 0:
             raise ValueError(f"`rank_tolerance` is {self.rank_tolerance}; it must be 0 nats a token or more.")
         for name in TASK_LISTS:
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; give a list of tasks.")
             if getattr(self, name) is not None:
                 setattr(self, name, list(getattr(self, name)))  # as it comes back from a file
         if self.task_learning_rates and not self.learning_rate > 0:
@@ -140,7 +146,7 @@ class HFTTrainingConfig(SFTConfig):
             if not isinstance(by_task, dict):
                 raise ValueError(f'`{name}` is {by_task!r}; give {{"task": {what}}}.')
             for task, value in by_task.items():
-                if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                     raise ValueError(f"`{name}[{task!r}]` is {value!r}; it must be a number above 0.")
         if self.has_mastery() and self.eval_strategy == "no":
             raise ValueError(
@@ -157,6 +163,7 @@ class HFTTrainingConfig(SFTConfig):
                     "leave it out."
                 )
         check_trackers(self.report_to)
+        check_optimizer(self)
         if (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):  # by its old name, too, from here on
             leave = "leave `use_reentrant` out of `activation_checkpointing_kwargs`"
             if self.torch_compile:
@@ -167,19 +174,18 @@ class HFTTrainingConfig(SFTConfig):
                     f"processes; {leave}."
                 )
 
-    def _check_numbers(self) -> None:
-        """Raises ValueError for numbers with which no step could be taken, before anything is loaded."""
-        for name in ("gradient_accumulation_steps", "per_device_train_batch_size", "per_device_eval_batch_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"`{name}` is {getattr(self, name)!r}; it must be a whole number of 1 or more.")
-        if not isinstance(self.max_steps, int) or self.max_steps == 0:
-            raise ValueError(
-                f"`max_steps` is {self.max_steps!r}; it must be a whole number of 1 or more (-1: as many as there are)."
-            )
-        for name in ("learning_rate", "gate_learning_rate", "num_train_epochs"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise ValueError(f"`{name}` is {value!r}; it must be a number of 0 or more.")
+    def _check_values(self) -> None:
+        """Raises ValueError for values of a wrong kind, and for such as no step could be taken with."""
+        for name, its_type in field_types(HFTTrainingConfig).items():
+            if kinds_of(its_type) - {type(None)} != {str}:  # transformers takes True, too, where it says text
+                check_kind(name, getattr(self, name), its_type, LEAST.get(name))
+        if self.max_steps == 0:
+            raise ValueError("`max_steps` is 0; it must be a whole number of 1 or more (-1: as many as there are).")
+        if self.output_dir == "":
+            raise ValueError("`output_dir` is ''; name a folder, or leave it out.")
+        template = self.chat_template_path
+        if template is not None and template.endswith(TEMPLATE_FILES) and not os.path.isfile(template):
+            raise ValueError(f"`chat_template_path` is '{template}', and there is no such file.")
 
     def sampler(self, num_rows: Mapping[str, int], block_size: int, together: Collection[str] = ()) -> BlockSampler:
         """The order of a stage's rows: task -> how many it has, in blocks of what one optimizer step takes.
@@ -243,18 +249,34 @@ def check_given(model: Any, args: Any, train_dataset: Any, others: Mapping[str, 
 
     Raises:
         TypeError: `args` that are not HFT's.
-        ValueError: a plain model, no data, or what each stage makes by itself.
+        ValueError: a plain or wrapped model, no data, or what each stage makes or decides by itself.
     """
     if not isinstance(args, HFTTrainingConfig):
         raise TypeError(
             f"HFTTrainer got a {type(args).__name__} as `args`; give an HFTTrainingConfig, which is an SFTConfig."
         )
-    if model.config.model_type != "hft":
+    # By name: as remote code it is another class. By class: what wraps a model, as PEFT does, passes its config through.
+    plain = model._orig_mod if is_compiled_module(model) else model
+    if not any(cls.__name__ == "HFTForCausalLM" for cls in type(plain).__mro__):
         raise ValueError(
-            f"HFTTrainer got a plain {type(model).__name__}; build on it with HFTForCausalLM.from_backbone(...)."
+            f"HFTTrainer got a {type(model).__name__} as `model`; give an HFTForCausalLM, not wrapped: its tasks' nodes are "
+            "what trains. On a plain decoder, build one with HFTForCausalLM.from_backbone(...)."
         )
     if others.get("peft_config") is not None:
         raise ValueError("HFTTrainer takes no `peft_config`: the tasks' nodes are what trains.")
+    for callback in others.get("callbacks") or ():
+        if isinstance(callback, EarlyStoppingCallback) or callback is EarlyStoppingCallback:
+            raise ValueError(
+                "HFTTrainer takes no EarlyStoppingCallback: each stage evaluates other tasks, so no one metric could stop "
+                "them; set `mastery_patience`, the evaluations without progress after which a task leaves its stage."
+            )
+    template, size = args.chat_template_path, model.get_input_embeddings().num_embeddings
+    if template is not None and not template.endswith(TEMPLATE_FILES) and size % 64:
+        raise ValueError(
+            f"`chat_template_path` is '{template}', a model, and with its template TRL takes its tokens, too, and rounds "
+            f"the embeddings up to a multiple of 64; the backbone has {size}, and is frozen. Give the template alone, as a "
+            "file that ends in .jinja."
+        )
     if others.get("optimizers", (None, None)) != (None, None):
         raise ValueError("HFTTrainer takes no `optimizers`: each stage makes its own; choose it with `args.optim`.")
     if train_dataset is None:

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from datasets import Dataset, concatenate_datasets
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import SFTTrainer
 
 from hft.files_hft import check_writable, disk_errors, replacing
-from hft.hierarchy_hft import nearest
 from hft.modeling_hft import HFTForCausalLM
 from hft.upload_hft import check_shareable
 
 from .answers_only import answers_only
 from .compiled import CompiledDecoder
-from .curriculum import BlockSampler, Mastery, Stage
+from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
+from .held_out import HFTHeldOut
 from .hft_config import HFTTrainingConfig, check_given
 from .processes import HFTProcesses
 from .progress import StagePrinter, StageProgress
@@ -31,20 +32,23 @@ from .stage_callback import StageCallback
 from .stage_scores import check_sets
 from .stages import HFTStages
 from .task_data import (
+    TASK_ID,
     OneTaskCollator,
     TaskDatasets,
     alone,
     check_messages,
+    check_tokens,
     is_tagged,
     learnable,
     open_sets,
     split_by_task,
     tag_rows,
+    why_unfit,
 )
 from .token_means import TokenMeans
 
 
-class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
+class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
     """Trains the open tasks of an HFT model level by level and seals each level.
 
     Unlike `SFTTrainer`, it takes a dataset a task; `train` runs one training a stage, with a fresh optimizer and schedule,
@@ -117,10 +121,8 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
         self._prepared: dict[str, Dataset] = {}
         train_set = next(iter(self._train_sets.values()))  # TRL looks at one row of it
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
-            eval_sets = {task: self._ready(task, rows, rows, args) for task, rows in eval_sets.items()}
-            train_set = self._join(
-                {task: self._ready(task, rows, rows, args) for task, rows in self._train_sets.items()}
-            )
+            eval_sets = {task: self._ready(task, rows, args) for task, rows in eval_sets.items()}
+            train_set = self._join({task: self._ready(task, rows, args) for task, rows in self._train_sets.items()})
         with passing_as_unquantized(model):
             super().__init__(
                 model,
@@ -145,9 +147,14 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
         self.add_callback(progress(lambda: self.stage))
         self.add_callback(StageCallback(self._step_taken, lambda: self.mastery, lambda: self._sampler))
 
-    def _ready(self, task: str, rows: Dataset, tokenized: Dataset, args: Any, packing: bool = True) -> Dataset:
-        """Tokenised rows of a task, checked, and each with the task's id."""
-        tagged = tag_rows(tokenized, self._task_names.index(task))
+    def _ready(
+        self, task: str, rows: Dataset, args: Any, tokenized: Dataset | None = None, packing: bool = True
+    ) -> Dataset:
+        """A task's rows as TRL has tokenised them, or as given, checked, and each with the task's id."""
+        if tokenized is None:
+            check_tokens(task, rows)
+            tokenized = rows
+        tagged = tag_rows(task, tokenized, self._task_names.index(task))
         return learnable(task, rows, tagged, args.max_length, packing)
 
     def _join(self, prepared: dict[str, Dataset]) -> Dataset:
@@ -166,19 +173,29 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
         """Prepares each task on its own, so that formats may differ and packing never mixes tasks."""
 
         def prepare(task: str, rows: Dataset, split: str) -> Dataset:
-            if args.assistant_only_loss:  # TRL looks at the first task only
-                check_messages(task, rows)
-            if args.completion_only_loss is None:
-                self.completion_only_loss = {"prompt", "completion"} <= set(rows.column_names)
-            if formatting_func is not None and self.completion_only_loss:  # here, too
+            is_tokenized = "input_ids" in rows.column_names
+            if is_tokenized:
+                check_tokens(task, rows)  # before rows are cut
+            if args.completion_only_loss is None:  # TRL looks at the first task only, and past a mask
+                self.completion_only_loss = (
+                    "completion_mask" in rows.column_names
+                    if is_tokenized
+                    else {"prompt", "completion"} <= set(rows.column_names)
+                )
+            if formatting_func is not None and self.completion_only_loss and not is_tokenized:  # here, too
                 raise ValueError(
                     f"`formatting_func` is given, and the rows of task {task!r} have prompts and completions, which it "
                     "would join, so that prompts were learnt; format them beforehand, or set `completion_only_loss=False`."
                 )
-            tokenized = super(HFTTrainer, self)._prepare_dataset(
-                rows, processing_class, args, packing, formatting_func, f"{task} ({split})"
-            )
-            return self._ready(task, rows, tokenized, args, packing)
+            try:
+                if args.assistant_only_loss:  # here, too
+                    check_messages(task, rows)
+                tokenized = super(HFTTrainer, self)._prepare_dataset(
+                    rows, processing_class, args, packing, formatting_func, f"{task} ({split})"
+                )
+            except (AttributeError, IndexError, KeyError, TypeError) as error:  # none of which names the task
+                raise ValueError(why_unfit(task, rows, args.dataset_text_field, formatting_func, error)) from error
+            return self._ready(task, rows, args, tokenized, packing)
 
         if not self._prepared:  # TRL prepares the training data first
             return self._join({task: prepare(task, rows, "train") for task, rows in self._train_sets.items()})
@@ -188,8 +205,20 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        if "task" not in self._signature_columns:
-            self._signature_columns = [*self._signature_columns, "task"]
+        if TASK_ID not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, TASK_ID]
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As SFTTrainer's, of the stage's rows; before `train`, of the first stage's, to look at them."""
+        if self.stage is not None:
+            return super().get_train_dataloader()
+        all_rows = self.train_dataset
+        self.stage = open_stages(self.model.hierarchy, self.model.config.sealed_tasks())[0]
+        self.train_dataset = self._rows_of(self.stage)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.stage, self.train_dataset = None, all_rows
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> BlockSampler:
         block = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -197,19 +226,6 @@ class HFTTrainer(HFTStages, HFTSharing, HFTProcesses, SFTTrainer):
         writers = self.args.writers(self.stage.tasks, self.model.config.memory_config)
         self._sampler = self.args.sampler(rows, block, writers)
         return self._sampler
-
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
-        """As SFTTrainer's; `eval_dataset` takes the forms that the trainer takes."""
-        given = eval_dataset is not None and not isinstance(eval_dataset, str)
-        if isinstance(eval_dataset, str) and eval_dataset not in (known := list(self.eval_dataset or {})):
-            raise ValueError(
-                f"`eval_dataset` has no rows of the task {eval_dataset!r}. {nearest(eval_dataset, known)}"
-            )
-        if given and not is_tagged(eval_dataset):
-            eval_dataset = split_by_task(eval_dataset, self._task_names, "eval_dataset")
-            if self._skip_prepare_dataset:
-                eval_dataset = {task: self._ready(task, rows, rows, self.args) for task, rows in eval_dataset.items()}
-        return super().evaluate(eval_dataset=eval_dataset, **kwargs)
 
     def _task_of(self, inputs: Mapping[str, Any]) -> str:
         """The task of a micro-batch; makes a GPU wait."""

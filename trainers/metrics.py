@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -21,6 +22,13 @@ def reference(row: Row) -> str:
     """The right answer in a prompt-completion row."""
     completion = row["completion"]
     return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def template_arguments(row: Row) -> dict[str, Any]:
+    """What a row hands to the chat template beside its messages, as TRL does: `tools`, which may be JSON text, and its own
+    `chat_template_kwargs`."""
+    tools = row.get("tools")
+    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
 
 
 def exact_match(answer: str, row: Row) -> float:

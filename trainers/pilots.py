@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hft.tasks_hft import forked_rng
 
 from .evaluation import Row, answer_ids, prompt_ids, reference
+from .metrics import template_arguments
 from .task_data import tokenize_rows
 
 
@@ -113,9 +114,10 @@ def take_sample(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
 
 
 def _cut_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
-    answers = answer_ids(tokenizer, row["prompt"], [*(row.get("options") or ()), reference(row)])
+    template = template_arguments(row)
+    answers = answer_ids(tokenizer, row["prompt"], [*(row.get("options") or ()), reference(row)], **template)
     room = max_length - max(map(len, answers))
-    return prompt_ids(tokenizer, row["prompt"])[-max(room, 1) :]
+    return prompt_ids(tokenizer, row["prompt"], **template)[-max(room, 1) :]
 
 
 @contextlib.contextmanager

@@ -6,18 +6,20 @@ import functools
 import inspect
 import math
 import os
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import BitsAndBytesConfig
 
+from hft.configuration_hft import HFTConfig
 from hft.hierarchy_hft import Hierarchy, nearest
 from hft.hub_configs import shipped_recipes
 
 from .hft_config import TASK_NUMBERS, HFTTrainingConfig
+from .kinds import check_kind, field_types, kinds_of
 
 
 # What a recipe says besides the keys of HFTConfig, BitsAndBytesConfig and HFTTrainingConfig (SFTConfig).
@@ -31,6 +33,8 @@ MODEL_KEYS = (
     "dtype",
     "device_map",
 )
+# Keys that transformers says are text, and of which it takes True, too.
+_TRUE_TOO = ("fsdp", "resume_from_checkpoint")
 
 
 @dataclasses.dataclass
@@ -80,8 +84,11 @@ class Recipe:
     training: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def quantization_config(self) -> BitsAndBytesConfig | None:
-        """How to quantise the backbone; None: not at all."""
-        return BitsAndBytesConfig(**self.quantization) if self.quantization else None
+        """How to quantise the backbone; None: not at all. ValueError for values that it does not take."""
+        try:
+            return BitsAndBytesConfig(**self.quantization) if self.quantization else None
+        except TypeError as error:
+            raise ValueError(f"A key of BitsAndBytesConfig has a wrong value: {error}.") from error
 
     def tasks(self) -> list[str]:
         """The tasks with rows of their own: without mixtures."""
@@ -131,13 +138,12 @@ def _keys() -> dict[str, dict[str, Any]]:
     """Section -> its keys -> the types of their values."""
     parameters = inspect.signature(BitsAndBytesConfig.__init__).parameters.values()
     named = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
-    types = {cls: typing.get_type_hints(cls) for cls in (Recipe, HFTTrainingConfig)}
-    training = [field.name for field in dataclasses.fields(HFTTrainingConfig) if field.init]
+    training = field_types(HFTTrainingConfig)
     return {
-        "recipe": {key: types[Recipe][key] for key in RECIPE_KEYS},
-        "model": dict.fromkeys(MODEL_KEYS),
-        "quantization": {p.name: type(p.default) for p in named},  # it has no type hints
-        "training": {key: types[HFTTrainingConfig][key] for key in training},
+        "recipe": {key: field_types(Recipe)[key] for key in RECIPE_KEYS},
+        "model": {key: HFTConfig.__annotations__.get(key, Any) for key in MODEL_KEYS},
+        "quantization": {p.name: Any if p.default is None else type(p.default) for p in named},  # it has no type hints
+        "training": {**training, **{key: training[key] | bool for key in _TRUE_TOO}},
     }
 
 
@@ -209,13 +215,29 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         raise ValueError(f"`root_share` is {recipe.root_share!r}; it must be above 0 and below 1.")
     if type(recipe.refining_rate) not in (int, float) or not 0 < recipe.refining_rate < math.inf:
         raise ValueError(f"`refining_rate` is {recipe.refining_rate!r}; it must be above 0.0, as 0.1.")
-    if isinstance(recipe.metric, dict):
-        for task in recipe.metric:
-            if task not in tree:
-                raise ValueError(f"`metric` names the unknown task {task!r}. {nearest(task, tree.names)}")
+    for task, name in recipe.metric.items() if isinstance(recipe.metric, dict) else ():
+        if task not in tree:
+            raise ValueError(f"`metric` names the unknown task {task!r}. {nearest(task, tree.names)}")
+        check_kind(f"metric[{task!r}]", name, str)
     _check_mixtures(recipe, tree)
     _check_datasets(recipe, tree)
+    _check_loading(recipe)
     return recipe
+
+
+def _check_loading(recipe: Recipe) -> None:
+    """How the backbone is held, as far as it can be told before it is loaded."""
+    if recipe.model.get("target_modules") == []:
+        raise ValueError("`target_modules` is []; name the linears that carry nodes, or leave it out for all of them.")
+    for section, key in ((recipe.model, "dtype"), (recipe.quantization, "bnb_4bit_compute_dtype")):
+        name = section.get(key)
+        dtype = getattr(torch, str(name), None)
+        is_known = name is None or (key == "dtype" and name == "auto")
+        if not is_known and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise ValueError(f"`{key}` is {name!r}; it must be a floating-point type of torch, such as bfloat16.")
+    if (kind := recipe.quantization.get("bnb_4bit_quant_type", "nf4")) not in ("nf4", "fp4"):
+        raise ValueError(f"`bnb_4bit_quant_type` is {kind!r}; it must be nf4 or fp4.")
+    recipe.quantization_config()
 
 
 def _check_datasets(recipe: Recipe, tree: Hierarchy) -> None:
@@ -267,17 +289,14 @@ def read_value(key: str, text: str) -> Any:
     Raises:
         ValueError: no YAML.
     """
-    its_type = next((types[key] for types in _keys().values() if key in types), None)
-    if _types_of(its_type) == {str} and text != "null":
-        return text
+    kinds = kinds_of(next((types[key] for types in _keys().values() if key in types), Any)) - {type(None)}
+    if str in kinds <= {str, bool}:
+        truth = yaml.SafeLoader.bool_values if bool in kinds else {}
+        return None if text == "null" else truth.get(text.lower(), text)
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise ValueError(f"--{key} has the value {text!r}, which is no YAML.") from None
-
-
-def _types_of(its_type: Any) -> set[Any]:
-    return set(typing.get_args(its_type) or [its_type]) - {type(None)}
 
 
 def _as_meant(key: str, value: Any, its_type: Any) -> Any:
@@ -288,19 +307,17 @@ def _as_meant(key: str, value: Any, its_type: Any) -> Any:
         return {**value, "read": "off"}
     if key in TASK_NUMBERS and isinstance(value, dict):
         return {task: _as_meant(f"{key}[{task!r}]", number, float) for task, number in value.items()}
-    wanted = _types_of(its_type)
-    if wanted == {str} and type(value) is int:  # a folder may be called 2024
+    kinds = kinds_of(its_type) - {type(None)}
+    if str in kinds <= {str, bool} and type(value) is int:  # a folder may be called 2024
         return str(value)
-    if wanted == {str} and not isinstance(value, (str, type(None))):
+    if kinds == {str} and not isinstance(value, (str, type(None))):
         raise ValueError(f"`{key}` is {value!r}, as YAML reads it; it must be text: put it in quotes.")
-    if wanted == {bool} and value not in (True, False, None):
-        raise ValueError(f"`{key}` is {value!r}; it must be true or false.")
-    if not isinstance(value, str) or wanted not in ({float}, {int}):
-        return value
-    with contextlib.suppress(ValueError):
-        number = float(value)
-        if wanted == {float}:
-            return number
-        if number.is_integer():
-            return int(number)
-    raise ValueError(f"`{key}` is {value!r}; it must be a {'whole ' if wanted == {int} else ''}number.")
+    number = value
+    if isinstance(value, str) and kinds in ({int}, {float}):
+        with contextlib.suppress(ValueError):
+            number = float(value)
+    if isinstance(number, float) and kinds == {int} and number.is_integer():
+        number = int(number)
+    if kinds != {dict}:  # what those hold, what follows says better
+        check_kind(key, number, its_type, given=value)
+    return number

@@ -62,7 +62,7 @@ class RunRecord:
         sources: task -> source -> {"score", "se", "drop", "drop_se", "gate"}: with that source switched off.
         cross: task -> path -> score of the task's rows on another task's path.
         refreshed: tasks whose gates were learnt anew after they were scored.
-        rates: level of a stage -> the learning rates that it was begun with.
+        rates: level of a stage -> the learning rates that it was begun with, the accumulation, and how many processes.
         machine, versions: what it ran on.
     """
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -44,9 +44,10 @@ class HFTStages:
 
         Raises:
             OSError: another training writes to `output_dir`.
-            ValueError: a folder to resume from that holds no run, or an `output_dir` that holds another run's checkpoints or
-                a model with learnt tasks that this one has not; a task that was added after this trainer was made; a stage
-                without steps; or a task that has learnt numbers that are not finite.
+            ValueError: a folder to resume from that holds no run, or a stage that was begun with other learning rates or
+                batches; an `output_dir` that holds another run's checkpoints or a model with learnt tasks that this one has
+                not; a task that was added after this trainer was made; a stage without steps; or a task that has learnt
+                numbers that are not finite.
         """
         own = RunFolder(self._root, self.args.should_save)
         with own.held():
@@ -70,6 +71,8 @@ class HFTStages:
             self._check_steps(stage)
         level = stages[0].level if checkpoint is not None and stages else None
         self._take_record(run.path, bool(resume_from_checkpoint), level)
+        if level is not None:
+            self._check_batches(checkpoint, level)
         self.accelerator.wait_for_everyone()  # all have read the folder before anyone writes
         if not (resume_from_checkpoint and run.is_same(own)):
             own.begin(config.sealed_tasks())
@@ -112,9 +115,13 @@ class HFTStages:
         self.model.start_stage(stage.tasks, self.args.writers(stage.tasks, self.model.config.memory_config))
         self._place_own()
         if checkpoint is None:
-            self.record.rates[str(stage.level)] = self.args.base_rates()
+            self.record.rates[str(stage.level)] = {
+                **self.args.base_rates(),
+                "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+                "processes": self.args.world_size,
+            }
         self._begin_stage_record(stage)
-        self.train_dataset = concatenate_datasets([self._prepared[task] for task in stage.tasks])
+        self.train_dataset = self._rows_of(stage)
         all_eval_sets = self.eval_dataset
         if isinstance(all_eval_sets, dict):
             self.eval_dataset = {task: rows for task, rows in all_eval_sets.items() if task in stage.tasks}
@@ -152,7 +159,10 @@ class HFTStages:
         rows = {task: alone(self.eval_dataset[task]) for task in stage.tasks} if tolerance is not None else None
         trims = self.model.seal(stage.tasks, tolerance, rows)
         routed = self.args.routed(stage.tasks)
-        learn_routes(self.model, routed, self._train_sets, self.processing_class, self.args.route_samples)
+        is_formatted = self._formatting_func is not None
+        learn_routes(
+            self.model, routed, self._train_sets, self.processing_class, self.args.route_samples, is_formatted
+        )
         self._end_stage_record(stage, output, trims)
         self.save_model()
         self.stage_ended(stage, trims)
@@ -192,6 +202,33 @@ class HFTStages:
                 manager = callback.jit_manager
                 if signal.getsignal(signal.SIGTERM) != manager._sigterm_handler:  # else nothing was trained meanwhile
                     manager.setup_signal_handler()
+
+    def _rows_of(self, stage: Stage) -> Dataset:
+        """The prepared rows of a stage's tasks, in the order that its sampler counts on."""
+        return concatenate_datasets([self._prepared[task] for task in stage.tasks])
+
+    def _check_batches(self, checkpoint: str, level: int) -> None:
+        """A stage goes on in batches as it was begun with: its steps are counted and its rows ordered by them.
+
+        Raises:
+            ValueError: in others, of which it might seem to have had enough.
+        """
+        state = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        found = state.train_batch_size or self._train_batch_size
+        if self.args.auto_find_batch_size:
+            self._train_batch_size = found  # as the Trainer does, but before the stage's steps are counted
+        begun, world = self.record.rates.get(str(level), {}), self.args.world_size
+        batch, each = "`per_device_train_batch_size` x processes", "gradient_accumulation_steps"
+        accumulated = self.args.gradient_accumulation_steps
+        for name, now, before in (
+            (batch, self._train_batch_size * world, found * begun.get("processes", world)),
+            (f"`{each}`", accumulated, begun.get(each, accumulated)),
+        ):
+            if now != before:
+                raise ValueError(
+                    f"{name} is {now}, and stage {level}, which is to be resumed, was begun with {before}; give that again, "
+                    f"or delete the folder 'stage-{level}' of the run to begin the stage anew."
+                )
 
     def _check_steps(self, stage: Stage) -> None:
         """Warns of tasks of a stage that take no step before they are sealed for good; refuses a stage without any."""

@@ -1,29 +1,34 @@
 """Datasets by task: taken apart, checked, and collated so that a micro-batch holds one task."""
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import is_conversational
 
 from hft.hierarchy_hft import nearest
 
+from .metrics import template_arguments
+
 
 logger = logging.get_logger(__name__)
 
 TaskDatasets = Mapping[str, Dataset]
+# The column of a prepared row's task. Not `task`, which people's own rows have, with numbers of their own.
+TASK_ID = "hft_task"
 
 
 def split_by_task(data: TaskDatasets | Dataset, known: Iterable[str], what: str) -> dict[str, Dataset]:
-    """One dataset a task.
+    """One dataset a task, of plain rows: a format such as torch's is taken off, a transform is not.
 
     Args:
-        data: a dict of them, or one Dataset with a column `task` of names.
-        known: the names of the model's tasks.
+        data: a dict of them, or one Dataset with a column `task` of names, or with the ids that `tag_rows` gives.
+        known: the names of the model's tasks, in the order of their ids.
         what: how to call the data in errors, `"train_dataset"`.
 
     Raises:
@@ -32,15 +37,16 @@ def split_by_task(data: TaskDatasets | Dataset, known: Iterable[str], what: str)
     """
     known = list(known)
     if isinstance(data, Dataset):
-        if "task" not in data.column_names:
+        if "task" not in data.column_names and not is_tagged(data):
             raise ValueError(
                 f"`{what}` is one Dataset without a column 'task' (it has {', '.join(data.column_names)}); "
                 "add one with each row's task, or give a dict: {name: Dataset}."
             )
         rows_of: dict[str, list[int]] = {}
-        for row, task in enumerate(data["task"]):
+        for row, task in enumerate(_names_in(data, known)):
             rows_of.setdefault(task, []).append(row)
-        data = {task: data.select(rows).remove_columns("task") for task, rows in rows_of.items()}
+        others = [name for name in data.column_names if name != "task"]
+        data = {task: data.select(rows).select_columns(others) for task, rows in rows_of.items()}
         if not data:
             raise ValueError(f"`{what}` is empty; each task needs at least one row.")
     if not isinstance(data, Mapping):
@@ -57,7 +63,23 @@ def split_by_task(data: TaskDatasets | Dataset, known: Iterable[str], what: str)
             )
         if len(dataset) == 0:
             raise ValueError(f"`{what}[{task!r}]` is empty; each task needs at least one row.")
-    return dict(data)
+    plain = {
+        task: rows if rows.format["type"] in (None, "custom") else rows.with_format(None)
+        for task, rows in data.items()
+    }
+    # Rows under a task's name are that task's, whatever they were prepared for.
+    return {task: tag_rows(task, its, known.index(task)) if is_tagged(its) else its for task, its in plain.items()}
+
+
+def _names_in(data: Dataset, known: Sequence[str]) -> list[Any]:
+    """The name of each row's task."""
+    column = TASK_ID if is_tagged(data) else "task"
+    feature, values = data.features[column], data.with_format(None)[column]
+    if column == TASK_ID:
+        return [known[value] for value in values]
+    if isinstance(feature, ClassLabel):
+        return [value if value is None else feature.int2str(value) for value in values]
+    return list(values)
 
 
 def open_sets(sets: Mapping[str, Dataset], open_tasks: Sequence[str]) -> dict[str, Dataset]:
@@ -78,8 +100,8 @@ def open_sets(sets: Mapping[str, Dataset], open_tasks: Sequence[str]) -> dict[st
     return {task: sets[task] for task in open_tasks}
 
 
-def tag_rows(dataset: Dataset, task_id: int) -> Dataset:
-    """Tokenised rows with their task's id in a column `task`, in one layout for all tasks, so that they concatenate.
+def tag_rows(task: str, dataset: Dataset, task_id: int) -> Dataset:
+    """A task's tokenised rows with its id in a column `TASK_ID`, in one layout for all tasks, so that they concatenate.
 
     Raises:
         ValueError: rows with masks that nobody has made labels of.
@@ -88,19 +110,19 @@ def tag_rows(dataset: Dataset, task_id: int) -> Dataset:
     if "labels" not in columns:
         if masks := [name for name in ("completion_mask", "assistant_masks") if name in dataset.column_names]:
             raise ValueError(
-                f"Tokenised rows have the column {masks[0]!r} and no 'labels', so whole rows, prompts included, would be "
-                "learnt; give 'labels', with -100 where nothing is to be learnt."
+                f"The rows of task {task!r} have the column {masks[0]!r} and no 'labels', so whole rows, prompts included, "
+                "would be learnt; give 'labels', with -100 where nothing is to be learnt."
             )
         dataset = dataset.map(lambda row: {"labels": row["input_ids"]})
         columns.append("labels")
-    dataset = dataset.select_columns(columns).add_column("task", [task_id] * len(dataset))
+    dataset = dataset.select_columns(columns).add_column(TASK_ID, [task_id] * len(dataset))
     layout = {name: List(Value("int64")) for name in columns}
-    return dataset.cast(Features({**layout, "task": Value("int64")}))
+    return dataset.cast(Features({**layout, TASK_ID: Value("int64")}))
 
 
 def is_tagged(data: Any) -> bool:
     """Whether these are rows as `tag_rows` gives them."""
-    return isinstance(data, Dataset) and "input_ids" in data.features and data.features.get("task") == Value("int64")
+    return isinstance(data, Dataset) and "input_ids" in data.features and TASK_ID in data.features
 
 
 def alone(rows: Dataset, count: int = 128) -> list[dict[str, list[int]]]:
@@ -122,7 +144,7 @@ def evenly_spaced(length: int, count: int) -> list[int]:
 
 
 def learnable(task: str, rows: Dataset, ready: Dataset, max_length: int | None, packing: bool) -> Dataset:
-    """The rows that hold something to learn; says how many do not.
+    """The rows that hold an answer, or a part of one; says how many do not.
 
     Args:
         task: its name.
@@ -132,14 +154,16 @@ def learnable(task: str, rows: Dataset, ready: Dataset, max_length: int | None, 
         packing: whether rows were packed, so that their number says nothing.
 
     Raises:
-        ValueError: if every label is masked.
+        ValueError: if nothing in them could be learnt, so that a task would be sealed at a loss of 0.
     """
-    found = [place for place, labels in enumerate(ready["labels"]) if any(label != -100 for label in labels)]
-    if not found:
+    lengths = ready["seq_lengths"] if "seq_lengths" in ready.column_names else [[]] * len(ready)
+    if not any(map(_is_predicted, ready["labels"], lengths)):
         raise ValueError(
-            f"Nothing is left to learn in the {len(rows)} rows of task {task!r}: all labels are masked. With `max_length`="
-            f"{max_length}, truncation may have cut off the answers: raise it, or set truncation_mode='keep_end'."
+            f"Nothing is left to learn in the {len(rows)} rows of task {task!r}: all labels are masked, or on a first "
+            f"token, which nothing predicts. With `max_length`={max_length}, truncation may have cut off the answers: raise "
+            "it, or set truncation_mode='keep_end'."
         )
+    found = [place for place, labels in enumerate(ready["labels"]) if any(label != -100 for label in labels)]
     before = len(ready) if packing else len(rows)
     if len(found) < before:
         logger.warning(
@@ -148,6 +172,12 @@ def learnable(task: str, rows: Dataset, ready: Dataset, max_length: int | None, 
             "truncation_mode='keep_end'."
         )
     return ready.select(found) if len(found) < len(ready) else ready
+
+
+def _is_predicted(labels: Sequence[int], lengths: Sequence[int]) -> bool:
+    """Whether tokens before it predict any label of a row: not those that begin it, or one of the sequences packed in it."""
+    firsts = {0, *itertools.accumulate(lengths)}
+    return any(label != -100 and place not in firsts for place, label in enumerate(labels))
 
 
 def check_messages(task: str, rows: Dataset) -> None:
@@ -159,13 +189,56 @@ def check_messages(task: str, rows: Dataset) -> None:
         )
 
 
+def check_tokens(task: str, rows: Dataset) -> None:
+    """Raises ValueError if a task's rows are not tokenised, or have labels or a mask of another length than their ids."""
+    if "input_ids" not in rows.column_names:
+        raise ValueError(
+            f"`skip_prepare_dataset` is set, and the rows of task {task!r} ({', '.join(rows.column_names)}) are not "
+            "tokenised; give 'input_ids' and 'labels', or leave the setting out."
+        )
+    masks = [name for name in ("labels", "completion_mask", "assistant_masks") if name in rows.column_names]
+    for name in masks:
+        for place, (ids, its) in enumerate(zip(rows["input_ids"], rows[name], strict=True)):
+            if (own := len(its or ())) != len(ids):
+                raise ValueError(
+                    f"Row {place} of task {task!r} has {own} {name!r} for {len(ids)} 'input_ids'; give one for each."
+                )
+
+
+def why_unfit(
+    task: str, rows: Dataset, text_field: str, formatting_func: Callable[[dict], str] | None, error: Exception
+) -> str:
+    """Why TRL could not prepare a task's rows, in a sentence.
+
+    Args:
+        task, rows: as given.
+        text_field: the column of plain texts, `dataset_text_field`.
+        formatting_func: what makes texts of rows, if anything does.
+        error: that TRL met.
+    """
+    its_rows = f"rows of task {task!r} ({', '.join(rows.column_names)})"
+    if formatting_func is not None and "input_ids" not in rows.column_names:
+        return f"`formatting_func` does not suit the {its_rows}: {error!r}; it must make one text of each."
+    forms = (["input_ids"], ["prompt", "completion"], ["messages"], ["conversations"])
+    columns = next((form for form in forms if form[0] in rows.column_names), [text_field])
+    if missing := [name for name in columns if name not in rows.column_names]:
+        return (
+            f"The {its_rows} lack {missing[0]!r}; give 'prompt' and 'completion', or 'messages', or texts in "
+            f"{text_field!r} (see `dataset_text_field`)."
+        )
+    for place, row in enumerate(rows.select_columns(columns)):
+        if empty := [name for name in columns if row[name] is None or row[name] == []]:
+            return f"Row {place} of task {task!r} has nothing in {empty[0]!r}; fill it, or leave the row out."
+    return f"The {its_rows} cannot be tokenised: {error!r}; a prompt, completion or text is a string, or a list of messages."
+
+
 def tokenize_rows(
     rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
 ) -> list[dict[str, list[int]]]:
     """Prompt-completion rows -> {"input_ids", "labels"}: -100 on the prompt; the end of text after a plain completion.
 
     Args:
-        rows: strings, or lists of messages, as TRL takes them.
+        rows: strings, or lists of messages, as TRL takes them, with `tools` if need be.
         tokenizer: with a chat template if rows are messages.
         max_length: longer rows lose their beginning.
     """
@@ -175,7 +248,7 @@ def tokenize_rows(
             prompt = tokenizer(row["prompt"])["input_ids"]
             whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
         else:
-            template = {"tokenize": True, "return_dict": False}
+            template = {"tokenize": True, "return_dict": False, **template_arguments(row)}
             prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **template)
             whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], **template)
         labels = [-100] * len(prompt) + whole[len(prompt) :]
@@ -186,7 +259,7 @@ def tokenize_rows(
 
 @dataclass
 class OneTaskCollator:
-    """Collates as `collator` does and adds `task` [B], the id of the one task that all rows have.
+    """Collates as `collator` does and adds `task` [B], the id of the one task that all rows have in `TASK_ID`.
 
     Args:
         collator: TRL's. If it flattens rows into one (padding-free), B is 1.
@@ -195,8 +268,8 @@ class OneTaskCollator:
     collator: Callable[[list[dict[str, Any]]], dict[str, Any]]
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        tasks = {example["task"] for example in examples}
+        tasks = {int(example[TASK_ID]) for example in examples}
         assert len(tasks) == 1, f"a micro-batch holds one task, not {sorted(tasks)}"
-        batch = self.collator([{name: value for name, value in row.items() if name != "task"} for row in examples])
+        batch = self.collator([{name: value for name, value in row.items() if name != TASK_ID} for row in examples])
         batch["task"] = torch.full((batch["input_ids"].shape[0],), tasks.pop())
         return batch
