@@ -489,6 +489,18 @@ def test_the_sentences_on_memory():
     assert f"yelp is {reads[0].lstrip('-')} points below what it is without, mnli {reads[1]} above" in PROSE
     off = [cells["yelp: reads page 1", seed]["yelp"]["without page 1"]["loss"] for seed in seeds]
     assert f"(switched off, yelp's loss is {statistics.mean(off):.1f})" in PROSE
+    layers = [
+        100 * its["page:1"][layer] / sum(source[layer] for source in its.values())
+        for cell in read_cells("memory.jsonl") if cell["setting"] == "first"
+        for its in cell["added"].values() for layer in range(len(its["page:1"]))
+    ]  # fmt: skip
+    assert f"evenly over the layers ({min(layers):.0f} to {max(layers):.0f} % of each)" in PROSE
+
+
+def test_the_sentence_on_compiling():
+    cells = {cell["setting"]: cell["value"] for cell in read_cells("speed-compile.jsonl")}
+    words = "compiled decoding was {:.2f} times as fast as eager, training {:.2f} times"
+    assert words.format(cells["decode"], cells["train"]) in PROSE
 
 
 def test_how_tasks_refine():
