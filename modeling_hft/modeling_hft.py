@@ -41,7 +41,18 @@ from .trimmed_hft import HFTTrimming
 
 
 class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRouting, HFTStorage, PreTrainedModel):
-    """What `HFTModel` and `HFTForCausalLM` share: the backbone, the tasks, saving and loading."""
+    """What `HFTModel` and `HFTForCausalLM` share: the backbone, the tasks, saving and loading.
+
+    Its parts, which use one another's names with an underscore:
+
+        HFTOwnership    owned_hft.py      whose a parameter is
+        HFTTasks        tasks_hft.py      tasks are added, started, sealed, removed; room for what they own
+        HFTTrimming     trimmed_hft.py    a node is cut to the rank that it needs
+        HFTFolding      folded_hft.py     one task is made ready for serving
+        HFTRefreshing   refresh_hft.py    a sealed task's gates learn anew; losses of rows
+        HFTRouting      routing_hft.py    the router is taught and asked
+        HFTStorage      storage_hft.py    saving and loading; slim_hft.py: what tasks have learnt
+    """
 
     config_class = HFTConfig
     config: HFTConfig
