@@ -23,7 +23,7 @@ from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
 from .held_out import HFTHeldOut
 from .hft_config import HFTTrainingConfig, check_given
-from .processes import HFTProcesses
+from .processes import HFTProcesses, use_one_gpu
 from .progress import StagePrinter, StageProgress
 from .quantized import passing_as_unquantized
 from .rate_groups import group_by_rate, rate_of
@@ -89,6 +89,7 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
             model = HFTForCausalLM.from_pretrained(model, **{k: v for k, v in how.items() if v is not None})
             args.model_init_kwargs = None  # TRL would say that they were not used
         check_given(model, args, train_dataset, kwargs)
+        use_one_gpu(args, model)
         self._task_names: list[str] = model.config.task_names()
         self._train_sets = open_sets(
             split_by_task(train_dataset, self._task_names, "train_dataset"), model.config.open_tasks()

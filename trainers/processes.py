@@ -6,6 +6,11 @@ from typing import Any
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin, TorchDynamoPlugin, reduce
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 class HFTProcesses:
@@ -72,6 +77,19 @@ class HFTProcesses:
             for parameter in self.model.parameters():
                 if parameter.requires_grad and parameter.grad is not None:
                     parameter.grad = reduce(parameter.grad, "mean")
+
+
+def use_one_gpu(args: TrainingArguments, model: PreTrainedModel) -> None:
+    """A process trains on one GPU, or on those that its model is spread over.
+
+    Where it sees several, transformers would wrap the model in `nn.DataParallel`, whose copies have no parameters of the
+    names that HFT looks for.
+    """
+    if args.n_gpu > 1 and len(set((getattr(model, "hf_device_map", None) or {}).values())) < 2:
+        logger.warning(
+            f"This process sees {args.n_gpu} GPUs and trains on one; start it with `accelerate launch` to use all of them."
+        )
+        args._n_gpu = 1
 
 
 def check_fsdp(plugin: FullyShardedDataParallelPlugin) -> None:
