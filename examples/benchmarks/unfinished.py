@@ -50,12 +50,12 @@ class Work:
         return self._kept["values"][key]
 
     def count_steps(self, part: str, steps: int) -> None:
-        """Notes how many optimizer steps a part of the cell's newest training took."""
+        """Notes how many optimizer steps a part of the cell's newest training has taken."""
         self._kept["steps"][f"{self.trainings}: {part}"] = steps
         self.note()
 
     def steps(self) -> int:
-        """The optimizer steps of all trainings that have ended."""
+        """The optimizer steps of all trainings so far."""
         return sum(self._kept["steps"].values())
 
     def is_begun(self) -> bool:
@@ -103,13 +103,12 @@ class Work:
 
 
 class WorkCallback(TrainerCallback):
-    """Counts the time up to each checkpoint as done, and a training's steps in its end."""
+    """Counts the time and the steps up to each checkpoint, and to a training's end, as done."""
 
     def __init__(self, work: Work):
         self.work = work
 
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
-        self.work.note()
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.work.count_steps(Path(args.output_dir).name, state.global_step)
+
+    on_train_end = on_save
