@@ -1,6 +1,7 @@
 """The trainer: invariants 5 and 8, siblings that do not disturb one another, and data that is wrong."""
 
 import copy
+import importlib
 import json
 import math
 import re
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from datasets import Dataset, concatenate_datasets
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, EarlyStoppingCallback, TrainerCallback
 from trl import SFTConfig
@@ -594,8 +594,8 @@ def test_a_tracker_that_is_not_there_is_named_before_anything_is_loaded(report_t
     ],
 )
 def test_what_no_stage_could_begin_with_is_named_before_anything_is_loaded(options, message, tmp_path, monkeypatch):
-    for module, package in ((transformers.trainer_optimizer, "lomo"), (hft.trainers.optimizers, "liger_kernel")):
-        monkeypatch.setattr(module, f"is_{package}_available", lambda: False)
+    for module, package in (("transformers.trainer_optimizer", "lomo"), ("hft.trainers.optimizers", "liger_kernel")):
+        monkeypatch.setattr(importlib.import_module(module), f"is_{package}_available", lambda: False)
     with pytest.raises(ValueError, match=re.escape(message)):
         HFTTrainingConfig(output_dir=str(tmp_path), **options)
 
