@@ -40,22 +40,18 @@ class HFTKept:
 
     def __init__(self):
         self._entries: dict[str, _Entry] = {}  # what was asked for last is last
-        self._most = MOST_TASKS
 
     def clear(self) -> None:
         """Forgets all."""
         self._entries = {}
 
-    def hold(self, num_tasks: int) -> None:
-        """Before a batch with so many tasks."""
-        self._most = max(MOST_TASKS, num_tasks)
-
-    def of(self, task: str, parameters: Sequence[torch.Tensor]) -> dict[str, Pair] | None:
+    def of(self, task: str, parameters: Sequence[torch.Tensor], num_tasks: int = 1) -> dict[str, Pair] | None:
         """The factors by linear that are right for these parameters, to be read and added to; None if none may be kept.
 
         Args:
             task: its name.
             parameters: all that the task's factors are made of.
+            num_tasks: how many the batch has, which are kept together.
         """
         if any(parameter.requires_grad for parameter in parameters):
             self.clear()  # a refresh: a fused optimizer may change gates without raising their versions
@@ -68,6 +64,6 @@ class HFTKept:
         if entry is None or entry.made_of != made_of:
             entry = _Entry(made_of, [parameter.detach() for parameter in parameters])
         self._entries[task] = entry
-        while len(self._entries) > self._most:
+        while len(self._entries) > max(MOST_TASKS, num_tasks):
             del self._entries[next(iter(self._entries))]
         return entry.factors

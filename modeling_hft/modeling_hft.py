@@ -160,22 +160,22 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         names = [name for name in dict.fromkeys(rows) if name is not None]
         if not names:
             return HFTPath(self._owner, ())
-        self._kept.hold(len(names))
-        paths = tuple(self._task_path(name, self._kept_factors(name, is_one_pass)) for name in names)
+        kept = [self._kept_factors(name, len(names), is_one_pass) for name in names]
+        paths = tuple(map(self._task_path, names, kept))
         if len(set(rows)) == 1:
             return HFTPath(self._owner, paths)
         places = [len(names) if row is None else names.index(row) for row in rows]
         in_order = places == list(range(len(rows)))
         return HFTPath(self._owner, paths, torch.tensor(places, device=paths[0].gates.device), in_order)
 
-    def _kept_factors(self, task: str, is_one_pass: bool) -> dict[str, Pair] | None:
+    def _kept_factors(self, task: str, num_tasks: int, is_one_pass: bool) -> dict[str, Pair] | None:
         """What linears may use again of earlier passes, and add to."""
         if torch.compiler.is_compiling():
             self._kept.clear()  # a compiled training step may change parameters without raising their versions
             return None
         factors = None
         if self.config.task(task)["sealed"]:  # else an optimizer may change them without raising their versions
-            factors = self._kept.of(task, self._read_parameters(task))
+            factors = self._kept.of(task, self._read_parameters(task), num_tasks)
         if not is_one_pass:
             return None
         return {} if factors is None and made_paths() is not None else factors

@@ -17,8 +17,9 @@ from hft.trainers.transfer import format_matrix
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples/benchmarks"))
 from hft_methods import CL14  # noqa: E402
-from summary import ablation_cells, mean_loss  # noqa: E402
+from summary import ablation_cells, is_one_root, mean_loss  # noqa: E402
 from table import mean_se, own_hierarchy  # noqa: E402
+from table import test_scores as scores_of  # noqa: E402
 
 
 README = (ROOT / "README.md").read_text()
@@ -32,7 +33,8 @@ def read_cells(name: str) -> list[dict]:
 
 def accuracy(cell: dict, tasks: tuple[str, ...]) -> float:
     """The mean over some tasks' test rows."""
-    return statistics.mean(cell["test"]["tasks"][task]["accuracy"] for task in tasks)
+    scores = scores_of(cell, cell["method"])
+    return statistics.mean(scores[task] for task in tasks)
 
 
 def test_the_demos_numbers():
@@ -109,8 +111,7 @@ def test_the_qualitys_sentences(figures):
     )
     for cell in small:
         if cell["method"] == "hft_planned_pages":  # the planner's is one root for all
-            (root,) = (task for task, parents in cell["notes"]["tree"].items() if not parents)
-            assert all(parents == [root] for task, parents in cell["notes"]["tree"].items() if task != root)
+            assert is_one_root(cell["notes"]["tree"])
     lost = of["forgetting_sequential"], of["forgetting_sequential_replay"], of["forgetting_olora"]
     words = (
         "forgets {:.1f} points, with 2 % of old rows in the mix {:.1f}, and O-LoRA, its penalty weighted 0.5, {:.1f}"

@@ -183,8 +183,8 @@ class Benchmark:
                 result.work,
             )
             outcome = ALL[method](setup)
-            rows = {task: len(its) for task, its in setup.train.items()}
-            result.update(config={"rank": RANK, "rows": rows, **setup.training}, steps=result.work.steps())
+            num_rows = {task: len(its) for task, its in setup.train.items()}
+            result.update(config={"rank": RANK, "rows": num_rows, **setup.training}, steps=result.work.steps())
             for split in ("validation", "test"):
                 scores, right, first = {}, {}, FORGETTING_ROWS if split == "test" else 0
                 for task, rows in self.rows[split].items():
