@@ -1,6 +1,7 @@
 """The configuration of an HFT model: a picture of its hierarchy, readable in config.json."""
 
 import copy
+import numbers
 import os
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -181,8 +182,7 @@ class HFTConfig(PreTrainedConfig):
                 f"This model was saved in HFT format {self.format_version}, and this version reads formats up to "
                 f"{FORMAT_VERSION}. Upgrade: pip install -U modeling-hft."
             )
-        if self.rank < 1:
-            raise ValueError(f"`rank` is {self.rank}; a node needs a rank of 1 or more.")
+        check_rank(self.rank)
         # A copy: entries change as tasks are sealed, and a config may be shared.
         defaults = {"parents": [], "rank": self.rank, "sealed": False, "pages": [], "borrows": []}
         self.tasks = [copy.deepcopy({**defaults, **task}) for task in self.tasks or []]
@@ -197,10 +197,7 @@ class HFTConfig(PreTrainedConfig):
                 raise ValueError(
                     f"Task {task['name']!r} has the unknown key {odd[0]!r}. {nearest(odd[0], list(defaults))}"
                 )
-            if not isinstance(task["rank"], int) or task["rank"] < 1:
-                raise ValueError(
-                    f"`rank` of task {task['name']!r} is {task['rank']!r}; a node needs a whole rank of 1 or more."
-                )
+            task["rank"] = check_rank(task["rank"], task["name"])
             for kind, known in (("pages", [page["id"] for page in self.pages]), ("borrows", names)):
                 for other in task[kind]:
                     if other not in known:
@@ -304,6 +301,18 @@ class HFTConfig(PreTrainedConfig):
             if page["id"] == page_id:
                 return page
         raise ValueError(f"Unknown memory page {page_id!r}. {nearest(page_id, [page['id'] for page in self.pages])}")
+
+
+def check_rank(rank: Any, task: str | None = None) -> int:
+    """A rank as JSON takes it: of a task's node, or of new tasks'.
+
+    Raises:
+        ValueError: no whole number, or one below 1.
+    """
+    if not isinstance(rank, numbers.Integral) or isinstance(rank, bool) or rank < 1:
+        what = "`rank`" if task is None else f"`rank` of task {task!r}"
+        raise ValueError(f"{what} is {rank!r}; a node needs a whole rank of 1 or more.")
+    return int(rank)
 
 
 def check_keys(config_class: type[PreTrainedConfig], name: str, given: Any) -> None:

@@ -2,13 +2,13 @@
 
 import contextlib
 import importlib
-import numbers
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from .configuration_hft import check_rank
 from .gates_hft import HFTGateTable
 from .hierarchy_hft import Hierarchy
 from .nodes_hft import flat
@@ -45,12 +45,10 @@ class HFTTasks(HFTOwnership):
             raise ValueError(f"The task {name!r} is a duplicate: this model has one, {state}; choose another name.")
         if name.lower() in map(str.lower, self.config.left_out):
             raise ValueError(f"The task {name!r} is in the whole of which this model is a part; choose another name.")
-        rank = self.config.rank if rank is None else rank
-        if not isinstance(rank, numbers.Integral) or rank < 1:
-            raise ValueError(f"`rank` of task {name!r} is {rank}; a node needs a whole rank of 1 or more.")
+        rank = check_rank(self.config.rank if rank is None else rank, name)
         parents = _listed(parents)
         hierarchy = Hierarchy({**{task: self.hierarchy.parents(task) for task in self.hierarchy.names}, name: parents})
-        entry = {"name": name, "parents": parents, "rank": int(rank), "sealed": False, "pages": [], "borrows": []}
+        entry = {"name": name, "parents": parents, "rank": rank, "sealed": False, "pages": [], "borrows": []}
         with self._same_room_on_error(), torch.inference_mode(False), torch.no_grad():
             self.hierarchy = hierarchy
             self.config.tasks.append(entry)

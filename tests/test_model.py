@@ -707,6 +707,7 @@ def test_only_tasks_of_a_stage_write_its_page(model):
     ("entry", "message"),
     [
         ({"rank": 0}, "`rank` of task 'a' is 0; a node needs a whole rank"),
+        ({"rank": True}, "`rank` of task 'a' is True; a node needs a whole rank"),
         ({"rank": "4"}, "`rank` of task 'a' is '4'; a node needs a whole rank"),
         ({"rnk": 4}, "Task 'a' has the unknown key 'rnk'. Did you mean 'rank'?"),
     ],

@@ -255,7 +255,7 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
         (["--train_samples", "x"], "`train_samples` is 'x'; it must be a whole number."),
         (["--train_samples", "0"], "`train_samples` is 0; it must be a whole number of 1 or more."),
         (["--rank", "abc"], "`rank` is 'abc'; it must be a whole number."),
-        (["--rank", "0"], "`rank` is 0; a node needs a rank of 1 or more."),
+        (["--rank", "0"], "`rank` is 0; a node needs a whole rank of 1 or more."),
         (["--hierarchy", "{}", "--datasets", "{}"], "`hierarchy` names no task; give `task: [parents]` lines."),
         (["--output_dir", ""], "`output_dir` is ''; name a folder, or leave it out."),
         (["--optim_args", "3"], "`optim` is 'adamw_torch_fused' and `optim_args` '3', with which training could not"),

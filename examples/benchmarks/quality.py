@@ -38,14 +38,15 @@ from harness import (
     score,
 )
 from hft_methods import CL14, HFT_METHODS
-from table import own_rate
+from table import LOW_RESOURCE, own_rate
 from unfinished import Work
 
 from hft.trainers.evaluation import score_options
 
 
 FAMILY = ["yelp", "amazon", "mnli", "cb", "rte", "sst2"]
-UNSEEN = ["copa", "boolq"]  # never trained with `family`: what is left of general ability
+TASK_SETS = {"cl14": list(CL14), "family": FAMILY, "low_resource": list(LOW_RESOURCE)}
+UNSEEN = ["copa", "boolq"]  # where they are not trained: what is left of general ability
 GRID = (1e-3, 2e-3)
 SMALL = {"samples": 200, "rows": {"validation": 100, "test": 200}, "max_input_tokens": 64, "batch": 8}
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -126,7 +127,7 @@ class Benchmark:
 
     def __init__(self, args: Any):
         self.budget, self.name = BUDGETS[args.budget], f"quality-{args.budget}-{args.tasks}"
-        self.tasks = {"family": FAMILY, "cl14": list(CL14)}.get(args.tasks) or args.tasks.split(",")
+        self.tasks = TASK_SETS.get(args.tasks) or args.tasks.split(",")
         self.out: Path = args.out
         self.backbone, self.tokenizer = prepare(args.backbone)
         if self.tokenizer.pad_token is None:
@@ -218,7 +219,7 @@ class Benchmark:
 
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "quality.jsonl")
-    arguments.add_argument("--tasks", default="family", help="cl14, family, or names by commas")
+    arguments.add_argument("--tasks", default="family", help=f"{', '.join(TASK_SETS)}, or names by commas")
     arguments.add_argument("--methods", default=",".join(ALL))
     arguments.add_argument("--budget", default="small", choices=list(BUDGETS))
     arguments.add_argument(
