@@ -1,6 +1,7 @@
 """The house: who imports whom, what ships, and that nobody else's words slip in."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,19 @@ def test_files_are_short():
         for path in (ROOT / folder).glob("*.py"):
             lines = len(path.read_text().splitlines())
             assert lines <= 390, f"{path} has {lines} lines; a file has one subject"
+
+
+def test_the_readme_names_every_module_and_no_other():
+    named: dict[str, set[str]] = {}
+    for line in (ROOT / "README.md").read_text().split("## The code\n")[1].split("```")[1].splitlines():
+        names = set(re.findall(r"\w+", line.strip().split("  ")[0]))
+        if line.startswith("  "):
+            named[list(named)[-1]] |= names
+        elif line:
+            named[names.pop()] = set()
+    for folder in ("modeling_hft", "trainers"):
+        modules = {path.stem.removesuffix("_hft") for path in (ROOT / folder).glob("[!_]*.py")}
+        assert named[folder] == modules, folder
 
 
 def test_the_space_asks_for_what_the_package_asks_for():
