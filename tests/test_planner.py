@@ -388,14 +388,27 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     write(data / "again", rows_of("same", 40))
     capsys.readouterr()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    extend = [*command[:-3], "--model", str(tmp_path / "run"), "--task", "again"]
+    more = tmp_path / "more.yaml"
+    extend = [*command[:-3], "--yaml", str(more), "--model", str(tmp_path / "run"), "--task", "again"]
     assert main(extend) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"again should stand on .*\.\nNext: model.add_task\('again', parents=\[.*\]\)", shown)
+    assert re.search(r"again should stand on .*\.\nIn Python: model.add_task\('again', parents=\[.*\]\)", shown)
+    assert f"Next: hft train {more}" in shown
     assert all(re.search(rf"(on|not) {old} \(", shown) for old in tree) and "\nsame:" not in shown
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert main([*extend[:-1], "same"]) == 2
     assert "The task 'same' is in the model already" in capsys.readouterr().err
+    recipe = read_recipe(more)
+    assert (recipe.from_model, recipe.backbone, list(recipe.hierarchy)) == (str(tmp_path / "run"), None, ["again"])
+    assert re.search(r"^  # complexity .*\n(  # .*\n)*  again: \[", more.read_text(), re.M)
+    assert main(["train", str(more)]) == 0
+    for path, old in before.items():
+        assert path.parent.name not in ("tasks", "pages") or path.read_bytes() == old
+    assert hft.HFTForCausalLM.from_pretrained(tmp_path / "run").config.sealed_tasks()[-1] == "again"
+    capsys.readouterr()
+    # A folder of data without a recipe: the model's own folder grows.
+    assert main(["plan", "--data", str(data), "--model", str(tmp_path / "run"), "--yaml", str(more)]) == 2
+    assert "The model has all tasks of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

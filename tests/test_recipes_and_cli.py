@@ -571,6 +571,83 @@ def test_help_is_quick_and_names_the_commands():
 
 
 @pytest.fixture
+def learnt(backbones, data, tmp_path):
+    """The run of the shipped recipe on a tiny backbone, finished."""
+    assert main(tiny_run(backbones, data, tmp_path)) == 0
+    return tmp_path / "run"
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_recipe_adds_tasks_to_a_model(learnt, data, tmp_path, capsys, in_place):
+    """In its own folder or another; what was learnt keeps its files, to the byte."""
+    for task in ("amazon", "amazon-more"):
+        (data / task).mkdir()
+        for path in (data / "yelp").iterdir():
+            (data / task / path.name).write_bytes(path.read_bytes())
+    out = learnt if in_place else tmp_path / "more"
+    lines = f"""
+from_model: {learnt}
+hierarchy: {{amazon-more: [amazon, mnli], amazon: [yelp], yelp: [sst2]}}
+data: {data}
+rank: 3
+max_steps: 2
+stage_eval_samples: 2
+output_dir: {out}
+"""
+    (tmp_path / "more.yaml").write_text(lines)
+    before = files_in(learnt)
+    capsys.readouterr()
+    assert main(["train", str(tmp_path / "more.yaml")]) == 0
+    shown = capsys.readouterr().out
+    assert "sst2  learnt" in shown and "amazon  6 rows" in shown and "After stage 4/4: amazon-more" in shown
+    after = files_in(out)
+    kept = [name for name in before if name.startswith(("tasks/", "pages/"))]
+    assert len(kept) > 5 and all(after[name] == before[name] for name in kept)
+    assert {"tasks/amazon.safetensors", "tasks/amazon-more.safetensors"} <= after.keys() - before.keys()
+    model = hft.HFTForCausalLM.from_pretrained(out)
+    assert model.hierarchy.path("amazon-more") == ("sst2", "yelp", "amazon", "mnli", "amazon-more")
+    assert [model.config.task(task)["rank"] for task in ("yelp", "amazon")] == [2, 3]
+    assert model.config.open_tasks() == [] and "amazon" in model.hft_router.tasks()
+    weights = {name: its for name, its in after.items() if name.endswith(".safetensors")}
+    again = main(["train", str(tmp_path / "more.yaml"), "--resume"])
+    said = capsys.readouterr()
+    if in_place:
+        assert again == 2 and "has learnt all tasks of this recipe (amazon-more, amazon, yelp); name a" in said.err
+    else:
+        assert again == 0 and "are learnt already: nothing was trained" in said.out
+    assert {name: its for name, its in files_in(out).items() if name in weights} == weights
+    assert main(["eval", str(out), "--recipe", str(tmp_path / "more.yaml"), "--samples", "2"]) == 0
+    assert "amazon-more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--hierarchy", "{yelp: []}"], "The parents of task 'yelp' are [], and '"),
+        (["--hierarchy", "{new: [yelb]}"], "Task 'new' names the unknown parent 'yelb'. Did you mean 'yelp'?"),
+        (["--hierarchy", "{yelp: [sst2]}"], "has learnt all tasks of this recipe (yelp); name a new one under `hier"),
+        (["--backbone", "other/backbone"], "`backbone` is 'other/backbone', and that of '"),
+        (["--target_modules", "[q_proj]"], "`target_modules` is ['q_proj'], and that of '"),
+        (["--memory_config", "{slots: 3}"], "`memory_config` is {'slots': 3}, and that of '"),
+        (["--from_model", "/nowhere"], "There is no folder '/nowhere'"),
+        (["--from_model", "null"], "lacks the key 'backbone'."),
+    ],
+)
+def test_recipes_that_do_not_fit_the_model_they_go_on_from(learnt, data, tmp_path, capsys, monkeypatch, more, message):
+    """They are refused before a backbone or a row is loaded, and nothing changes."""
+    (tmp_path / "more.yaml").write_text(f"from_model: {learnt}\nhierarchy: {{new: [yelp]}}\ndata: {data}\n")
+    before = files_in(learnt)
+    monkeypatch.setattr(hft.HFTForCausalLM, "from_pretrained", None)
+    assert main(["train", str(tmp_path / "more.yaml"), "--output_dir", str(learnt), *more]) != 0
+    assert message in capsys.readouterr().err
+    assert files_in(learnt) == before
+
+
+@pytest.fixture
 def grown_folder(backbones, tokenizer, tmp_path):
     """A saved model of sst2 -> yelp and mnli, sealed, whose gates differ."""
     model = hft.HFTForCausalLM.from_backbone(
@@ -617,9 +694,9 @@ def test_plan_draws_a_saved_model_without_its_backbone(grown_folder, tmp_path, c
             "--backbone does not go with --model: it has one; leave one",
         ),
         (
-            ["--model", "GROWN", "--data", "DATA", "--yaml", "p.yaml"],
+            ["--model", "GROWN", "--yaml", "p.yaml"],
             2,
-            "--yaml does not go with --model: for its tasks no",
+            "--yaml names the recipe that is written for the tasks of --data",
         ),
         (
             ["--model", "GROWN", "--recipe", "cl14-small"],

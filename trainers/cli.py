@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--task", help="also print all gates of this task; with --data: plan only this one")
     plan.add_argument("--out", type=Path, help="draw it into this .png, .svg or .pdf file, too")
     plan.add_argument("--recipe", help="with --data, a folder: backbone and settings; its hierarchy is ignored")
-    plan.add_argument("--yaml", type=Path, help="with --data, without --model: write this recipe (plan.yaml)")
+    plan.add_argument("--yaml", type=Path, help="with --data: write this recipe (plan.yaml)")
     plan.add_argument("--backbone", help="with --data, without --model: instead of the recipe's")
     plan.add_argument("--steps", type=int, default=24, help="with --data: optimizer steps of a pilot (24)")
     plan.add_argument("--rows", type=int, default=48, help="with --data: rows a task that losses are measured on (48)")
@@ -210,9 +210,10 @@ def _check_plan(args: argparse.Namespace) -> None:
     Raises:
         ValueError: a number out of its range, or an option that would be ignored.
     """
-    for name, why in (("backbone", "it has one"), ("yaml", "for its tasks no recipe is written")):
-        if args.model is not None and getattr(args, name) is not None:
-            raise ValueError(f"--{name} does not go with --model: {why}; leave one of them out.")
+    if args.model is not None and args.backbone is not None:
+        raise ValueError("--backbone does not go with --model: it has one; leave one of them out.")
+    if args.yaml is not None and args.data is None:
+        raise ValueError("--yaml names the recipe that is written for the tasks of --data; give --data, too.")
     if args.recipe is not None and args.data is None:
         raise ValueError("--recipe says how the tasks of --data train; give --data, too, or leave it out.")
     if args.recipe is not None and not args.data.exists() and str(args.data) not in shipped_recipes():

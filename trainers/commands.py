@@ -16,13 +16,12 @@ def demo(args: argparse.Namespace, _: dict[str, Any]) -> None:
 def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     import torch
     from datasets import disable_progress_bars
-    from transformers import AutoTokenizer, set_seed
-
-    import hft
+    from transformers import set_seed
 
     from . import HFTTrainer, HFTTrainingConfig
     from .compute_dtype import ADVICE, is_bfloat16_slow
     from .recipe_data import check_metrics, load_task, test_set
+    from .recipe_model import learnt_already, model_of, tokenizer_of
     from .recipes import read_recipe
     from .report import REPORT_FILE
 
@@ -32,24 +31,28 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         raise ValueError("`hierarchy` names no task; give `task: [parents]` lines.")
     config = HFTTrainingConfig(**recipe.training_arguments())
     check_metrics(recipe)
+    learnt = learnt_already(recipe)
+    if learnt.issuperset(recipe.hierarchy):
+        raise ValueError(
+            f"'{recipe.from_model}' has learnt all tasks of this recipe ({', '.join(recipe.hierarchy)}); name a new one "
+            "under `hierarchy`."
+        )
     set_seed(config.seed)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)
-    except OSError as error:
-        raise OSError(f"The backbone '{recipe.backbone}' could not be loaded: {error}") from error
-    data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
+    tokenizer = tokenizer_of(recipe)
+    data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy if task not in learnt}
     goes_by_losses = config.eval_strategy != "no" or config.rank_tolerance is not None
     checks = {t: load_task(recipe, t, "validation", tokenizer) for t in data} if goes_by_losses else None
     samples = recipe.stage_eval_samples
     tests = {t: test_set(recipe, t, "validation", tokenizer, samples) for t in recipe.tasks()} if samples else None
-    model = hft.HFTForCausalLM.from_backbone(
-        recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model
-    )
+    model = model_of(recipe)
     is_main = config.process_index == 0  # of several, one speaks
     if is_main and is_bfloat16_slow() and model.dtype == torch.bfloat16:
         print(ADVICE, file=sys.stderr)
     if is_main:
-        print(model.hierarchy.draw({task: f"{len(rows)} rows" for task, rows in data.items()}))
+        notes = dict.fromkeys(model.config.sealed_tasks(), "learnt") | {
+            t: f"{len(rows)} rows" for t, rows in data.items()
+        }
+        print(model.hierarchy.draw(notes))
     trainer = HFTTrainer(model, config, data, checks, test_sets=tests, processing_class=tokenizer)
     output = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or args.resume)
     trainer.create_model_card()

@@ -4,27 +4,27 @@ import argparse
 from pathlib import Path
 
 from datasets import disable_progress_bars
-from transformers import AutoTokenizer
 
 import hft
 from hft.files_hft import check_writable
+from hft.slim_hft import read_config
 
 from .compute_dtype import device_here
 from .hft_config import TASK_LISTS, TASK_NUMBERS, HFTTrainingConfig
-from .loading import load_tokenizer
 from .pictures import draw_plan, prepare_picture
 from .pilots import ProbeSettings
 from .plan_costs import plan_costs
 from .plan_report import DEFAULTS, as_recipe, as_text, summary_of
 from .probes import plan_hierarchy
 from .recipe_data import load_task
-from .recipes import Recipe, read_recipe
+from .recipe_model import tokenizer_of
+from .recipes import HOW_TO_LOAD, Recipe, read_recipe
 from .run_record import write_text
 from .task_files import tasks_in
 
 
 def find_plan(args: argparse.Namespace) -> None:
-    """Finds a hierarchy for the tasks of `args.data`, or parents for new ones in `args.model`; prints and writes it.
+    """Finds a hierarchy for the tasks of `args.data`, or parents in a saved model for new ones; prints and writes it.
 
     What can go wrong with what was asked for goes wrong before anything is measured, and a recipe is written as soon as it
     is found: again, with its costs, once these are known.
@@ -34,45 +34,44 @@ def find_plan(args: argparse.Namespace) -> None:
     disable_progress_bars()
     recipe = planned_recipe(args)
     file = args.yaml or Path("plan.yaml")
-    if args.model is None:
-        HFTTrainingConfig(**recipe.training)
-        check_writable(file.parent)
-        if args.yaml is None and file.exists():
-            raise ValueError(
-                f"'{file}' is here already and may have been edited; delete it, or name the file to write by --yaml."
-            )
+    HFTTrainingConfig(**recipe.training)
+    check_writable(file.parent)
+    if args.yaml is None and file.exists():
+        raise ValueError(
+            f"'{file}' is here already and may have been edited; delete it, or name the file to write by --yaml."
+        )
     settings = ProbeSettings(
         pilot_steps=args.steps, probe_rows=args.rows, max_length=recipe.training.get("max_length") or 256
     )
     quantization = recipe.quantization_config()
-    if args.model is None:
-        tokenizer = AutoTokenizer.from_pretrained(recipe.backbone)
+    tokenizer = tokenizer_of(recipe)
+    if recipe.from_model is None:
         model = hft.HFTForCausalLM.from_backbone(recipe.backbone, {}, quantization_config=quantization, **recipe.model)
         if quantization is None and "device_map" not in recipe.model:
             model.to(device_here())  # as training does; bitsandbytes takes it there by itself
     else:
-        tokenizer = load_tokenizer(args.model)
-        model = hft.HFTForCausalLM.from_pretrained(args.model, quantization_config=quantization, device_map="auto")
+        model = hft.HFTForCausalLM.from_pretrained(
+            recipe.from_model, quantization_config=quantization, device_map="auto"
+        )
     data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
     found = plan_hierarchy(
         model, data, processing_class=tokenizer, settings=settings,
         max_parents=args.max_parents, families=not args.no_families,
     )  # fmt: skip
     print(as_text(found))
-    if args.model is not None:
+    if recipe.from_model is not None:
         print("\n".join(summary_of(found, task) for task in found.hierarchy().names if task in data))
-    else:
-        write_text(file, as_recipe(found, recipe))
-        print(f"\nThe recipe is in {file}")
+    write_text(file, as_recipe(found, recipe))
+    print(f"\nThe recipe is in {file}")
     if args.out is not None:
         draw_plan(found, args.out)
         print(f"Drawn into {args.out}")
-    if args.model is None:
+    if recipe.from_model is None:
         print("\nTiming a few steps of training ...", flush=True)
         costs = plan_costs(found, recipe, model, data, tokenizer).lines()
         print("\nWhat it would take:\n" + "\n".join(costs))
         write_text(file, as_recipe(found, recipe, costs))
-        print(f"\nNext: hft train {file}")
+    print(f"\nNext: hft train {file}")
 
 
 def planned_recipe(args: argparse.Namespace) -> Recipe:
@@ -92,11 +91,18 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{error} A folder of that name there is not either.") from error
         tasks = recipe.tasks()
+    if args.model is not None:
+        recipe.from_model = args.model
+    if recipe.from_model is not None:
+        recipe.backbone = None
+        recipe.model = {key: its for key, its in recipe.model.items() if key in ("rank", *HOW_TO_LOAD)}
+        if args.recipe is None and args.data.is_dir() and Path(recipe.from_model).is_dir():
+            recipe.training = {**recipe.training, "output_dir": recipe.from_model}  # which grows where it is
     if args.backbone is not None:
         recipe.backbone = args.backbone
     if args.task is not None:
         hft.Hierarchy({task: [] for task in tasks}).check(args.task)
-    known = hft.read_gates(args.model)[0].task_names() if args.model is not None else []
+    known = read_config(recipe.from_model).task_names() if recipe.from_model is not None else []
     if args.task in known:
         raise ValueError(f"The task {args.task!r} is in the model already; plan only new tasks.")
     chosen = [task for task in tasks if task not in known and args.task in (None, task)]

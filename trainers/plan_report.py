@@ -118,7 +118,9 @@ def as_recipe(plan: Plan, recipe: Recipe, estimates: Sequence[str] = ()) -> str:
     """
     lines = ["# A plan by `hft plan`. Edit it: parents stand in brackets, [] is a root. Then: hft train THIS_FILE"]
     lines += [f"# {line}".rstrip() for line in estimates]
-    values: dict[str, Any] = {"backbone": recipe.backbone}
+    values: dict[str, Any] = {
+        key: its for key in ("from_model", "backbone") if (its := getattr(recipe, key)) is not None
+    }
     keys = (
         "data",
         "train_samples",
@@ -133,6 +135,8 @@ def as_recipe(plan: Plan, recipe: Recipe, estimates: Sequence[str] = ()) -> str:
     for line in _not_taken(plan):
         lines += textwrap.wrap(line, 116, initial_indent="  # ", subsequent_indent="  #   ")
     for task in plan.hierarchy().names:
+        if task not in plan.probes and task not in plan.families:
+            continue  # the model's own
         for line in reasons(plan, task):
             lines += textwrap.wrap(line, 116, initial_indent="  # ", subsequent_indent="  #   ")
         lines.append(f"  {_inline({task: plan.parents[task]})}")
@@ -163,10 +167,10 @@ def _inline(entry: dict[str, list[str]]) -> str:
 
 
 def summary_of(plan: Plan, task: str) -> str:
-    """One new task: which parents, and the line that adds it."""
+    """One new task: which parents, and the line of Python that adds it."""
     parents = plan.parents[task]
     why = "; ".join(str(edge) for edge in plan.edges_of(task) if edge.taken)
     return (
         f"{task} should stand on {', '.join(parents) or f'the {BACKBONE} alone'}{_behind(why)}.\n"
-        f"Next: model.add_task({task!r}, parents={parents})"
+        f"In Python: model.add_task({task!r}, parents={parents})"
     )

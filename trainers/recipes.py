@@ -23,16 +23,8 @@ from .kinds import check_kind, field_types, kinds_of
 
 
 # What a recipe says besides the keys of HFTConfig, BitsAndBytesConfig and HFTTrainingConfig (SFTConfig).
-MODEL_KEYS = (
-    "rank",
-    "target_modules",
-    "gating_config",
-    "memory_config",
-    "router_config",
-    "attn_implementation",
-    "dtype",
-    "device_map",
-)
+HOW_TO_LOAD = ("attn_implementation", "dtype", "device_map")
+MODEL_KEYS = ("rank", "target_modules", "gating_config", "memory_config", "router_config", *HOW_TO_LOAD)
 # Keys that transformers says are text, and of which it takes True, too.
 _TRUE_TOO = ("fsdp", "resume_from_checkpoint")
 
@@ -42,8 +34,11 @@ class Recipe:
     """A run: which backbone learns which tasks from which data, and how.
 
     Args:
-        backbone: Hub id or folder.
-        hierarchy: task -> parents.
+        backbone: Hub id or folder; needed without `from_model`.
+        hierarchy: task -> parents. With `from_model` parents may be the model's, and its own tasks need not be named.
+        from_model: folder or Hub id of a saved HFT model that goes on learning: the tasks that it lacks are added to it, and
+            what it has learnt stays as it is. `rank` is of the new tasks; all else that the recipe says of the model must be
+            as it is already.
         datasets: task -> where it comes from and how a row is read, see `load_task`; not needed with `data`.
         mixtures: task -> tasks of the hierarchy whose rows are its rows, as of a root on which a family stands; it is not
             tested, and the router does not learn to know it, unless `route_tasks` names it. Neither it nor its tasks write
@@ -66,8 +61,9 @@ class Recipe:
         training: keys of HFTTrainingConfig.
     """
 
-    backbone: str
+    backbone: str | None
     hierarchy: dict[str, list[str]]
+    from_model: str | None = None
     datasets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     mixtures: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     root_share: float = 0.9
@@ -89,6 +85,13 @@ class Recipe:
             return BitsAndBytesConfig(**self.quantization) if self.quantization else None
         except TypeError as error:
             raise ValueError(f"A key of BitsAndBytesConfig has a wrong value: {error}.") from error
+
+    def tree(self) -> Hierarchy:
+        """The hierarchy as far as the recipe tells it: parents that it does not name, of `from_model`, as roots."""
+        elsewhere = (
+            [] if self.from_model is None else [ups for ups in self.hierarchy.values() if isinstance(ups, list)]
+        )
+        return Hierarchy({**{up: [] for ups in elsewhere for up in ups}, **self.hierarchy})
 
     def tasks(self) -> list[str]:
         """The tasks with rows of their own: without mixtures."""
@@ -187,11 +190,12 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
                 f"Unknown key {key!r}. {nearest(key, [key for keys in _keys().values() for key in keys])}"
             )
         sections[section][key] = _as_meant(key, value, _keys()[section][key])
-    for needed in ("backbone", "hierarchy"):
-        if needed not in sections["recipe"]:
+    its = sections["recipe"]
+    for needed, other in (("backbone", "from_model"), ("hierarchy", "hierarchy")):
+        if its.get(needed) is None and its.get(other) is None:
             raise ValueError(f"'{path}' lacks the key {needed!r}.")
     recipe = Recipe(
-        **sections["recipe"],
+        **{"backbone": None, **its},
         model=sections["model"],
         quantization=sections["quantization"],
         training=sections["training"],
@@ -206,7 +210,7 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
                 f"The parents of task {str(task)!r} are {parents!r}; give a list of names: `{task}: [parent]`."
             )
     recipe.hierarchy = {str(task): parents or [] for task, parents in recipe.hierarchy.items()}
-    tree = Hierarchy(recipe.hierarchy)
+    tree = recipe.tree()
     for name in ("train_samples", "eval_samples", "stage_eval_samples", "max_input_tokens", "max_new_tokens"):
         value = getattr(recipe, name)
         if value is not None and (not isinstance(value, int) or value < 1):
