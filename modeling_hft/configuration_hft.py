@@ -202,6 +202,9 @@ class HFTConfig(PreTrainedConfig):
                 for other in task[kind]:
                     if other not in known:
                         raise ValueError(f"Task {task['name']!r} reads {other!r} in `{kind}`. {nearest(other, known)}")
+        if isinstance(self.text_config, PreTrainedConfig):
+            # A copy: transformers writes into it, too, as the attention, which a model may be running by.
+            self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
         self.hierarchy()  # raises if the tasks are no hierarchy

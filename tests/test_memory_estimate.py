@@ -10,6 +10,7 @@ from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig
 import hft
 from hft.trainers.memory_estimate import (
     MemoryEstimate,
+    OPTIMIZER_BYTES_8BIT,
     estimate_memory,
     estimate_recipe,
     node_bytes,
@@ -64,6 +65,8 @@ def test_what_more_of_anything_costs():
     base = estimate_memory(config, rank=4, slots=2)
     per_rank = base.gradients // 4 // 6
     assert base.training == 4 * 6 * per_rank and base.optimizer == 2 * base.training and base.tasks == 0
+    few = estimate_memory(config, rank=4, slots=2, optimizer_bytes=OPTIMIZER_BYTES_8BIT)  # and a scale for 256 of them
+    assert few.optimizer == round(base.optimizer / 8 * 2 * (1 + 4 / 256)) and few.training == base.training
     more = estimate_memory(config, rank=4, slots=2, num_training=3, num_sealed=5)
     assert more.training == 4 * per_rank * (3 * 4 + 2) and more.gradients == base.gradients
     assert more.tasks == 2 * 5 * 4 * per_rank

@@ -717,6 +717,18 @@ def test_wrong_entries_of_a_config(entry, message):
         hft.HFTConfig(tasks=[{"name": "a", **entry}])
 
 
+def test_a_config_leaves_the_decoders_own_as_it_is(backbones):
+    """A model that stands on that config goes on with its attention, and so sees no later tokens."""
+    plain = AutoModelForCausalLM.from_pretrained(backbones["llama"], attn_implementation="sdpa").eval()
+    before = plain.config.to_dict()
+    config = hft.HFTConfig(text_config=plain.config, backbone=str(backbones["llama"]))
+    assert plain.config._attn_implementation == "sdpa" and plain.config.to_dict() == before
+    assert config.text_config is not plain.config
+    x = torch.arange(8)[None]
+    other = torch.cat([x[:, :-1], x[:, -1:] + 1], dim=1)
+    assert torch.equal(plain(x).logits[:, :-1], plain(other).logits[:, :-1])
+
+
 def test_a_folded_model_neither_gives_nor_takes_weights_that_are_not_its_own(model):
     model.eval().seal(model.hierarchy.names)
     state = copy.deepcopy(model.state_dict())

@@ -562,6 +562,18 @@ def test_the_real_rows_are_read(tokenizer):
         assert all(row["completion"][0]["content"] in row["prompt"][0]["content"] for row in rows)
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_what_a_recipe_trains_decides_and_tests_on_are_different_rows(path):
+    """Each split is a whole one of the Hub's, or the first or the remaining rows of one."""
+    for task, spec in read_recipe(path).datasets.items():
+        splits = [spec.get("splits", {}).get(split, split) for split in ("train", "validation", "test")]
+        names, parts = zip(*(re.fullmatch(r"(\w+)(?:\[(:\d+|\d+:)\])?", its).groups() for its in splits), strict=True)
+        for i, j in ((0, 1), (0, 2), (1, 2)):
+            both = {part.strip(":") for part in (parts[i], parts[j]) if part}
+            is_cut_in_two = parts[i] != parts[j] and None not in (parts[i], parts[j]) and len(both) == 1
+            assert names[i] != names[j] or is_cut_in_two, f"{task}: {splits}"
+
+
 def test_help_is_quick_and_names_the_commands():
     done = subprocess.run(
         [sys.executable, "-m", "hft.trainers.cli", "--help"], capture_output=True, text=True, timeout=120

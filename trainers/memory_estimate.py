@@ -29,6 +29,8 @@ NESTED_BLOCK = 256  # scales that share one, if they are quantised themselves
 # holds seven numbers in float32 and a mask beside each logit, and the tile's part of the head in float32.
 TILE_POSITIONS, TILE_WORDS = 4096, 32768
 LOGIT_BYTES, LOGIT_BYTES_CPU = 2, 2 + 7 * 4 + 1
+# Two numbers of AdamW's for each that trains: in float32, or bitsandbytes' in 8 bit with a float32 scale for 256 of them.
+OPTIMIZER_BYTES, OPTIMIZER_BYTES_8BIT = 8.0, 2 * (1 + 4 / 256)
 # What a process on a CPU holds besides, measured with SmolLM2-135M on two cores (see `cpu_memory`): kernels and code that is
 # loaded when first used, and freed blocks that were too small for what came later, a share of what comes and goes.
 PROCESS_BYTES, HOLES = 120 * 2**20, 0.42
@@ -43,7 +45,7 @@ class MemoryEstimate:
         tasks: nodes and pages that no longer train, in the backbone's dtype.
         training: the factors that train, in float32.
         gradients: of those of the tasks of a step and their page.
-        optimizer: two float32 numbers for each that trains.
+        optimizer: two numbers for each that trains, in float32 or 8 bit.
         activations: what autograd keeps for the backward pass, without logits.
         logits: a tile of them, the gradient of the hidden states that are scored, on a CPU a part of the head.
         process: on a CPU, kernels, the part of the mapped file whose weights were quantised, and holes between blocks.
@@ -87,6 +89,7 @@ def estimate_memory(
     gradient_checkpointing: bool = False,
     target_modules: str | Sequence[str] = "all-linear",
     memory_modules: str | Sequence[str] = "all-linear",
+    optimizer_bytes: float = OPTIMIZER_BYTES,
 ) -> MemoryEstimate:
     """Estimates the peak of a step of training with AdamW.
 
@@ -107,6 +110,7 @@ def estimate_memory(
         load_in_4bit, double_quant: how the linears of the layers are held; embeddings and head are in `dtype`.
         gradient_checkpointing: whether layers are computed again in the backward pass.
         target_modules, memory_modules: the linears that carry nodes, and those that carry slots.
+        optimizer_bytes: what it keeps of each number that trains.
     """
     path_rank = rank + slots if path_rank is None else path_rank
     model, fake = _without_memory(text_config, path_rank, dtype, target_modules, memory_modules)
@@ -129,7 +133,7 @@ def estimate_memory(
         tasks=size * num_sealed * node,
         training=4 * trained,
         gradients=4 * (num_stepping * node + page),
-        optimizer=8 * trained,
+        optimizer=round(optimizer_bytes * trained),
         activations=kept,
         logits=_loss_bytes(scored, text_config, on_accelerator),
     )
@@ -146,7 +150,7 @@ def estimate_recipe(
     num_scored: int | None = None,
     on_accelerator: bool = True,
 ) -> MemoryEstimate:
-    """The largest of the estimates of a recipe's stages, with 32-bit optimizer states.
+    """The largest of the estimates of a recipe's stages, its optimizer an AdamW: in 8 bit if its name (`optim`) says so.
 
     Args:
         recipe: as `read_recipe` gives it.
@@ -184,6 +188,7 @@ def estimate_recipe(
                 gradient_checkpointing=training.gradient_checkpointing,
                 target_modules=recipe.model.get("target_modules", HFTConfig.target_modules),
                 memory_modules=memory.target_modules,
+                optimizer_bytes=OPTIMIZER_BYTES_8BIT if "8bit" in training.optim else OPTIMIZER_BYTES,
             )
         )
         num_sealed += len(tasks)
