@@ -146,6 +146,7 @@ def test_the_quality_tables_by_hand(tmp_path, monkeypatch):
              line("joint", 1, 0, 60, 60), line("joint", 1, 1, 62, 60),
              line("hft_chains", 2, 0, 64, 66, (64, 64)), line("hft_chains", 2, 1, 66, 66, (66, 66)),
              line("hft_root_thirds", 2, 0, 70, 70), line("hft_root_thirds", 2, 1, 60, 60),
+             line("hft_families", 2, 0, 40, 40), line("hft_families", 2, 1, 50, 50, (50, 48)),
              line("hft_planned", 2, 0, 64, 70)]  # fmt: skip
     (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, cells)))
     monkeypatch.setattr(summary, "RESULTS", tmp_path)
@@ -158,10 +159,15 @@ def test_the_quality_tables_by_hand(tmp_path, monkeypatch):
         "| the planner's | 1 | 67.0 | 67.0 |  |",
         "| chains | 2 | 65.5 ± 0.5 | 65.5 ± 0.5 | 65.0 ± 1.0 |",
         "| one root for all, thirds, pages | 2 | 65.0 ± 5.0 | 65.0 ± 5.0 |  |",
+        "| a root a family | 2 | 45.0 ± 5.0 | 45.0 ± 5.0 | 49.0 (1 of them) |",
     ]
-    ours = {"seed": 1, "test": {"forgetting": 1.0, "just_learnt": {"a": [60.0, 59.0], "b": [65.0, 65.0]}}}
+    learnt = {"a": [60.0, 59.0], "b": [65.0, 65.0]}
+    ours = {"seed": 1, "method": "sequential", "test": {"forgetting": 1.0, "just_learnt": learnt}}
     assert table.transfer(ours, cells[:2]) == (-1.0, 2.0)  # from 58 and 63, that seed's own LoRAs
     assert table.transfer({**ours, "seed": 2}, cells[:2]) == table.transfer(cells[3], cells[:2]) == ()
+    stays = {"forgetting": 0.0, "just_learnt": {"a": [60.0, 60.0], "b": [65.0, 65.0]}}  # of some rows; of all: 66, 66
+    hft = {**cells[6], "test": {**cells[6]["test"], **stays}}
+    assert table.transfer(hft, cells[:2]) == (0.0, (66 - 58 + 66 - 63) / 2)
     figures = summary.quality()
     assert (
         figures["quality.small.family.hft_minus_joint"] == 5.0 and figures["quality.small.family.learnable_tasks"] == 1
@@ -316,7 +322,27 @@ def test_the_gpu_script_on_a_tiny_shape(tmp_path, monkeypatch, method):
     assert not [name for name, tensor in (*backbone.named_parameters(), *backbone.named_buffers()) if tensor.is_meta]
     result = gpu.measure(method, "tiny", 32, 6)
     assert result["steps"] == 6 and result["value"] > 0 and 4 < result["loss"] < 9  # a uniform guess: 6.2
+    assert result["attention"] == gpu.best_attention()
+    # A LoRA of rank 16, or a node of rank 16 and a page of 8 slots, beside each linear of both layers.
+    per_rank = 2 * sum((64 + 64, 64 + 32, 64 + 32, 64 + 64, 64 + 128, 64 + 128, 128 + 64))
+    gates = result["trained_parameters_a_step"] - {"hft": 24, "trl": 16}[method] * per_rank
+    assert 0 < gates < 100 if method == "hft" else gates == 0
     assert "peak_allocated_gib" not in result or torch.cuda.is_available()
+
+
+def test_hft_around_a_random_backbone_sees_what_it_should():
+    """No later token, and in a packed row no other document."""
+    from random_backbones import config_of, hft_on, random_backbone
+
+    model = hft_on(random_backbone(config_of("tiny", "sdpa"), torch.device("cpu")), {"a": []}, 4).eval()
+    x = torch.arange(3, 15)[None]
+    other = torch.cat([x[:, :-1], x[:, -1:] + 1], dim=1)
+    positions = torch.tensor([[*range(5), *range(7)]])
+    with torch.no_grad():
+        assert torch.equal(model(x).logits[:, :-1], model(other).logits[:, :-1])
+        packed = model(x, position_ids=positions, use_cache=False).logits[:, 5:]
+        apart = torch.cat([x[:, :5] + 20, x[:, 5:]], dim=1)
+        assert torch.equal(packed, model(apart, position_ids=positions, use_cache=False).logits[:, 5:])
 
 
 def test_the_gpu_script_goes_on_after_a_cell_that_failed(tmp_path, monkeypatch, capsys):
@@ -333,7 +359,8 @@ def test_the_gpu_script_goes_on_after_a_cell_that_failed(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--shapes", "tiny", "--out", str(tmp_path / "gpu.jsonl")])
-    gpu.main()
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main()
     shown = capsys.readouterr().out
     assert "tiny hft: failed with code 9; its output is above. Going on." in shown
     assert [cell["setting"] for cell in read_cells(tmp_path / "gpu.jsonl")] == ["tiny trl"]

@@ -9,8 +9,8 @@ from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig
 
 import hft
 from hft.trainers.memory_estimate import (
-    MemoryEstimate,
     OPTIMIZER_BYTES_8BIT,
+    MemoryEstimate,
     estimate_memory,
     estimate_recipe,
     node_bytes,

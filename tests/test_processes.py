@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 OPTIONS = {"bf16": False, "save_steps": 2, "gradient_checkpointing": False, "num_train_epochs": 2, "logging_steps": 1,
            "learning_rate": 1e-2, "disable_tqdm": True, "report_to": "none", "use_cpu": True}  # fmt: skip
 TWO = {"a": [], "e": [], "b": ["a", "e"]}
+KILLED = 3  # as worker.py's `Kill` ends
 
 
 def launch(spec: dict, folder: Path, code: int = 0, file: str | None = None, worker: str = "worker.py") -> list[dict]:
@@ -45,6 +46,8 @@ def launch(spec: dict, folder: Path, code: int = 0, file: str | None = None, wor
         capture_output=True, text=True, timeout=540, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert (done.returncode == 0) == (code == 0), done.stderr[-4000:]
+    if code:  # of the one that killed itself, not of one that failed before
+        assert re.search(rf"exitcode *: {code}\b", done.stderr), done.stderr[-4000:]
     if code or worker != "worker.py":
         return []
     return [json.loads(Path(spec["out"] + f".{rank}.json").read_text()) for rank in range(2)]
@@ -82,10 +85,11 @@ def check_same(seen, folder: Path, single) -> None:
     assert json.loads(Path(f"{folder}/run/config.json").read_text())["architectures"] == ["HFTForCausalLM"]
 
 
-def keep_last(seen, single) -> None:
-    """Of the logs, what came after resuming."""
-    last = [log for log in seen[0]["log"] if "loss" in log]
-    seen[0]["log"], single.log_history = last, [log for log in single.log_history if "loss" in log][-len(last) :]
+def keep_last(seen, single, is_resumed: bool = True) -> None:
+    """Of the logs, what came after resuming: less than all, unless the run was killed before its first checkpoint."""
+    last, all_logs = ([log for log in logs if "loss" in log] for logs in (seen[0]["log"], single.log_history))
+    assert (0 < len(last) < len(all_logs)) == is_resumed
+    seen[0]["log"], single.log_history = last, all_logs[-len(last) :]
 
 
 def one_process(backbones, tokenizer, folder, hierarchy=TWO, batch: int = 4, **options):
@@ -128,10 +132,10 @@ def test_two_processes_log_a_tasks_own_loss_however_tokens_are_counted(backbones
 def test_killed_and_resumed_two_processes_learn_what_one_learns(backbones, tokenizer, tmp_path, step):
     """Killed before the first checkpoint, in the middle of a second epoch, and in the second stage; accumulating."""
     spec = described(backbones, tmp_path, accumulation=2, options={"save_steps": 3 if step == 4 else 2})
-    launch({**spec, "kill": step}, tmp_path, code=1)
+    launch({**spec, "kill": step}, tmp_path, code=KILLED)
     seen = launch({**spec, "resume": True}, tmp_path)
     single = one_process(backbones, tokenizer, tmp_path, gradient_accumulation_steps=2)
-    keep_last(seen, single)
+    keep_last(seen, single, is_resumed=step > 1)
     check_same(seen, tmp_path, single)
 
 
@@ -181,7 +185,7 @@ def test_accelerate_launch_with_the_shipped_file(backbones, tokenizer, tmp_path)
 def test_a_sharded_backbone_learns_what_a_whole_one_learns(backbones, tokenizer, tmp_path, options, step):
     """accelerate's FSDP2, by the file that is shipped; killed in the second stage and resumed."""
     spec = described(backbones, tmp_path, fsdp=True, options=options)
-    launch({**spec, "kill": step}, tmp_path, code=1, file="fsdp2.yaml")
+    launch({**spec, "kill": step}, tmp_path, code=KILLED, file="fsdp2.yaml")
     seen = launch({**spec, "resume": True}, tmp_path, file="fsdp2.yaml")
     single = one_process(backbones, tokenizer, tmp_path, **options)
     keep_last(seen, single)

@@ -3,11 +3,11 @@
     python examples/benchmarks/gpu.py                     # 8B, 1B and 135M shapes, random weights; minutes on an H100
     python examples/benchmarks/gpu.py --shapes tiny       # a try, on a CPU, too
 
-Each cell is a fresh process: a Llama of that shape in NF4, packed rows of 2048 tokens, micro-batch 2, checkpointed layers,
-8-bit AdamW (not paged, which no counter of memory would see), rank 16 on all linears, bfloat16. HFT holds 8 tasks: four are
-sealed, and the four that train in turn stand on two of them and write a memory page of 8 slots. `value`: training tokens a
-second (median step); `peak_allocated_gib`, `peak_reserved_gib`: of the training, weights included; `predicted_gib`: what
-`estimate_memory` says.
+Each cell is a fresh process: a Llama of that shape in NF4, rows of 2048 tokens that are packed of documents without a gap,
+micro-batch 2, checkpointed layers, 8-bit AdamW (not paged, which no counter of memory would see), rank 16 on all linears,
+bfloat16. HFT holds 8 tasks: four are sealed, and the four that train in turn stand on two of them and write a memory page of
+8 slots. `value`: training tokens a second (median step); `peak_allocated_gib`, `peak_reserved_gib`: of the training, weights
+included; `predicted_gib`: what `estimate_memory` says.
 """
 
 import argparse
@@ -42,13 +42,18 @@ class StepTimes(TrainerCallback):
 
     def __init__(self):
         self.seconds: list[float] = []
+        self.trained = 0  # parameters that a step moves
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what building the model left over
             torch.cuda.reset_peak_memory_stats()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if not self.trained:
+            learning = getattr(model, "learning_parameters", None)  # HFT's: of one task of the stage, with the page
+            its = model.parameters() if learning is None else learning(model.config.open_tasks()[-1]).values()
+            self.trained = sum(parameter.numel() for parameter in its if parameter.requires_grad)
         _wait()
         self.begin = time.perf_counter()
 
@@ -84,19 +89,32 @@ def options(folder: str, length: int, steps: int) -> dict[str, Any]:
 
 
 def rows(vocab_size: int, length: int, tokens: int, seed: int) -> Dataset:
-    """Token ids in rows of up to a whole length, which packing puts together."""
+    """Documents of token ids, of a whole row to an eighth, which packing puts together without a gap."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
-    while sum(map(len, made)) < tokens:
-        size = int(torch.randint(length // 8, length, (), generator=generator))
-        made.append(torch.randint(3, vocab_size, (size,), generator=generator).tolist())
+    made: list[list[int]] = []
+
+    def halved(size: int) -> None:
+        if size > length // 8 and torch.rand((), generator=generator) < 0.7:
+            halved(size // 2)
+            halved(size - size // 2)
+        else:
+            made.append(torch.randint(3, vocab_size, (size,), generator=generator).tolist())
+
+    for _ in range(-(-tokens // length)):
+        halved(length)
     return Dataset.from_dict({"input_ids": made})
+
+
+def check_full(packed: Dataset, length: int) -> None:
+    """Raises ValueError if a packed row has not its whole length, by which tokens a second are counted."""
+    if short := [len(ids) for ids in packed["input_ids"] if len(ids) != length]:
+        raise ValueError(f"{len(short)} of {len(packed)} packed rows are shorter than {length} tokens: {short[0]}.")
 
 
 def train_hft(shape: str, length: int, steps: int, folder: str, times: StepTimes) -> tuple[float, dict[str, Any]]:
     """The last loss, and what the model is like."""
     from hft.trainers import HFTTrainer, HFTTrainingConfig
-    from hft.trainers.memory_estimate import estimate_memory
+    from hft.trainers.memory_estimate import OPTIMIZER_BYTES_8BIT, estimate_memory
 
     config = config_of(shape, best_attention())
     model = hft_on(random_backbone(config, _device()), SEALED, RANK)
@@ -110,15 +128,17 @@ def train_hft(shape: str, length: int, steps: int, folder: str, times: StepTimes
     args = HFTTrainingConfig(**options(folder, length, steps), route_samples=0)
     trainer = HFTTrainer(model, args, train_dataset=data, processing_class=word_tokenizer(config.vocab_size))
     trainer.add_callback(times)
+    for packed in trainer._prepared.values():
+        check_full(packed, length)
     trainer.train()
     ranks = RANK * len(model.hierarchy.path("t7")) + SLOTS
     predicted = estimate_memory(
         config, rank=RANK, path_rank=ranks, num_training=len(TRAINED), num_sealed=len(SEALED), slots=SLOTS,
         batch_size=2, length=length, gradient_checkpointing=True, on_accelerator=torch.cuda.is_available(),
+        optimizer_bytes=OPTIMIZER_BYTES_8BIT,
     )  # fmt: skip
-    own = sum(p.numel() for p in model.learning_parameters("t7").values())
     return trainer.log_history[-2]["loss"], {
-        "attention": config._attn_implementation, "trained_parameters_a_step": own,
+        "attention": model.backbone.config._attn_implementation,
         "predicted_gib": round(predicted.total / 2**30, 2),
     }  # fmt: skip
 
@@ -136,10 +156,16 @@ def train_trl(shape: str, length: int, steps: int, folder: str, times: StepTimes
         model, SFTConfig(**options(folder, length, steps)), train_dataset=data, peft_config=lora,
         processing_class=word_tokenizer(config.vocab_size), callbacks=[times],
     )  # fmt: skip
+    check_full(trainer.train_dataset, length)
     trainer.train()
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    own = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return losses[-1], {"attention": config._attn_implementation, "trained_parameters_a_step": own}
+    return losses[-1], {"attention": model.config._attn_implementation}
+
+
+def _one_gpu() -> dict[str, str]:
+    """The environment of a cell's process: offline, and of several GPUs it sees the first."""
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "CI": "1", "CUDA_VISIBLE_DEVICES": first}
 
 
 def _device() -> torch.device:
@@ -159,7 +185,7 @@ def measure(method: str, shape: str, length: int, steps: int) -> dict[str, Any]:
     result: dict[str, Any] = {
         "value": round(2 * length / statistics.median(counted), 1), "step_seconds": round(statistics.median(counted), 4),
         "steps": len(times.seconds), "loss": round(loss, 4), "process_seconds": round(time.perf_counter() - begin, 1),
-        "length": length, **more,
+        "length": length, "trained_parameters_a_step": times.trained, **more,
     }  # fmt: skip
     if torch.cuda.is_available():
         result["peak_allocated_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
@@ -181,7 +207,7 @@ def main() -> None:
         shape, method = args.one.split()
         args.out.write_text(json.dumps(measure(method, shape, args.length, args.steps)))
         return
-    begin = time.time()
+    begin, is_whole = time.time(), True
     settings = [f"{shape} {method}" for shape in args.shapes.split(",") for method in args.methods.split(",")]
     for setting, seed in todo(args.out, "gpu", settings, 1):
         if time.time() - begin > args.seconds:
@@ -193,13 +219,16 @@ def main() -> None:
             command += ["--length", str(args.length), "--steps", str(args.steps)]
             try:
                 with cell(args.out, "gpu", setting, seed) as result:
-                    subprocess.run(command, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "CI": "1"})
+                    subprocess.run(command, check=True, env=_one_gpu())
                     result.update(json.loads(out.read_text()))
             except subprocess.CalledProcessError as error:
                 print(f"{setting}: failed with code {error.returncode}; its output is above. Going on.", flush=True)
+                is_whole = False
     for line in read_cells(args.out):
         peak = line.get("peak_allocated_gib", "no GPU")
         print(f"{line['setting']:<10}{line['value']:>10} tokens/s  peak {peak} GiB  loss {line['loss']}")
+    if not is_whole:
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ to say. A cell that is in the file is not run again, and one that was cut off go
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import platform
@@ -26,7 +27,7 @@ from unfinished import Work, WorkCallback
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig, run_record
 from hft.trainers.compute_dtype import is_bfloat16_slow
-from hft.trainers.cpu_memory import use_memory_well
+from hft.trainers.cpu_memory import give_freed_back, use_memory_well
 from hft.trainers.demo_backbone import find_backbone
 from hft.trainers.evaluation import score_options
 from hft.trainers.recipes import mixture_arguments
@@ -267,16 +268,18 @@ def mean_accuracy(tasks: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def reset_peak() -> None:
-    """Lets `peak_bytes` count anew: of a process only where Linux allows it."""
-    if torch.cuda.is_available():
+    """Lets `peak_bytes` count anew, without what earlier cells left: of a process only where Linux allows it."""
+    gc.collect()
+    give_freed_back()
+    if torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_bytes() -> int:
-    """The most memory so far: what tensors took on a GPU, else all of the process."""
-    if torch.cuda.is_available():
+    """The most memory so far: what tensors took on a GPU, if this process has used it, else all of the process."""
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError):
         status = Path("/proc/self/status").read_text().splitlines()

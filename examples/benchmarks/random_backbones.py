@@ -88,7 +88,12 @@ def as_quantized(model: PreTrainedModel) -> PreTrainedModel:
 def hft_on(backbone: PreTrainedModel, hierarchy: dict[str, list[str]], rank: int) -> hft.HFTForCausalLM:
     """An HFT model around a backbone that is in memory already."""
     config = hft.HFTConfig(
-        text_config=backbone.config, rank=rank, backbone="random", dtype=torch.bfloat16, target_modules="all-linear"
+        text_config=backbone.config,
+        rank=rank,
+        backbone="random",
+        dtype=torch.bfloat16,
+        target_modules="all-linear",
+        attn_implementation=backbone.config._attn_implementation,
     )
     with torch.device("meta"):
         model = hft.HFTForCausalLM(config)

@@ -4,7 +4,8 @@
 
 No training: the router's sums from 256 training prompts a task. Three forms of prompt: instructions as they are; one shared
 instruction a family; instructions and option lists stripped. General prompts, which belong to none of the tasks, should go
-to the backbone. Choices (layer, features, ridge) were made on validation rows with `--grid`; `--split test` is the result.
+to the backbone. Choices (layer, features, ridge) were made on validation rows with `--grid`; `--split test` is the result,
+with general prompts of its own.
 """
 
 import itertools
@@ -13,6 +14,7 @@ from collections import Counter
 import torch
 from datasets import load_dataset
 from harness import cell, parser, prepare, todo
+from hft_methods import CL14
 
 import hft
 from hft.router_hft import HFTRouter
@@ -26,27 +28,43 @@ FAMILIES = {
     "Answer from the passage.": ("boolq", "multirc"),
     "What is it about?": ("agnews", "dbpedia"),
 }
-HIERARCHY = {
-    **{"sst2": [], "imdb": ["sst2"], "yelp": ["sst2"], "amazon": ["yelp"], "rte": [], "mnli": ["rte"], "cb": ["mnli"]},
-    **{"qqp": [], "wic": [], "copa": [], "boolq": [], "multirc": ["boolq"], "agnews": [], "dbpedia": ["agnews"]},
-}
 SHARED = {task: sentence for sentence, tasks in FAMILIES.items() for task in tasks}
 FORMS = ("as they are", "shared", "stripped")
-# What people ask a chat model for besides.
-TOPICS = ("the French Revolution", "black holes", "sourdough bread", "a broken bicycle chain", "jazz", "my sister's wedding",
-          "Python decorators", "tax returns", "the city of Lisbon", "sleep", "a job interview", "tomatoes")  # fmt: skip
-ASKS = ("Tell me about {}.", "Write a short poem about {}.", "Give me five tips on {}.", "Explain {} to a child.",
-        "I have a question concerning {}: where do I start?", "Draft an e-mail about {} to a colleague.")  # fmt: skip
+# What people ask a chat model for besides: for each split in words of its own, and with reasoning-gym families of its own.
+TOPICS = {
+    "validation": (
+        "the French Revolution", "black holes", "sourdough bread", "a broken bicycle chain", "jazz", "my sister's wedding",
+        "Python decorators", "tax returns", "the city of Lisbon", "sleep", "a job interview", "tomatoes",
+    ),
+    "test": (
+        "the Silk Road", "volcanoes", "growing basil", "a leaking tap", "chess openings", "a farewell party",
+        "SQL joins", "renting a flat", "the coast of Norway", "headaches", "learning Spanish", "old cameras",
+    ),
+}  # fmt: skip
+ASKS = {
+    "validation": (
+        "Tell me about {}.", "Write a short poem about {}.", "Give me five tips on {}.", "Explain {} to a child.",
+        "I have a question concerning {}: where do I start?", "Draft an e-mail about {} to a colleague.",
+    ),
+    "test": (
+        "What should I know about {}?", "Make a quiz with three questions on {}.", "Could you recommend a book on {}?",
+        "Why do people care about {}?", "Help me plan a talk on {}, ten minutes long.", "Tell a joke about {}.",
+    ),
+}  # fmt: skip
+GAMES = {
+    "validation": ("chain_sum", "leg_counting", "family_relationships", "calendar_arithmetic", "word_sorting", "gcd"),
+    "test": ("basic_arithmetic", "letter_counting", "number_sorting", "time_intervals", "spell_backward", "lcm"),
+}
 
 
-def general_prompts() -> list[str]:
+def general_prompts(split: str) -> list[str]:
     """Prompts of no task: 72 small requests, and questions of reasoning-gym families where it is installed."""
-    prompts = [ask.format(topic) for ask, topic in itertools.product(ASKS, TOPICS)]
+    prompts = [ask.format(topic) for ask, topic in itertools.product(ASKS[split], TOPICS[split])]
     try:
         import reasoning_gym
     except ImportError:
         return prompts
-    for family in ("chain_sum", "leg_counting", "family_relationships", "calendar_arithmetic", "word_sorting", "gcd"):
+    for family in GAMES[split]:
         prompts += [entry["question"] for entry in reasoning_gym.create_dataset(family, size=12, seed=5)]
     return prompts
 
@@ -72,15 +90,15 @@ def main() -> None:
         return [*prefix, *ids, *suffix]
 
     rows = {}
-    for task, split in itertools.product(HIERARCHY, ("train", args.split)):
+    for task, split in itertools.product(CL14, ("train", args.split)):
         dataset = load_dataset("json", data_files=f"{args.data}/{task}/{split}.jsonl.gz", split="train").shuffle(
             seed=0
         )
         rows[task, split] = list(dataset.select(range(min(len(dataset), 256 if split == "train" else 200))))
-    general = [encode(text) for text in general_prompts()]
+    general = [encode(text) for text in general_prompts(args.split)]
 
     model = hft.HFTForCausalLM.from_backbone(
-        backbone, HIERARCHY, dtype=torch.bfloat16, rank=1, router_config={"prefix": prefix, "suffix": suffix}
+        backbone, CL14, dtype=torch.bfloat16, rank=1, router_config={"prefix": prefix, "suffix": suffix}
     )
 
     def features(form: str) -> dict[str, torch.Tensor]:
@@ -91,18 +109,16 @@ def main() -> None:
 
     def run(found: dict, **config) -> dict:
         router = HFTRouter(hft.HFTRouterConfig(**config), model.config.text_config.hidden_size, 30)
-        for task in HIERARCHY:
+        for task in CL14:
             learnt = found[task, "train"]
             place = torch.arange(len(learnt))
             router.add(task, learnt[place % 4 != 0], learnt[place % 4 == 0])
         confusion, right, first, total = {}, {}, 0, 0
-        for task in HIERARCHY:
+        for task in CL14:
             decisions = router.route(found[task, args.split], model.hierarchy)
             confusion[task] = dict(Counter(route.task for route in decisions).most_common())
             right[task] = round(100 * confusion[task].get(task, 0) / len(decisions), 2)
-            best = [
-                route.names[max(range(len(HIERARCHY)), key=route.probabilities.__getitem__)] for route in decisions
-            ]
+            best = [route.names[max(range(len(CL14)), key=route.probabilities.__getitem__)] for route in decisions]
             first, total = first + sum(name == task for name in best), total + len(best)
         strange = router.route(found["general"], model.hierarchy)
         return {

@@ -79,7 +79,17 @@ def quality() -> dict[str, float]:
 
     `hft` is HFT with the hierarchy that validation rows choose, see `own_hierarchy`.
     """
-    from table import BASELINES, HIERARCHIES, LOW_RESOURCE, learnable, own_hierarchy, runs, test_scores, transfer
+    from table import (
+        BASELINES,
+        HIERARCHIES,
+        LOW_RESOURCE,
+        learnable,
+        lost_points,
+        own_hierarchy,
+        runs,
+        test_scores,
+        transfer,
+    )
 
     figures: dict[str, float] = {}
     few_rows: list[tuple[int, list[float]]] = []  # of each set: how many tasks with few rows, and what HFT gains there
@@ -99,7 +109,7 @@ def quality() -> dict[str, float]:
             stands_for |= {"hft": best, "hft_routed": f"{best}_routed"}
         plans = [cell["notes"]["tree"] for cell in cells.values() if cell["method"] == "hft_planned_pages"]
         if plans and all(map(is_one_root, plans)) and not runs(cells, "hft_planned"):
-            stands_for["hft_planned"] = "hft_root_no_memory"  # the same training
+            stands_for["hft_planned"] = "hft_root_no_memory"  # the same tree, rows and steps; another random start
         for method, its_name in stands_for.items():
             if not (its := runs(cells, its_name)):
                 continue
@@ -109,7 +119,7 @@ def quality() -> dict[str, float]:
                 if some:
                     means = [statistics.mean(one[task] for task in some) for one in scores]
                     _put(figures, f"{prefix}.{key}_{method}", means)
-            if lost := [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]:
+            if not method.endswith("_routed") and (lost := lost_points(its)):
                 _put(figures, f"{prefix}.forgetting_{method}", lost)
             if method not in (*BASELINES, "hft"):
                 continue
@@ -154,8 +164,9 @@ def routing() -> dict[str, float]:
     for form, key in (("as they are", ""), ("shared", "_shared_instruction"), ("stripped", "_stripped")):
         if form in cells:
             figures[f"routing.accuracy{key}"] = cells[form]["value"]
-    trained = [cell for cell in read("quality-short-cl14").values() if cell["method"] == "hft_chains"]
-    if trained:
+    from table import runs
+
+    if trained := runs(read("quality-short-cl14"), "hft_chains_routed"):
         gaps = [cell["test"]["routed"]["ap"] - cell["test"]["ap"] for cell in trained]
         figures["routing.ap_routed_minus_given"] = round(statistics.mean(gaps), 3)
     if "as they are" in cells:

@@ -139,7 +139,7 @@ def quality(budget: str, tasks: str) -> str:
             continue
         scores = [test_scores(cell, method) for cell in its]
         part = mean_se([statistics.mean(its[task] for task in above) for its in scores]) if above else ""
-        lost = [cell["test"]["forgetting"] for cell in its if "forgetting" in cell["test"]]
+        lost = [] if method.endswith("_routed") else lost_points(its)  # which was measured with the tasks given
         forgetting, stored = mean_se(lost) if lost else "", f"{its[0]['stored'] / 1e6:.1f} M"
         lines.append(f"| {title} | {len(its)} | {mean_se(averages(scores))} | {part} | {forgetting} | {stored} |")
     return "\n".join(lines)
@@ -154,9 +154,15 @@ def hierarchies(budget: str, tasks: str) -> str:
         shown = [mean_se([cell["value"] for cell in its[method]])]
         for way in (method, f"{method}_routed"):
             found = runs(cells, way)
-            shown.append(mean_se(averages([test_scores(cell, way) for cell in found])) if found else "")
+            mean = mean_se(averages([test_scores(cell, way) for cell in found])) if found else ""
+            shown.append(mean if len(found) in (0, len(its[method])) else f"{mean} ({len(found)} of them)")
         lines.append(f"| {HIERARCHIES[method]} | {len(its[method])} | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def lost_points(cells: Sequence[Mapping]) -> list[float]:
+    """The forgetting of those that measured it."""
+    return [cell["test"]["forgetting"] for cell in cells if "forgetting" in cell["test"]]
 
 
 def averages(scores: Sequence[Mapping[str, float]]) -> list[float]:
@@ -203,7 +209,7 @@ def quality_more(budget: str, tasks: str) -> str:
         shown += [mean_se(values) if values else "" for values in measured]
         usual = [cell for cell in its if "through float32" not in cell["machine"]]
         minutes = mean_se([cell["seconds"] / 60 for cell in usual], 0) if usual else ""
-        peak = f"{max(cell['peak_gib'] for cell in usual):.1f}" if usual else ""
+        peak = f"{statistics.median(cell['peak_gib'] for cell in usual):.1f}" if usual else ""
         lines.append(f"| {title} | {' | '.join(shown)} | {its[0]['trainable'] / 1e6:.1f} M | {minutes} | {peak} |")
     return "\n".join(lines)
 
@@ -213,12 +219,16 @@ def transfer(cell: Mapping, single: Sequence[Mapping]) -> tuple[float, ...]:
 
     Backward: what tasks gained (or, below 0, lost) from when they were learnt to the end, but for the last, which nothing
     came after. Forward: how much better a task is, as soon as it is learnt, than its own LoRA with the same seed. Both on
-    the test rows that are scored twice; a LoRA's own on all. Empty if it sees no sequence, or that LoRA was not run.
+    the test rows that are scored twice; a LoRA's own on all, and so HFT's, whose tasks stay as they were learnt. Empty if
+    it sees no sequence, or that LoRA was not run.
     """
     alone = {its["seed"]: test_scores(its, "single") for its in single}.get(cell["seed"])
     if alone is None or "just_learnt" not in cell["test"]:
         return ()
-    gains = [first - alone[task] for task, (first, _last) in cell["test"]["just_learnt"].items()]
+    first = {task: score for task, (score, _last) in cell["test"]["just_learnt"].items()}
+    if cell["method"].startswith("hft") and all(now == then for now, then in cell["test"]["just_learnt"].values()):
+        first = test_scores(cell, cell["method"])
+    gains = [score - alone[task] for task, score in first.items()]
     return 0.0 - cell["test"]["forgetting"], statistics.mean(gains)
 
 
@@ -253,13 +263,13 @@ def test_scores(cell: Mapping, method: str) -> dict[str, float]:
 def learnable(cells: Mapping[tuple[str, int], dict]) -> list[str]:
     """The tasks that one LoRA a task lifts above the commonest answer by more than two standard errors, on validation rows.
 
-    The standard error is that of the rows, or over seeds if that is larger.
+    The standard error is that of the rows, which are the same for all seeds, or over seeds if that is larger.
     """
     its = [cell["validation"] for cell in chosen(cells, "single")]
     above = []
     for task in its[0]["tasks"] if its else ():
         scores = [found["tasks"][task]["accuracy"] for found in its]
-        error = statistics.mean(found["tasks"][task]["se"] for found in its) / len(its) ** 0.5
+        error = statistics.mean(found["tasks"][task]["se"] for found in its)
         if len(its) > 1:
             error = max(error, statistics.stdev(scores) / len(scores) ** 0.5)
         if statistics.mean(scores) - its[0]["majority"][task] > 2 * error:
