@@ -45,6 +45,7 @@ TREE = {
     "cb": ["mnli"],
     "agnews": [],
 }
+LEVELS = [["sst2", "rte", "agnews"], ["yelp", "mnli"], ["amazon", "cb"]]
 FLAT = {task: [] for task in TREE}
 ROOT = {"all": [], **{task: ["all"] for task in TREE}}  # what the planner finds
 MAX_INPUT_TOKENS = 64
@@ -84,12 +85,20 @@ class SequentialSampler(BlockSampler):
 
 
 def random_parents(seed: int) -> dict[str, list[str]]:
-    """Each task keeps its level; its parent is any task of the level below."""
+    """Each task keeps its level; its parent is any task of the level below: of four edges three stay as made by hand."""
     draw = random.Random(seed)
-    levels = [["sst2", "rte", "agnews"], ["yelp", "mnli"], ["amazon", "cb"]]
-    tree = {task: [] for task in levels[0]}
-    for below, level in itertools.pairwise(levels):
+    tree = {task: [] for task in LEVELS[0]}
+    for below, level in itertools.pairwise(LEVELS):
         tree.update({task: [draw.choice(below)] for task in level})
+    return tree
+
+
+def other_parents(seed: int) -> dict[str, list[str]]:
+    """Each task keeps its level; its parent is any task of the level below but its own."""
+    draw = random.Random(seed)
+    tree = {task: [] for task in LEVELS[0]}
+    for below, level in itertools.pairwise(LEVELS):
+        tree.update({task: [draw.choice([up for up in below if up not in TREE[task]])] for task in level})
     return tree
 
 
@@ -170,6 +179,7 @@ SETTINGS = {
     "flat_no_memory": (lambda seed: FLAT, {"memory_config": {"read": "off"}, "training": MIXED}),
     "flat_refined": (lambda seed: FLAT, {"memory_config": {"slots": 16}, "training": REFINED}),
     "random_parents": (random_parents, {}),
+    "other_parents": (other_parents, {}),
     "reversed": (lambda seed: reversed_tree(), {}),
     "sequential": (lambda seed: TREE, {"trainer_class": InSequence}),
     "root": (lambda seed: ROOT, {"families": {"all": list(TREE)}}),
