@@ -108,7 +108,7 @@ def mean_se(values: Sequence[float], digits: int = 1) -> str:
 def ablation(budget: str = "small") -> str:
     """Settings in rows: mean accuracy and mean loss over seven tasks, and how much better those of their base are."""
     cells = ablation_cells(SAMPLES[budget])
-    lines = ["| setting | seeds | accuracy | full method minus this | loss | this minus full method |"]
+    lines = ["| setting | seeds | accuracy | points lost by it | loss | nats lost by it |"]
     lines.append("|---|---|---|---|---|---|")
     for setting, title in ABLATION.items():
         base = ABLATION_BASES.get(setting, "full")
