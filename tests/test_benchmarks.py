@@ -471,6 +471,22 @@ def test_a_task_in_other_words():
     assert wrong == {**row, "completion": " bad"} and exchanged([row], {}) == [row]
 
 
+def test_cells_of_another_backbone_are_others(tmp_path, monkeypatch):
+    import harness
+
+    def run(backbone):
+        monkeypatch.setattr(harness, "_backbone", backbone)
+        for setting, seed in todo(tmp_path / "c.jsonl", "x", ["a"], 1):
+            with cell(tmp_path / "c.jsonl", "x", setting, seed) as result:
+                result["value"] = len(str(backbone))
+
+    for backbone in (None, "other", "other", None):
+        run(backbone)
+    assert [line.get("backbone") for line in read_cells(tmp_path / "c.jsonl")] == [None, "other"]
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    assert summary.read("x")["a", 0]["value"] == 4  # of the default one
+
+
 def test_a_table_of_what_was_run(tmp_path, monkeypatch):
     """Settings without cells are left out; gaps are over seeds that the full method has, too."""
     import table
@@ -652,3 +668,46 @@ def test_each_method_runs(backbones, tmp_path):
         if line["method"].startswith("hft"):
             assert line["test"]["forgetting"] == 0.0 and list(line["test"]["just_learnt"]) == ["sst2", "yelp"]
             assert all(before == after for before, after in line["test"]["just_learnt"].values())
+
+
+@pytest.mark.slow
+def test_the_ways_of_gates_to_zero(backbones, tmp_path):
+    from gates import PARENTS, WAYS
+
+    write_tasks(tmp_path / "data", ("sst2", "agnews", "yelp"))
+    cells = {cell["setting"]: cell for cell in cells_of("gates.py", tmp_path, backbones)}
+    assert set(cells) == {f"{parent}: {way}" for parent in PARENTS for way in WAYS}
+    for parent in PARENTS:
+        assert set(cells[f"{parent}: fixed"]["gates"].values()) == {1.0}  # nothing learns
+        moved, shrunk = (cells[f"{parent}: {way}"]["gates"][parent] for way in ("lr 2e-1", "lr 2e-1, shrink 0.2"))
+        assert shrunk <= moved
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unrelated", "related"])
+def test_what_a_page_holds_is_measured(backbones, tmp_path, name):
+    from memory import WAYS, WORLDS
+
+    world = WORLDS[name]
+    write_tasks(tmp_path / "data", (*world.first, *world.later))
+    first, *others = cells_of("memory.py", tmp_path, backbones, "--world", name)
+    assert set(first["tasks"]) == set(world.first) and len(others) == len(world.later) * len(WAYS)
+    for task in world.first:
+        assert sum(first["added"][task]["page:1"]) > 0 and "without page 1" in first["tasks"][task]
+    for line in others:
+        task, way = line["setting"].split(": ")
+        assert (way == "without page 1") == ("without page 1" not in line["tasks"][task])
+
+
+@pytest.mark.slow
+def test_the_router_is_asked_in_three_forms(backbones, tmp_path):
+    from hft_methods import CL14
+    from routing import FORMS, general_prompts
+
+    write_tasks(tmp_path / "data", CL14)
+    cells = cells_of("routing.py", tmp_path, backbones, "--split", "validation")
+    assert [cell["setting"] for cell in cells] == list(FORMS)
+    for line in cells:
+        assert set(line["tasks"]) == set(CL14) and sum(line["general"].values()) == len(general_prompts("validation"))
+        assert line["value"] <= line["likeliest"]
+    assert not set(general_prompts("validation")) & set(general_prompts("test"))

@@ -42,6 +42,9 @@ NF4 = dict(
 )
 
 
+_backbone: str | None = None  # what `prepare` was given; None is the default
+
+
 def parser(description: str, out: str) -> argparse.ArgumentParser:
     """The arguments that all benchmarks take."""
     arguments = argparse.ArgumentParser(description=description)
@@ -53,7 +56,9 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
 
 
 def prepare(backbone: str | None) -> tuple[str, PreTrainedTokenizerBase]:
-    """A quiet process, and the backbone with its tokenizer."""
+    """A quiet process, and the backbone with its tokenizer. From here on cells are of this one, and say so if it is named."""
+    global _backbone
+    _backbone = backbone
     disable_progress_bars()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -310,15 +315,20 @@ def read_cells(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def own_cells(path: Path) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """(name, setting, seed) -> finished cell of the backbone that this process runs on."""
+    its = [cell for cell in read_cells(path) if cell.get("backbone") == _backbone]
+    return {(cell["name"], cell["setting"], cell["seed"]): cell for cell in its}
+
+
 def find_cell(path: Path, name: str, setting: str, seed: int = 0) -> dict[str, Any] | None:
     """A finished cell of a result file; None if it is not there yet."""
-    wanted = (name, setting, seed)
-    return next((cell for cell in read_cells(path) if (cell["name"], cell["setting"], cell["seed"]) == wanted), None)
+    return own_cells(path).get((name, setting, seed))
 
 
 def todo(path: Path, name: str, settings: list[str], seeds: int) -> Iterator[tuple[str, int]]:
     """The cells that are missing, all settings of a seed before the next seed."""
-    done = {(cell["name"], cell["setting"], cell["seed"]) for cell in read_cells(path)}
+    done = own_cells(path)
     for seed in range(seeds):
         for setting in settings:
             if (name, setting, seed) not in done:
@@ -334,7 +344,12 @@ class Cell(dict[str, Any]):
 def work_of(path: Path, *names: str | int) -> Work:
     """What was done for something that is in a result file only once it is done."""
     folder = re.sub(r"[^\w.@-]+", "_", "-".join(map(str, names)))
-    return Work(path.parent / ".unfinished" / folder, {"machine": machine(), "versions": versions()}, peak_bytes)
+    by = {"machine": machine(), "versions": versions(), **_named_backbone()}
+    return Work(path.parent / ".unfinished" / folder, by, peak_bytes)
+
+
+def _named_backbone() -> dict[str, str]:
+    return {} if _backbone is None else {"backbone": _backbone}
 
 
 @contextlib.contextmanager
@@ -347,7 +362,7 @@ def cell(path: Path, name: str, setting: str, seed: int) -> Iterator[Cell]:
     print(f"{name}: {setting}, seed {seed} {begun}...", end=" ", flush=True)
     yield result
     seconds = round(result.work.seconds(), 1)
-    line = {"name": name, "setting": setting, "seed": seed, **result, "seconds": seconds,
+    line = {"name": name, "setting": setting, "seed": seed, **_named_backbone(), **result, "seconds": seconds,
             "peak_gib": round(result.work.peak() / 2**30, 2), "machine": machine(), "versions": versions()}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:

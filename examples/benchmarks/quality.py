@@ -30,9 +30,9 @@ from harness import (
     cell,
     find_cell,
     mean_accuracy,
+    own_cells,
     parser,
     prepare,
-    read_cells,
     read_rows,
     sample,
     score,
@@ -213,7 +213,9 @@ class Benchmark:
 
     def best_rate(self, method: str) -> float:
         """The rate with the best average on validation rows, so far."""
-        cells = [done for done in read_cells(self.out) if (done["name"], done.get("method")) == (self.name, method)]
+        cells = [
+            done for done in own_cells(self.out).values() if (done["name"], done.get("method")) == (self.name, method)
+        ]
         return own_rate(cells)
 
 

@@ -18,6 +18,7 @@ from hft_methods import CL14
 
 import hft
 from hft.router_hft import HFTRouter
+from hft.trainers.compute_dtype import device_here
 from hft.trainers.routes import template_tokens
 
 
@@ -99,7 +100,7 @@ def main() -> None:
 
     model = hft.HFTForCausalLM.from_backbone(
         backbone, CL14, dtype=torch.bfloat16, rank=1, router_config={"prefix": prefix, "suffix": suffix}
-    )
+    ).to(device_here())
 
     def features(form: str) -> dict[str, torch.Tensor]:
         found = {}
@@ -108,7 +109,8 @@ def main() -> None:
         return {**found, "general": model.features_of(general)}
 
     def run(found: dict, **config) -> dict:
-        router = HFTRouter(hft.HFTRouterConfig(**config), model.config.text_config.hidden_size, 30)
+        shape = model.config.text_config
+        router = HFTRouter(hft.HFTRouterConfig(**config), shape.hidden_size, shape.num_hidden_layers)
         for task in CL14:
             learnt = found[task, "train"]
             place = torch.arange(len(learnt))

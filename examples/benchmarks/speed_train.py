@@ -1,8 +1,8 @@
 """The cost of a training step: of HFT with long paths and with many tasks, against TRL's and PEFT's QLoRA.
 
 A step is forward, backward and AdamW on what trains: 4 rows of 256 tokens, a loss on the last 32 of each row (as on answers;
-on all positions the head's cost would hide what differs), an NF4 backbone computing in bfloat16, no checkpointing, no
-autocast (TRL's loss calls the decoder past the wrapped `forward`).
+on all positions the head's cost would hide what differs), an NF4 backbone computing in bfloat16, no checkpointing, and
+without the autocast that both trainers switch on by `bf16`.
 
 `train path N`: the last task of a chain of N, whose ancestors and their memory pages are sealed, over one PEFT LoRA of the
 same rank on the same linears. HFT trains one node of rank 16, one page of 8 slots and their gates in float32, as HFTTrainer

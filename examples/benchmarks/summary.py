@@ -17,10 +17,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def read(name: str) -> dict[tuple[str, int], dict]:
-    """(setting, seed) -> cell, of all committed cells of that name."""
+    """(setting, seed) -> cell, of all committed cells of that name that were run on the default backbone."""
     lines = [line for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines()]
     cells = [json.loads(line) for line in lines]
-    return {(cell["setting"], cell["seed"]): cell for cell in cells if cell["name"] == name}
+    cells = [cell for cell in cells if cell["name"] == name and "backbone" not in cell]
+    return {(cell["setting"], cell["seed"]): cell for cell in cells}
 
 
 def difference(cells: Mapping[tuple[str, int], dict], one: str, other: str) -> tuple[float, float, int] | None:

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import hft
+from hft.trainers.compute_dtype import device_here
 
 
 RANK = 16
@@ -111,7 +112,7 @@ def chain(backbone: str, length: int, is_sealed: bool, **options: Any) -> tuple[
         model.start_stage([task])
         speak(model)
         model.seal([task] if is_sealed or task != last else [])
-    return model, last
+    return (model.to(device_here()) if how["quantization_config"] is None else model), last
 
 
 def plain(backbone: str, **options: Any) -> Any:
@@ -125,7 +126,7 @@ def plain(backbone: str, **options: Any) -> Any:
     for module in model.modules():
         if "support_avx512bf16_for_cpu" in vars(module):
             module.support_avx512bf16_for_cpu = False
-    return model
+    return model.to(device_here()) if options else model
 
 
 def lora(rank: int = RANK) -> LoraConfig:
