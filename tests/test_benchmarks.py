@@ -638,7 +638,7 @@ def test_tasks_refine_what_a_root_has_learnt(backbones, tmp_path):
 
     write_tasks(tmp_path / "data", FAMILY)
     settings = "root 2;root 2, tasks 1 at 2e-4"
-    root, tasks = cells_of("refining.py", tmp_path, backbones, "--settings", settings, "--roots", tmp_path / "roots")
+    root, tasks = cells_of("refining.py", tmp_path, backbones, "--settings", settings)
     assert set(root["tasks"]) == set(tasks["tasks"]) == set(FAMILY) and root["tasks"] != tasks["tasks"]
 
 

@@ -53,7 +53,8 @@ def main() -> None:
             model.add_task(CHILD, PARENTS[parent])
             train = {CHILD: sample(rows[CHILD, "train"], 200, seed)}
             train_open(model, tokenizer, train, seed, {**TRAINING, **WAYS[way]}, work=result.work)
-            tasks = score(model, tokenizer, {CHILD: rows[CHILD, "validation"][:EVAL_ROWS]}, lambda task: task)
+            rows_of = {CHILD: rows[CHILD, "validation"][:EVAL_ROWS]}
+            tasks = score(model, tokenizer, rows_of, lambda task: task, work=result.work)
             gates = model.gates(CHILD)
             zeros = {
                 name: int((column == 0).sum()) for name, column in zip(gates.sources, gates.values.T, strict=True)
@@ -64,8 +65,8 @@ def main() -> None:
                 model.hft_gates.of(CHILD)[small] = 0
             result["threshold"] = {"at": THRESHOLD, "zeros": int(small.sum())}
             if small.any():
-                rows_of = {CHILD: rows[CHILD, "validation"][:EVAL_ROWS]}
-                result["threshold"].update(score(model, tokenizer, rows_of, lambda task: task)[CHILD])
+                scores = score(model, tokenizer, rows_of, lambda task: task, work=result.work, name="threshold")
+                result["threshold"].update(scores[CHILD])
     base_work.forget()
     shutil.rmtree(base)
 

@@ -23,10 +23,12 @@ SAMPLES = 200
 
 
 class Noting(HFTTrainer):
-    """Keeps what the cuts found out."""
+    """Leaves with the model what the cuts of all stages found out, those of a run that was cut off included."""
 
-    def stage_ended(self, stage, trims):
-        self.model.noted = {**getattr(self.model, "noted", {}), **{trim.task: trim for trim in trims}}
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        self.model.trims = {task: trim for stage in self.record.stages for task, trim in stage["trims"].items()}
+        return output
 
 
 def sizes(model: hft.HFTForCausalLM) -> dict[str, int]:
@@ -49,9 +51,8 @@ def main() -> None:
             train = {task: sample(rows[task], SAMPLES, seed) for task in CL14}
             checks = {task: sample(validation[task], None, 0) for task in CL14}
             training = {**TRAINING, "rank_tolerance": float(tolerance)}
-            model = train_hft(backbone, tokenizer, CL14, train, seed, training, Noting, checks)
+            model = train_hft(backbone, tokenizer, CL14, train, seed, training, Noting, checks, work=result.work)
             order = [task for level in hft.Hierarchy(CL14).levels() for task in level]
-            its = {task: model.noted[task] for task in order}
             bytes_of = sizes(model)
             pages = sum(size for name, size in bytes_of.items() if name not in order)
             result.update(value=sum(bytes_of.values()), pages_and_shared=pages, bytes=bytes_of)
@@ -59,8 +60,8 @@ def main() -> None:
                 zip(order, itertools.accumulate(bytes_of[task] for task in order), strict=True)
             )
             result["trims"] = {
-                task: [trim.old_rank, trim.rank, round(trim.before, 4), round(trim.after, 4)]
-                for task, trim in its.items()
+                task: [round(model.trims[task][name], 4) for name in ("old_rank", "rank", "before", "after")]
+                for task in order
             }
             result.update(training=training, attention=attention())
 

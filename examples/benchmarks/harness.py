@@ -56,7 +56,7 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
 
 
 def prepare(backbone: str | None) -> tuple[str, PreTrainedTokenizerBase]:
-    """A quiet process, and the backbone with its tokenizer. From here on cells are of this one, and say so if it is named."""
+    """A quiet process, and the backbone with its tokenizer. From now on cells are of this one, and say so if it is named."""
     global _backbone
     _backbone = backbone
     disable_progress_bars()

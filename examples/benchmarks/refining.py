@@ -6,8 +6,6 @@ A root learns for two epochs or 2.7 of three, without memory; then the tasks lea
 epoch and at a learning rate of their own. Scores are accuracies on 100 validation rows, options by likelihood.
 """
 
-from pathlib import Path
-
 import ablation
 from harness import (
     attention,
@@ -22,6 +20,7 @@ from harness import (
     todo,
     train_hft,
     train_open,
+    work_of,
 )
 from hft_methods import NO_MEMORY
 from quality import BUDGETS, FAMILY, RANK, read_shuffled
@@ -45,7 +44,6 @@ SETTINGS = {
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0], "refining.jsonl")
     arguments.add_argument("--settings", default=";".join(SETTINGS), help="which of them, by semicolons")
-    arguments.add_argument("--roots", type=Path, default=Path("hft-roots"), help="folder for the trained roots")
     args = arguments.parse_args()
     backbone, tokenizer = prepare(args.backbone)
     rows, validation = (
@@ -55,7 +53,8 @@ def main() -> None:
     for setting, seed in todo(args.out, "refining", args.settings.split(";"), args.seeds):
         epochs, own = SETTINGS[setting]
         train = {task: sample(rows[task], SMALL["samples"], seed) for task in FAMILY}
-        folder = args.roots / f"{epochs:g}-{seed}"
+        root_work = work_of(args.out, "refining", f"root {epochs:g}", seed)  # for all settings that stand on it
+        folder = root_work.folder / "root"
         with cell(args.out, "refining", setting, seed) as result:
             if not (folder / "config.json").exists():
                 training = {**TRAINING, "num_train_epochs": epochs}
@@ -67,7 +66,7 @@ def main() -> None:
                     all_rows,
                     seed,
                     training,
-                    work=result.work,
+                    work=root_work,
                     rank=RANK,
                     **NO_MEMORY,
                 )
@@ -77,9 +76,10 @@ def main() -> None:
             if own is not None:
                 for task in FAMILY:
                     model.add_task(task, ["all"])
-                train_open(model, tokenizer, train, seed, {**TRAINING, **own})
+                train_open(model, tokenizer, train, seed, {**TRAINING, **own}, work=result.work)
             model.eval()
-            tasks = score(model, tokenizer, validation, lambda task, own=own: "all" if own is None else task)
+            name = (lambda task: "all") if own is None else (lambda task: task)
+            tasks = score(model, tokenizer, validation, name, work=result.work)
             result.update(value=mean_accuracy(tasks), tasks=tasks, attention=attention())
 
 
