@@ -54,6 +54,7 @@ def main() -> None:
         epochs, own = SETTINGS[setting]
         train = {task: sample(rows[task], SMALL["samples"], seed) for task in FAMILY}
         root_work = work_of(args.out, "refining", f"root {epochs:g}", seed)  # for all settings that stand on it
+        assert root_work.folder is not None
         folder = root_work.folder / "root"
         with cell(args.out, "refining", setting, seed) as result:
             if not (folder / "config.json").exists():
