@@ -636,6 +636,36 @@ output_dir: {out}
     assert "amazon-more" in capsys.readouterr().out
 
 
+def test_a_model_that_goes_on_learning_is_killed_and_resumed(learnt, data, tmp_path, monkeypatch, capsys):
+    """In its own folder: to the bytes of what is learnt without a break."""
+    text = f"from_model: {learnt}\nhierarchy: {{new: [yelp], newer: [new]}}\nmixtures: {{}}\ndatasets: {{}}\n"
+    (tmp_path / "more.yaml").write_text(f"{text}data: {data}\nmax_steps: 3\nsave_steps: 1\n")
+    for task in ("new", "newer"):
+        (data / task).mkdir()
+        for path in (data / "cb").iterdir():
+            (data / task / path.name).write_bytes(path.read_bytes())
+    command = ["train", str(tmp_path / "more.yaml"), "--output_dir"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    step, count = HFTTrainer.training_step, iter(range(100))
+
+    def killed(self, *args, **kwargs):
+        if next(count) == 5:  # in the second stage, after a checkpoint
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(HFTTrainer, "training_step", killed)
+    assert main([*command, str(learnt)]) == 130
+    assert list(learnt.glob("stage-4/checkpoint-*"))
+    assert main([*command, str(learnt), "--hierarchy", "{new: [yelp], newer: [mnli]}", "--resume"]) == 2
+    assert f"or remove that one (`hft remove {learnt} --task newer`)." in capsys.readouterr().err
+    assert main([*command, str(learnt), "--resume"]) == 0
+    whole, resumed = (
+        {name: its for name, its in files_in(folder).items() if name.endswith(".safetensors") and "stage-" not in name}
+        for folder in (tmp_path / "whole", learnt)
+    )
+    assert len(whole) > 8 and resumed == whole
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -79,6 +79,7 @@ def check_going_on(recipe: Recipe, config: hft.HFTConfig) -> None:
         if task in known and tuple(parents) != known.parents(task):
             raise ValueError(
                 f"The parents of task {task!r} are {parents}, and '{recipe.from_model}' has it with "
-                f"{list(known.parents(task))}; give these, leave the task out, or choose another name for a new one."
+                f"{list(known.parents(task))}; give these, leave the task out, choose another name for a new one, or remove "
+                f"that one (`hft remove {recipe.from_model} --task {task}`)."
             )
     hft.Hierarchy({**{task: known.parents(task) for task in known.names}, **recipe.hierarchy})
