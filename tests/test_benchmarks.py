@@ -471,6 +471,16 @@ def test_a_task_in_other_words():
     assert wrong == {**row, "completion": " bad"} and exchanged([row], {}) == [row]
 
 
+@pytest.mark.parametrize("family", ["syllogism", "ransom_note"])
+def test_questions_that_no_benchmark_trains_on_have_two_answers(family):
+    pytest.importorskip("reasoning_gym")
+    from quality import GAMES, game_rows
+
+    rows = game_rows(family)
+    assert len(rows) == 100 and all(row["completion"] in row["options"] for row in rows)
+    assert {row["completion"] for row in rows} == set(rows[0]["options"]) == {f" {answer}" for answer in GAMES[family]}
+
+
 def test_cells_of_another_backbone_are_others(tmp_path, monkeypatch):
     import harness
 

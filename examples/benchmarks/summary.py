@@ -129,7 +129,7 @@ def quality() -> dict[str, float]:
                     _put(figures, f"{prefix}.{key}_{method}", [one[i] for one in moved])
             if able := [cell["general"] for cell in its if "general" in cell]:
                 _put(figures, f"{prefix}.perplexity_{method}", [one["perplexity"] for one in able])
-                for task in able[0]["unseen"]:
+                for task in sorted(set.intersection(*(set(one["unseen"]) for one in able))):
                     _put(
                         figures, f"{prefix}.unseen_{task}_{method}", [one["unseen"][task]["accuracy"] for one in able]
                     )

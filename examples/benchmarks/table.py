@@ -203,7 +203,7 @@ def quality_more(budget: str, tasks: str) -> str:
         able = [cell["general"] for cell in its if "general" in cell]
         measured = [
             [one["perplexity"] for one in able],
-            *([one["unseen"][t]["accuracy"] for one in able] for t in unseen),
+            *([one["unseen"][t]["accuracy"] for one in able if t in one["unseen"]] for t in unseen),
         ]
         if method in ("zero_shot", best):  # the same in each seed: the plain backbone
             measured = [values[:1] for values in measured]
