@@ -23,6 +23,7 @@ from hft.trainers.metrics import find_metric
 from hft.trainers.recipe_data import load_task, to_chat
 from hft.trainers.recipe_data import test_set as find_test_set  # else pytest takes it for a test
 from hft.trainers.recipes import read_recipe, read_value
+from hft.trainers.run_record import RunRecord
 from hft.trainers.task_data import tokenize_rows
 from hft.trainers.task_files import find_split, read_rows, tasks_in
 
@@ -620,6 +621,8 @@ output_dir: {out}
     kept = [name for name in before if name.startswith(("tasks/", "pages/"))]
     assert len(kept) > 5 and all(after[name] == before[name] for name in kept)
     assert {"tasks/amazon.safetensors", "tasks/amazon-more.safetensors"} <= after.keys() - before.keys()
+    stages = [stage["tasks"] for stage in RunRecord.load(out).stages]
+    assert stages == [["sst2", "mnli"], ["yelp", "cb", "rte"], ["amazon"], ["amazon-more"]]
     model = hft.HFTForCausalLM.from_pretrained(out)
     assert model.hierarchy.path("amazon-more") == ("sst2", "yelp", "amazon", "mnli", "amazon-more")
     assert [model.config.task(task)["rank"] for task in ("yelp", "amazon")] == [2, 3]

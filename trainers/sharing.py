@@ -17,7 +17,7 @@ from .charts import matrix_chart
 from .curriculum import Stage
 from .metrics import metric_name
 from .model_card import write_model_card
-from .run_record import BUDGET, RunRecord
+from .run_record import BUDGET, RECORD_FILE, RunRecord
 from .stage_scores import StageScores, in_words
 from .trackers import begin_stage, show_picture
 
@@ -26,7 +26,8 @@ class HFTSharing:
     """The part of `HFTTrainer` that writes down and hands on what came out."""
 
     def _take_record(self, folder: Path, resumes: bool, within: int | None) -> None:
-        """A resumed run goes on with the record that its folder holds, a model that grows with its past; writes nothing.
+        """A resumed run goes on with the record that its folder holds, a model that grows with its past, which may be in the
+        folder that it was loaded from; writes nothing.
 
         Args:
             folder: the run's.
@@ -37,7 +38,11 @@ class HFTSharing:
             ValueError: arguments that the run was begun with are others now.
         """
         sealed = self.model.config.sealed_tasks()
-        self.record = RunRecord.load(folder) if resumes or sealed else RunRecord()
+        grows_elsewhere = (
+            sealed and not resumes and not (folder / RECORD_FILE).exists() and self.model.config.name_or_path
+        )
+        source = Path(self.model.config.name_or_path) if grows_elsewhere else folder
+        self.record = RunRecord.load(source) if resumes or sealed else RunRecord()
         if not resumes:
             self.record = self.record.past_of(sealed)
         # Of a run that went back to an earlier checkpoint, later stages are no longer there.
