@@ -163,6 +163,12 @@ def test_the_qualitys_sentences(figures):
     )
     root = [first[f"hft_root_no_memory@{rate}"] for rate in (0.002, 0.001, 0.004)]
     assert "With one root for all 2e-3 is best ({:.1f}; {:.1f} at 1e-3, {:.1f} at 4e-3; seed 0)".format(*root) in PROSE
+    pairs = [next(cell for cell in small if (cell["setting"], cell["seed"]) == (f"{name}@0.002", 0))
+             for name in ("joint_float32", "joint")]  # fmt: skip
+    validation, test = ([f"{measure(cell):.1f}" for cell in pairs]
+                        for measure in (lambda cell: cell["value"], lambda cell: cell["test"]["ap"]))  # fmt: skip
+    words = "(seed 0: {} in float32 and {} on validation rows, {} and {} on test rows)"
+    assert words.format(*validation, *test) in PROSE
     short = {m: f"{of[f'quality.short.family.ap_{m}']:.1f}" for m in ("joint", "hft_chains", "single")}
     assert (
         f"joint LoRA {short['joint']}, HFT with chains {short['hft_chains']}, one LoRA a task {short['single']}"
