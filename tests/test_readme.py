@@ -130,6 +130,8 @@ def test_the_qualitys_sentences(figures):
     best = of["ap_sequential_replay"]
     assert f"With replay {best:.1f} is the best of them, {of['ap_hft'] - best:.1f} points below HFT" in PROSE
     assert best == max(of[f"ap_{name}"] for name in (*in_turn, "osf", "arrow"))
+    assert f"with one task of the other family a stage: {of['ap_hft_chains']:.1f}, above all of them." in PROSE
+    assert of["ap_hft_chains"] > best
     assert f"no other rate was run), forgets {of['forgetting_osf']:.1f}." in PROSE
     singles = {
         cell["learning_rate"]: cell["value"] for cell in small if (cell["method"], cell["seed"]) == ("single", 0)
