@@ -478,6 +478,36 @@ def test_the_sentences_on_the_ablation(figures):
     assert lower == {"flat_mixed", "flat_refined"}, lower
 
 
+def test_the_sentences_on_gates():
+    cells = {cell["setting"]: cell for cell in read_cells("gates.jsonl")}
+    parents, ways = ("sst2", "agnews"), ("lr 1e-2", "lr 5e-2", "lr 2e-1")
+    assert {cell["seed"] for cell in cells.values()} == {0}  # "one seed"
+    fixed, last, shrunk = (
+        [cells[f"{parent}: {way}"] for parent in parents] for way in ("fixed", "lr 2e-1", "lr 2e-1, shrink 0.2")
+    )
+    values = [cells[f"{parent}: {way}"]["value"] for parent in parents for way in ways]
+    error = max(cell["tasks"]["yelp"]["se"] for cell in cells.values())
+    words = (
+        "ended at {} and {} with gates fixed, and at {} to {} with rates of 1e-2, 5e-2 and 2e-1: no more apart than"
+    )
+    assert words.format(*(cell["value"] for cell in fixed), min(values), max(values)) in PROSE
+    assert f"the error of {error:.1f} points each" in PROSE
+    cut = [cell["threshold"] for cell in last]
+    words = (
+        f"took {cut[0]['zeros']} and {cut[1]['zeros']} gates of the two children to 0, and changed their accuracy by"
+    )
+    moved = [abs(found["accuracy"] - cell["value"]) for found, cell in zip(cut, last, strict=True)]
+    assert f"{words} {moved[0]} and {moved[1]} points." in PROSE
+    zeros = [sum(cell["zeros"].values()) for cell in shrunk]
+    means = [cell["gates"][parent] for cells in (shrunk, last) for cell, parent in zip(cells, parents, strict=True)]
+    assert "took {} and {} to exactly 0 while they learnt, those on the parents to {:.2f} and {:.2f} on average".format(
+        *zeros, *means[:2]
+    ) in PROSE  # fmt: skip
+    ends = [cell["value"] for cells in (shrunk, last) for cell in cells]
+    words = "({:.2f} and {:.2f} without it), and ended at {} and {} ({} and {} without it)."
+    assert words.format(*means[2:], *ends) in PROSE
+
+
 def test_the_sentences_on_memory():
     cells = {(cell["setting"], cell["seed"]): cell["tasks"] for cell in read_cells("memory.jsonl")}
     seeds = range(3)
