@@ -406,9 +406,14 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
         assert path.parent.name not in ("tasks", "pages") or path.read_bytes() == old
     assert hft.HFTForCausalLM.from_pretrained(tmp_path / "run").config.sealed_tasks()[-1] == "again"
     capsys.readouterr()
-    # A folder of data without a recipe: the model's own folder grows.
-    assert main(["plan", "--data", str(data), "--model", str(tmp_path / "run"), "--yaml", str(more)]) == 2
-    assert "The model has all tasks of" in capsys.readouterr().err
+    write(data / "third", rows_of("same", 40))  # without a recipe: the model's own folder grows, and is held as it was
+    plain = [*command[:3], *command[5:-3], "--model", str(tmp_path / "run"), "--yaml", str(more)]
+    assert main(plain) == 0
+    recipe = read_recipe(more)
+    assert recipe.training["output_dir"] == str(tmp_path / "run") and list(recipe.hierarchy) == ["third"]
+    assert "rank" not in recipe.model and recipe.quantization == {}
+    assert main(["plan", "--data", str(more), "--backbone", "other"]) == 2
+    assert "--backbone does not go with the recipe's `from_model`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from hft.trainers.recipe_data import load_task, to_chat
 from hft.trainers.recipe_data import test_set as find_test_set  # else pytest takes it for a test
 from hft.trainers.recipes import read_recipe, read_value
 from hft.trainers.run_record import RunRecord
+from hft.trainers.stage_scores import StageScores
 from hft.trainers.task_data import tokenize_rows
 from hft.trainers.task_files import find_split, read_rows, tasks_in
 
@@ -628,12 +630,8 @@ output_dir: {out}
     assert [model.config.task(task)["rank"] for task in ("yelp", "amazon")] == [2, 3]
     assert model.config.open_tasks() == [] and "amazon" in model.hft_router.tasks()
     weights = {name: its for name, its in after.items() if name.endswith(".safetensors")}
-    again = main(["train", str(tmp_path / "more.yaml"), "--resume"])
-    said = capsys.readouterr()
-    if in_place:
-        assert again == 2 and "has learnt all tasks of this recipe (amazon-more, amazon, yelp); name a" in said.err
-    else:
-        assert again == 0 and "are learnt already: nothing was trained" in said.out
+    assert main(["train", str(tmp_path / "more.yaml"), "--resume"]) == 0
+    assert "are learnt already: nothing was trained" in capsys.readouterr().out
     assert {name: its for name, its in files_in(out).items() if name in weights} == weights
     assert main(["eval", str(out), "--recipe", str(tmp_path / "more.yaml"), "--samples", "2"]) == 0
     assert "amazon-more" in capsys.readouterr().out
@@ -661,12 +659,56 @@ def test_a_model_that_goes_on_learning_is_killed_and_resumed(learnt, data, tmp_p
     assert list(learnt.glob("stage-4/checkpoint-*"))
     assert main([*command, str(learnt), "--hierarchy", "{new: [yelp], newer: [mnli]}", "--resume"]) == 2
     assert f"or remove that one (`hft remove {learnt} --task newer`)." in capsys.readouterr().err
+    assert main([*command, str(learnt), "--rank", "5", "--resume"]) == 2
+    assert "`rank` is 5, and '" in capsys.readouterr().err
     assert main([*command, str(learnt), "--resume"]) == 0
     whole, resumed = (
         {name: its for name, its in files_in(folder).items() if name.endswith(".safetensors") and "stage-" not in name}
         for folder in (tmp_path / "whole", learnt)
     )
     assert len(whole) > 8 and resumed == whole
+
+
+def test_a_model_that_goes_on_learning_keeps_its_record(learnt, data, tmp_path, monkeypatch):
+    """Also where `--resume` finds nothing to resume, and where a kill in the first scores comes between."""
+    (data / "new").mkdir()
+    for path in (data / "cb").iterdir():
+        (data / "new" / path.name).write_bytes(path.read_bytes())
+    text = f"from_model: {learnt}\nhierarchy: {{new: [yelp]}}\npage_tasks: []\ndata: {data}\nmax_steps: 1\n"
+    (tmp_path / "more.yaml").write_text(text)
+    past = [["sst2", "mnli"], ["yelp", "cb", "rte"]]
+    begin = StageScores.begin
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    for out, kill in ((tmp_path / "fresh", False), (tmp_path / "killed", True), (learnt, True)):
+        command = ["train", str(tmp_path / "more.yaml"), "--output_dir", str(out)]
+        if kill:
+            monkeypatch.setattr(StageScores, "begin", killed)
+            assert main(command) == 130
+            monkeypatch.setattr(StageScores, "begin", begin)
+        assert main([*command, "--resume"]) == 0
+        assert [stage["tasks"] for stage in RunRecord.load(out).stages] == [*past, ["new"]]
+
+
+def test_a_model_goes_on_over_its_backbone_in_4_bit_where_it_is_now(backbones, data, tmp_path, quantizable, capsys):
+    """As it was trained, without a word of it in the recipe; of another place only if its own is gone."""
+    shutil.copytree(backbones["llama"], tmp_path / "old")
+    command = tiny_run(backbones, data, tmp_path, "--backbone", str(tmp_path / "old"), "--max_steps", "1")
+    command[command.index("--load_in_4bit") + 1] = "true"
+    assert main(command) == 0
+    text = f"from_model: {tmp_path / 'run'}\nhierarchy: {{cb2: [mnli]}}\ndata: {data}\nmax_steps: 1\n"
+    (tmp_path / "more.yaml").write_text(text)
+    (data / "cb").rename(data / "cb2")
+    (tmp_path / "old").rename(tmp_path / "here")
+    elsewhere = ["train", str(tmp_path / "more.yaml"), "--output_dir", str(tmp_path / "more")]
+    assert main(elsewhere) == 1
+    assert "If it is elsewhere, say where" in capsys.readouterr().err
+    assert main([*elsewhere, "--backbone", str(tmp_path / "here")]) == 0
+    held = RunRecord.load(tmp_path / "more").quantization
+    assert held["load_in_4bit"] is True and held["bnb_4bit_quant_type"] == "nf4"
+    assert held == RunRecord.load(tmp_path / "run").quantization
 
 
 @pytest.mark.parametrize(
@@ -678,6 +720,11 @@ def test_a_model_that_goes_on_learning_is_killed_and_resumed(learnt, data, tmp_p
         (["--backbone", "other/backbone"], "`backbone` is 'other/backbone', and that of '"),
         (["--target_modules", "[q_proj]"], "`target_modules` is ['q_proj'], and that of '"),
         (["--memory_config", "{slots: 3}"], "`memory_config` is {'slots': 3}, and that of '"),
+        (["--memory_config", "{slotz: 3}"], "`memory_config` has the unknown key 'slotz'. Did you mean 'slots'?"),
+        (
+            ["--mixtures", "{yelp: [new]}"],
+            "`mixtures['yelp']` names 'new', from whose rows 'yelp' has not learnt, and",
+        ),
         (["--from_model", "/nowhere"], "There is no folder '/nowhere'"),
         (["--from_model", "null"], "lacks the key 'backbone'."),
     ],

@@ -33,6 +33,9 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     check_metrics(recipe)
     learnt = learnt_already(recipe)
     if learnt.issuperset(recipe.hierarchy):
+        if args.resume or config.resume_from_checkpoint:
+            push = f"; to push it: hft push {recipe.from_model} ID" if config.push_to_hub else ""
+            return print(f"All tasks of {recipe.from_model} are learnt already: nothing was trained{push}.")
         raise ValueError(
             f"'{recipe.from_model}' has learnt all tasks of this recipe ({', '.join(recipe.hierarchy)}); name a new one "
             "under `hierarchy`."

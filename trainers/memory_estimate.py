@@ -153,11 +153,13 @@ def estimate_recipe(
     """The largest of the estimates of a recipe's stages, its optimizer an AdamW: in 8 bit if its name (`optim`) says so.
 
     Args:
-        recipe: as `read_recipe` gives it.
+        recipe: as `read_recipe` gives it, without `from_model`.
         text_config: of its backbone.
         length: of the longest row, in tokens; the recipe's `max_length` by default.
         num_scored, on_accelerator: see `estimate_memory`.
     """
+    if recipe.from_model is not None:
+        raise ValueError("A recipe with `from_model` cannot be estimated: what is learnt already is not in it.")
     tree = Hierarchy(recipe.hierarchy)
     training = HFTTrainingConfig(**{**recipe.training_arguments(), "bf16": False, "use_cpu": True})
     memory = HFTMemoryConfig(**(recipe.model.get("memory_config") or {}))

@@ -17,9 +17,9 @@ from .plan_costs import plan_costs
 from .plan_report import DEFAULTS, as_recipe, as_text, summary_of
 from .probes import plan_hierarchy
 from .recipe_data import load_task
-from .recipe_model import tokenizer_of
+from .recipe_model import load_again, tokenizer_of
 from .recipes import HOW_TO_LOAD, Recipe, read_recipe
-from .run_record import write_text
+from .run_record import RunRecord, write_text
 from .task_files import tasks_in
 
 
@@ -43,16 +43,14 @@ def find_plan(args: argparse.Namespace) -> None:
     settings = ProbeSettings(
         pilot_steps=args.steps, probe_rows=args.rows, max_length=recipe.training.get("max_length") or 256
     )
-    quantization = recipe.quantization_config()
     tokenizer = tokenizer_of(recipe)
     if recipe.from_model is None:
+        quantization = recipe.quantization_config()
         model = hft.HFTForCausalLM.from_backbone(recipe.backbone, {}, quantization_config=quantization, **recipe.model)
         if quantization is None and "device_map" not in recipe.model:
             model.to(device_here())  # as training does; bitsandbytes takes it there by itself
     else:
-        model = hft.HFTForCausalLM.from_pretrained(
-            recipe.from_model, quantization_config=quantization, device_map="auto"
-        )
+        model = load_again(recipe, device_map="auto")
     data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
     found = plan_hierarchy(
         model, data, processing_class=tokenizer, settings=settings,
@@ -94,10 +92,18 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
     if args.model is not None:
         recipe.from_model = args.model
     if recipe.from_model is not None:
+        if args.backbone is not None:
+            raise ValueError(
+                f"--backbone does not go with the recipe's `from_model`, {recipe.from_model}: it has one."
+            )
         recipe.backbone = None
         recipe.model = {key: its for key, its in recipe.model.items() if key in ("rank", *HOW_TO_LOAD)}
-        if args.recipe is None and args.data.is_dir() and Path(recipe.from_model).is_dir():
-            recipe.training = {**recipe.training, "output_dir": recipe.from_model}  # which grows where it is
+        if args.recipe is None and args.data.is_dir():
+            del recipe.model["rank"]  # the model's holds
+            if (held := RunRecord.load(Path(recipe.from_model)).quantization) is not None:
+                recipe.quantization = held
+            if Path(recipe.from_model).is_dir():
+                recipe.training = {**recipe.training, "output_dir": recipe.from_model}  # which grows where it is
     if args.backbone is not None:
         recipe.backbone = args.backbone
     if args.task is not None:

@@ -1,14 +1,25 @@
 """The model that a recipe trains: a new one on its backbone, or a saved one that goes on learning."""
 
 import os
+from pathlib import Path
+from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import hft
+from hft.configuration_hft import check_keys
 from hft.slim_hft import read_config
 
 from .loading import load_tokenizer
 from .recipes import HOW_TO_LOAD, Recipe
+from .run_record import RunRecord
+
+
+SUB_CONFIGS = {
+    "gating_config": hft.HFTGatingConfig,
+    "memory_config": hft.HFTMemoryConfig,
+    "router_config": hft.HFTRouterConfig,
+}
 
 
 def learnt_already(recipe: Recipe) -> set[str]:
@@ -41,14 +52,12 @@ def model_of(recipe: Recipe) -> PreTrainedModel:
     Raises:
         ValueError, OSError: as `learnt_already`, `from_backbone` and `from_pretrained`.
     """
-    quantization = recipe.quantization_config()
     if recipe.from_model is None:
         assert recipe.backbone is not None  # as `read_recipe` sees to
         return hft.HFTForCausalLM.from_backbone(
-            recipe.backbone, recipe.hierarchy, quantization_config=quantization, **recipe.model
+            recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model
         )
-    how = {"attn_implementation": "auto", **{key: recipe.model[key] for key in HOW_TO_LOAD if key in recipe.model}}
-    model = hft.HFTForCausalLM.from_pretrained(recipe.from_model, quantization_config=quantization, **how)
+    model = load_again(recipe, attn_implementation="auto")
     check_going_on(recipe, model.config)
     learnt = {task: model.hierarchy.parents(task) for task in model.hierarchy.names}
     tree = hft.Hierarchy({**learnt, **recipe.hierarchy})
@@ -56,6 +65,27 @@ def model_of(recipe: Recipe) -> PreTrainedModel:
         if task not in learnt:
             model.add_task(task, tree.parents(task), recipe.model.get("rank"))
     return model
+
+
+def load_again(recipe: Recipe, **defaults: Any) -> PreTrainedModel:
+    """The model that a recipe goes on from, held as the recipe says; where it says nothing, in 4 bit if it was trained so.
+
+    Args:
+        recipe: with `from_model`.
+        defaults: what of `attn_implementation`, `dtype` and `device_map` the recipe may leave out.
+    """
+    where = recipe.from_model
+    if not recipe.quantization and (held := RunRecord.load(Path(where)).quantization):
+        recipe.quantization = held
+    how = {**defaults, **{key: recipe.model[key] for key in HOW_TO_LOAD if key in recipe.model}}
+    if recipe.backbone is not None and has_moved(read_config(where).backbone):
+        how["backbone"] = recipe.backbone
+    return hft.HFTForCausalLM.from_pretrained(where, quantization_config=recipe.quantization_config(), **how)
+
+
+def has_moved(backbone: str) -> bool:
+    """Whether a saved model's backbone was a folder that is not here."""
+    return os.path.isabs(backbone) and not os.path.isdir(backbone)
 
 
 def check_going_on(recipe: Recipe, config: hft.HFTConfig) -> None:
@@ -66,8 +96,10 @@ def check_going_on(recipe: Recipe, config: hft.HFTConfig) -> None:
     """
     given, saved = {"backbone": recipe.backbone, **recipe.model}, config.to_dict()
     for key, its in given.items():
-        if key in ("rank", *HOW_TO_LOAD) or its is None:
+        if key in ("rank", *HOW_TO_LOAD) or its is None or (key == "backbone" and has_moved(saved[key])):
             continue
+        if key in SUB_CONFIGS:
+            check_keys(SUB_CONFIGS[key], key, its)
         there = {name: saved[key].get(name) for name in its} if isinstance(its, dict) else saved[key]
         if its != there and not (key == "backbone" and os.path.abspath(its) == there):
             raise ValueError(
@@ -81,5 +113,18 @@ def check_going_on(recipe: Recipe, config: hft.HFTConfig) -> None:
                 f"The parents of task {task!r} are {parents}, and '{recipe.from_model}' has it with "
                 f"{list(known.parents(task))}; give these, leave the task out, choose another name for a new one, or remove "
                 f"that one (`hft remove {recipe.from_model} --task {task}`)."
+            )
+        rank = recipe.model.get("rank")
+        if task in config.open_tasks() and rank not in (None, config.task(task)["rank"]):
+            raise ValueError(
+                f"`rank` is {rank}, and '{recipe.from_model}' has begun to learn {task!r} with {config.task(task)['rank']}; "
+                f"give that again, or remove the task (`hft remove {recipe.from_model} --task {task}`)."
+            )
+    for root, members in recipe.mixtures.items():
+        new = [task for task in members if task not in known]
+        if root in config.sealed_tasks() and new:
+            raise ValueError(
+                f"`mixtures[{root!r}]` names {new[0]!r}, from whose rows {root!r} has not learnt, and it is sealed in "
+                f"'{recipe.from_model}'; take {new[0]!r} out of `mixtures` (it stands on {root!r} all the same)."
             )
     hft.Hierarchy({**{task: known.parents(task) for task in known.names}, **recipe.hierarchy})

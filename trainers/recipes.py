@@ -37,8 +37,9 @@ class Recipe:
         backbone: Hub id or folder; needed without `from_model`.
         hierarchy: task -> parents. With `from_model` parents may be the model's, and its own tasks need not be named.
         from_model: folder or Hub id of a saved HFT model that goes on learning: the tasks that it lacks are added to it, and
-            what it has learnt stays as it is. `rank` is of the new tasks; all else that the recipe says of the model must be
-            as it is already.
+            what it has learnt stays as it is. `rank` is of the new tasks; linears, gates, memory and router are the model's,
+            and what the recipe says of them must be as they are. Without keys of BitsAndBytesConfig its backbone is held as
+            it was when the model was last trained in that folder.
         datasets: task -> where it comes from and how a row is read, see `load_task`; not needed with `data`.
         mixtures: task -> tasks of the hierarchy whose rows are its rows, as of a root on which a family stands; it is not
             tested, and the router does not learn to know it, unless `route_tasks` names it. Neither it nor its tasks write

@@ -63,6 +63,7 @@ class RunRecord:
         cross: task -> path -> score of the task's rows on another task's path.
         refreshed: tasks whose gates were learnt anew after they were scored.
         rates: level of a stage -> the learning rates that it was begun with, the accumulation, and how many processes.
+        quantization: the keys of BitsAndBytesConfig by which the backbone was held; {}: in 16 or 32 bit; None: not known.
         machine, versions: what it ran on.
     """
 
@@ -77,6 +78,7 @@ class RunRecord:
     cross: dict[str, dict[str, Score]] = field(default_factory=dict)
     refreshed: list[str] = field(default_factory=list)
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
+    quantization: dict[str, Any] | None = None
     machine: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 

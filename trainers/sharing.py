@@ -1,5 +1,6 @@
 """What a training leaves for people: its record, pictures for trackers, the model card, and the push to the Hub."""
 
+import inspect
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import is_matplotlib_available
 
@@ -38,12 +40,11 @@ class HFTSharing:
             ValueError: arguments that the run was begun with are others now.
         """
         sealed = self.model.config.sealed_tasks()
-        grows_elsewhere = (
-            sealed and not resumes and not (folder / RECORD_FILE).exists() and self.model.config.name_or_path
-        )
-        source = Path(self.model.config.name_or_path) if grows_elsewhere else folder
-        self.record = RunRecord.load(source) if resumes or sealed else RunRecord()
-        if not resumes:
+        has_record = (folder / RECORD_FILE).exists()
+        elsewhere = None if has_record else self.model.config.name_or_path
+        source, goes_on = Path(elsewhere) if elsewhere else folder, resumes and has_record
+        self.record = RunRecord.load(source) if goes_on or sealed else RunRecord()
+        if not goes_on:
             self.record = self.record.past_of(sealed)
         # Of a run that went back to an earlier checkpoint, later stages are no longer there.
         past = {task for stage in self.record.stages for task in stage["tasks"]}
@@ -65,6 +66,7 @@ class HFTSharing:
                     f"that again, or delete '{folder / f'stage-{within}'}' to begin the stage anew."
                 )
         self.record.budget = budget
+        self.record.quantization = how_held(self.model)
 
     def _begin_record(self) -> None:
         """Before the first stage: what the backbone scores."""
@@ -161,3 +163,12 @@ def _origin(rows: Dataset) -> dict[str, Any]:
             part = {"config": config} if config and config != "default" else {}
             return {"source": address.removeprefix("hf://datasets/").split("@")[0], **part}
     return {}
+
+
+def how_held(model: PreTrainedModel) -> dict[str, Any]:
+    """The keys of BitsAndBytesConfig by which a model's backbone is held, as a recipe has them; {} if it is in 16 bit."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if not isinstance(config, BitsAndBytesConfig):
+        return {}
+    known, plain = inspect.signature(BitsAndBytesConfig).parameters, BitsAndBytesConfig().to_dict()
+    return {key: its for key, its in config.to_dict().items() if key in known and its != plain.get(key)}

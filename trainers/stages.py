@@ -76,6 +76,7 @@ class HFTStages:
         self.accelerator.wait_for_everyone()  # all have read the folder before anyone writes
         if not (resume_from_checkpoint and run.is_same(own)):
             own.begin(config.sealed_tasks())
+            self._save_record()  # first: of a folder whose config names its tasks, a resume takes its record at its word
             self.save_model(_internal_call=True)
         elif level is not None and source.is_checkpoint():
             with own.going_back(level, step_in(checkpoint)):

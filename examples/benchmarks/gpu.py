@@ -100,7 +100,9 @@ def rows(vocab_size: int, length: int, tokens: int, seed: int) -> Dataset:
         else:
             made.append(torch.randint(3, vocab_size, (size,), generator=generator).tolist())
 
-    for _ in range(-(-tokens // length)):
+    for _ in range(
+        min(-(-tokens // length), 100)
+    ):  # TRL packs a thousand documents at a time; further steps are of the same
         halved(length)
     return Dataset.from_dict({"input_ids": made})
 
@@ -203,6 +205,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu.jsonl")
     parser.add_argument("--one", help=argparse.SUPPRESS)  # a fresh process for one cell: its result goes to --out
     args = parser.parse_args()
+    if args.length % 8:
+        raise SystemExit(
+            f"--length is {args.length}; it must be a multiple of 8, which documents divide without a rest."
+        )
     if args.one:
         shape, method = args.one.split()
         args.out.write_text(json.dumps(measure(method, shape, args.length, args.steps)))

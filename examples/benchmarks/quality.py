@@ -125,8 +125,10 @@ def read_shuffled(data: str, task: str, split: str, tokenizer: Any, budget: Mapp
 
 def game_rows(family: str, size: int = 100) -> list[dict[str, Any]]:
     """Questions of a reasoning-gym family whose answers are one of two words, as rows."""
-    import reasoning_gym
-
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise SystemExit(f"{family} is a task of reasoning-gym: pip install '.[demo]'") from None
     entries = reasoning_gym.create_dataset(family, size=size, seed=0)
     options = [f" {option}" for option in GAMES[family]]
     return [

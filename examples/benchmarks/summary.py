@@ -146,8 +146,8 @@ def quality() -> dict[str, float]:
             if few:
                 gaps = [statistics.mean(ours[task] - alone[task] for task in few) for ours, alone in both]
                 few_rows.append((len(few), gaps))
-    if few_rows:  # of the set that has most of them
-        _, gaps = max(few_rows, key=lambda its: its[0])
+    if few_rows:  # of the set with the most seeds, and of these with the most such tasks
+        _, gaps = max(few_rows, key=lambda its: (len(its[1]), its[0]))
         _put(figures, "quality.small.hft_minus_single_low_resource", gaps)
     return figures
 
