@@ -1,4 +1,4 @@
-"""What the command `hft` does, a function a command. Each imports what it needs, so that `hft --help` is there at once."""
+"""What the command `hft` does, a function a command. Each imports what it needs, for which `hft --help` should not wait."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def demo(args: argparse.Namespace, _: dict[str, Any]) -> None:
-    from .demo import run_demo  # imports take seconds that `hft --help` should not
+    from .demo import run_demo
 
     run_demo(Path(args.out))
 
