@@ -108,6 +108,8 @@ train_samples: 4
     assert "inference  8 rows" in (shown := capsys.readouterr().out) and "After stage 1/2: inference, sst2" in shown
     model = hft.HFTForCausalLM.from_pretrained(tmp_path / "run")
     assert set(model.hft_router.tasks()) == {"sst2", "mnli", "cb"}
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "The router sends no prompts to inference, which it was not taught." in card
 
 
 @pytest.mark.parametrize(
