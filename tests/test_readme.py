@@ -446,6 +446,12 @@ def test_the_sentences_on_the_ablation(figures):
         in PROSE
     )
     assert f"no parents at all are level with them ({points('full', 'flat')} of difference)" in PROSE
+    strange = [
+        cell["value"] - cells["full", seed]["value"] for (name, seed), cell in cells.items() if name == "other_parents"
+    ]
+    assert (
+        len(strange) == 1 and f"(with none the same it is {strange[0]:.1f} points above the chains; one seed)" in PROSE
+    )
     for setting in ("flat", "random_parents", "no_gates", "no_memory"):
         name = f"ablation.full_minus_{setting}"
         assert abs(figures[name]) < 2 * figures[f"{name}_se"], setting  # "level", "no difference beyond the error"
