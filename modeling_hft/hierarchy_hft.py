@@ -117,6 +117,10 @@ class Hierarchy:
         visit(task)
         return tuple(seen)
 
+    def extended(self, parents: Mapping[str, Sequence[str]]) -> "Hierarchy":
+        """These tasks and more: task -> its parents, as for a new one; ValueErrors alike."""
+        return Hierarchy({**{task: self.parents(task) for task in self.names}, **parents})
+
     def lowest_common_ancestor(self, tasks: Sequence[str]) -> str | None:
         """The task of the highest level that is on the path of each of these; None if they share nothing.
 

@@ -10,7 +10,6 @@ import torch
 
 from .configuration_hft import check_rank
 from .gates_hft import HFTGateTable
-from .hierarchy_hft import Hierarchy
 from .nodes_hft import flat
 from .owned_hft import HFTOwnership
 from .trimmed_hft import HFTTrim
@@ -47,7 +46,7 @@ class HFTTasks(HFTOwnership):
             raise ValueError(f"The task {name!r} is in the whole of which this model is a part; choose another name.")
         rank = check_rank(self.config.rank if rank is None else rank, name)
         parents = _listed(parents)
-        hierarchy = Hierarchy({**{task: self.hierarchy.parents(task) for task in self.hierarchy.names}, name: parents})
+        hierarchy = self.hierarchy.extended({name: parents})
         entry = {"name": name, "parents": parents, "rank": rank, "sealed": False, "pages": [], "borrows": []}
         with self._same_room_on_error(), torch.inference_mode(False), torch.no_grad():
             self.hierarchy = hierarchy

@@ -41,9 +41,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 def test_a_recipe_adds_tasks_to_a_model(learnt, data, tmp_path, capsys, in_place):
     """In its own folder or another; what was learnt keeps its files, to the byte."""
     for task in ("amazon", "amazon-more"):
-        (data / task).mkdir()
-        for path in (data / "yelp").iterdir():
-            (data / task / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(data / "yelp", data / task)
     out = learnt if in_place else tmp_path / "more"
     lines = f"""
 from_model: {learnt}
@@ -83,9 +81,7 @@ def test_a_model_that_goes_on_learning_is_killed_and_resumed(learnt, data, tmp_p
     text = f"from_model: {learnt}\nhierarchy: {{new: [yelp], newer: [new]}}\nmixtures: {{}}\ndatasets: {{}}\n"
     (tmp_path / "more.yaml").write_text(f"{text}data: {data}\nmax_steps: 3\nsave_steps: 1\n")
     for task in ("new", "newer"):
-        (data / task).mkdir()
-        for path in (data / "cb").iterdir():
-            (data / task / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(data / "cb", data / task)
     command = ["train", str(tmp_path / "more.yaml"), "--output_dir"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     step, count = HFTTrainer.training_step, iter(range(100))
@@ -112,9 +108,7 @@ def test_a_model_that_goes_on_learning_is_killed_and_resumed(learnt, data, tmp_p
 
 def test_a_model_that_goes_on_learning_keeps_its_record(learnt, data, tmp_path, monkeypatch):
     """Also where `--resume` finds nothing to resume, and where a kill in the first scores comes between."""
-    (data / "new").mkdir()
-    for path in (data / "cb").iterdir():
-        (data / "new" / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(data / "cb", data / "new")
     text = f"from_model: {learnt}\nhierarchy: {{new: [yelp]}}\npage_tasks: []\ndata: {data}\nmax_steps: 1\n"
     (tmp_path / "more.yaml").write_text(text)
     past = [["sst2", "mnli"], ["yelp", "cb", "rte"]]

@@ -91,19 +91,10 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
         tasks = recipe.tasks()
     if args.model is not None:
         recipe.from_model = args.model
+    if recipe.from_model is not None and args.backbone is not None:
+        raise ValueError(f"--backbone does not go with the recipe's `from_model`, {recipe.from_model}: it has one.")
     if recipe.from_model is not None:
-        if args.backbone is not None:
-            raise ValueError(
-                f"--backbone does not go with the recipe's `from_model`, {recipe.from_model}: it has one."
-            )
-        recipe.backbone = None
-        recipe.model = {key: its for key, its in recipe.model.items() if key in ("rank", *HOW_TO_LOAD)}
-        if args.recipe is None and args.data.is_dir():
-            del recipe.model["rank"]  # the model's holds
-            if (held := RunRecord.load(Path(recipe.from_model)).quantization) is not None:
-                recipe.quantization = held
-            if Path(recipe.from_model).is_dir():
-                recipe.training = {**recipe.training, "output_dir": recipe.from_model}  # which grows where it is
+        join_model(recipe, recipe.from_model, is_own=args.recipe is not None or not args.data.is_dir())
     if args.backbone is not None:
         recipe.backbone = args.backbone
     if args.task is not None:
@@ -131,3 +122,22 @@ def planned_recipe(args: argparse.Namespace) -> Recipe:
         if its := {task: by_task[task] for task in chosen if task in by_task}:
             recipe.training[key] = its
     return recipe
+
+
+def join_model(recipe: Recipe, model: str, is_own: bool) -> None:
+    """Leaves of a recipe what tasks that join a saved model may say; changes it.
+
+    Args:
+        model: folder or Hub id.
+        is_own: whether a person wrote the recipe: else the model's rank holds, and how its backbone was held, and it grows
+            in its folder.
+    """
+    recipe.backbone = None
+    recipe.model = {key: its for key, its in recipe.model.items() if key in ("rank", *HOW_TO_LOAD)}
+    if is_own:
+        return
+    del recipe.model["rank"]
+    if (held := RunRecord.load(Path(model)).quantization) is not None:
+        recipe.quantization = held
+    if Path(model).is_dir():
+        recipe.training = {**recipe.training, "output_dir": model}

@@ -118,10 +118,9 @@ def as_recipe(plan: Plan, recipe: Recipe, estimates: Sequence[str] = ()) -> str:
     """
     lines = ["# A plan by `hft plan`. Edit it: parents stand in brackets, [] is a root. Then: hft train THIS_FILE"]
     lines += [f"# {line}".rstrip() for line in estimates]
-    values: dict[str, Any] = {
-        key: its for key in ("from_model", "backbone") if (its := getattr(recipe, key)) is not None
-    }
     keys = (
+        "from_model",
+        "backbone",
         "data",
         "train_samples",
         "eval_samples",
@@ -130,7 +129,7 @@ def as_recipe(plan: Plan, recipe: Recipe, estimates: Sequence[str] = ()) -> str:
         "max_new_tokens",
         "metric",
     )
-    values |= {key: value for key in keys if (value := getattr(recipe, key)) not in (None, "exact_match")}
+    values = {key: value for key in keys if (value := getattr(recipe, key)) not in (None, "exact_match")}
     lines += [_dump(values), "hierarchy:"]
     for line in _not_taken(plan):
         lines += textwrap.wrap(line, 116, initial_indent="  # ", subsequent_indent="  #   ")

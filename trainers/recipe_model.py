@@ -15,13 +15,6 @@ from .recipes import HOW_TO_LOAD, Recipe
 from .run_record import RunRecord
 
 
-SUB_CONFIGS = {
-    "gating_config": hft.HFTGatingConfig,
-    "memory_config": hft.HFTMemoryConfig,
-    "router_config": hft.HFTRouterConfig,
-}
-
-
 def learnt_already(recipe: Recipe) -> set[str]:
     """The tasks that the model which a recipe goes on from has learnt; none without one. Only its config is read.
 
@@ -49,8 +42,11 @@ def tokenizer_of(recipe: Recipe) -> PreTrainedTokenizerBase:
 def model_of(recipe: Recipe) -> PreTrainedModel:
     """The model that a recipe trains, not yet trained: on its backbone, or the one it goes on from, with the tasks it lacks.
 
+    Args:
+        recipe: one that fits the model that it goes on from, see `learnt_already`.
+
     Raises:
-        ValueError, OSError: as `learnt_already`, `from_backbone` and `from_pretrained`.
+        ValueError, OSError: as `from_backbone` and `from_pretrained`.
     """
     if recipe.from_model is None:
         assert recipe.backbone is not None  # as `read_recipe` sees to
@@ -58,11 +54,9 @@ def model_of(recipe: Recipe) -> PreTrainedModel:
             recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model
         )
     model = load_again(recipe, attn_implementation="auto")
-    check_going_on(recipe, model.config)
-    learnt = {task: model.hierarchy.parents(task) for task in model.hierarchy.names}
-    tree = hft.Hierarchy({**learnt, **recipe.hierarchy})
+    tree = model.hierarchy.extended(recipe.hierarchy)
     for task in tree.names:
-        if task not in learnt:
+        if task not in model.hierarchy:
             model.add_task(task, tree.parents(task), recipe.model.get("rank"))
     return model
 
@@ -98,8 +92,8 @@ def check_going_on(recipe: Recipe, config: hft.HFTConfig) -> None:
     for key, its in given.items():
         if key in ("rank", *HOW_TO_LOAD) or its is None or (key == "backbone" and has_moved(saved[key])):
             continue
-        if key in SUB_CONFIGS:
-            check_keys(SUB_CONFIGS[key], key, its)
+        if key in config.sub_configs:
+            check_keys(config.sub_configs[key], key, its)
         there = {name: saved[key].get(name) for name in its} if isinstance(its, dict) else saved[key]
         if its != there and not (key == "backbone" and os.path.abspath(its) == there):
             raise ValueError(
@@ -127,4 +121,4 @@ def check_going_on(recipe: Recipe, config: hft.HFTConfig) -> None:
                 f"`mixtures[{root!r}]` names {new[0]!r}, from whose rows {root!r} has not learnt, and it is sealed in "
                 f"'{recipe.from_model}'; take {new[0]!r} out of `mixtures` (it stands on {root!r} all the same)."
             )
-    hft.Hierarchy({**{task: known.parents(task) for task in known.names}, **recipe.hierarchy})
+    known.extended(recipe.hierarchy)

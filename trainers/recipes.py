@@ -34,8 +34,8 @@ class Recipe:
     """A run: which backbone learns which tasks from which data, and how.
 
     Args:
-        backbone: Hub id or folder; needed without `from_model`.
         hierarchy: task -> parents. With `from_model` parents may be the model's, and its own tasks need not be named.
+        backbone: Hub id or folder; needed without `from_model`.
         from_model: folder or Hub id of a saved HFT model that goes on learning: the tasks that it lacks are added to it, and
             what it has learnt stays as it is. `rank` is of the new tasks; linears, gates, memory and router are the model's,
             and what the recipe says of them must be as they are. Without keys of BitsAndBytesConfig its backbone is held as
@@ -62,8 +62,8 @@ class Recipe:
         training: keys of HFTTrainingConfig.
     """
 
-    backbone: str | None
     hierarchy: dict[str, list[str]]
+    backbone: str | None = None
     from_model: str | None = None
     datasets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     mixtures: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -89,10 +89,10 @@ class Recipe:
 
     def tree(self) -> Hierarchy:
         """The hierarchy as far as the recipe tells it: parents that it does not name, of `from_model`, as roots."""
-        elsewhere = (
-            [] if self.from_model is None else [ups for ups in self.hierarchy.values() if isinstance(ups, list)]
-        )
-        return Hierarchy({**{up: [] for ups in elsewhere for up in ups}, **self.hierarchy})
+        if self.from_model is None:
+            return Hierarchy(self.hierarchy)
+        named = {up: [] for ups in self.hierarchy.values() if isinstance(ups, list) for up in ups}
+        return Hierarchy({**named, **self.hierarchy})
 
     def tasks(self) -> list[str]:
         """The tasks with rows of their own: without mixtures."""
@@ -191,12 +191,12 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
                 f"Unknown key {key!r}. {nearest(key, [key for keys in _keys().values() for key in keys])}"
             )
         sections[section][key] = _as_meant(key, value, _keys()[section][key])
-    its = sections["recipe"]
-    for needed, other in (("backbone", "from_model"), ("hierarchy", "hierarchy")):
-        if its.get(needed) is None and its.get(other) is None:
+    goes_on = sections["recipe"].get("from_model") is not None
+    for needed in ("hierarchy",) if goes_on else ("backbone", "hierarchy"):
+        if sections["recipe"].get(needed) is None:
             raise ValueError(f"'{path}' lacks the key {needed!r}.")
     recipe = Recipe(
-        **{"backbone": None, **its},
+        **sections["recipe"],
         model=sections["model"],
         quantization=sections["quantization"],
         training=sections["training"],

@@ -1,6 +1,5 @@
 """What a training leaves for people: its record, pictures for trackers, the model card, and the push to the Hub."""
 
-import inspect
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -170,5 +169,4 @@ def how_held(model: PreTrainedModel) -> dict[str, Any]:
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if not isinstance(config, BitsAndBytesConfig):
         return {}
-    known, plain = inspect.signature(BitsAndBytesConfig).parameters, BitsAndBytesConfig().to_dict()
-    return {key: its for key, its in config.to_dict().items() if key in known and its != plain.get(key)}
+    return {key: its for key, its in config.to_diff_dict().items() if not key.startswith("_")}

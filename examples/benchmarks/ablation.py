@@ -6,6 +6,7 @@ Two families (sentiment: sst2 -> yelp -> amazon; inference: rte -> mnli -> cb) a
 accuracies on validation rows, options by likelihood.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Mapping, Sequence
@@ -45,7 +46,6 @@ TREE = {
     "cb": ["mnli"],
     "agnews": [],
 }
-LEVELS = [["sst2", "rte", "agnews"], ["yelp", "mnli"], ["amazon", "cb"]]
 FLAT = {task: [] for task in TREE}
 ROOT = {"all": [], **{task: ["all"] for task in TREE}}  # what the planner finds
 MAX_INPUT_TOKENS = 64
@@ -84,21 +84,15 @@ class SequentialSampler(BlockSampler):
         return sorted(super().turns(epoch), key=list(self.num_rows).index)
 
 
-def random_parents(seed: int) -> dict[str, list[str]]:
-    """Each task keeps its level; its parent is any task of the level below: of four edges three stay as made by hand."""
-    draw = random.Random(seed)
-    tree = {task: [] for task in LEVELS[0]}
-    for below, level in itertools.pairwise(LEVELS):
-        tree.update({task: [draw.choice(below)] for task in level})
-    return tree
+def random_parents(seed: int, but: Mapping[str, list[str]] = FLAT) -> dict[str, list[str]]:
+    """Each task keeps its level; its parent is any task of the level below, `but` those named for it.
 
-
-def other_parents(seed: int) -> dict[str, list[str]]:
-    """Each task keeps its level; its parent is any task of the level below but its own."""
-    draw = random.Random(seed)
-    tree = {task: [] for task in LEVELS[0]}
-    for below, level in itertools.pairwise(LEVELS):
-        tree.update({task: [draw.choice([up for up in below if up not in TREE[task]])] for task in level})
+    With none named, three of the four edges stay as made by hand.
+    """
+    draw, levels = random.Random(seed), hft.Hierarchy(TREE).levels()
+    tree: dict[str, list[str]] = {task: [] for task in levels[0]}
+    for below, level in itertools.pairwise(levels):
+        tree.update({task: [draw.choice([up for up in below if up not in but[task]])] for task in level})
     return tree
 
 
@@ -179,7 +173,7 @@ SETTINGS = {
     "flat_no_memory": (lambda seed: FLAT, {"memory_config": {"read": "off"}, "training": MIXED}),
     "flat_refined": (lambda seed: FLAT, {"memory_config": {"slots": 16}, "training": REFINED}),
     "random_parents": (random_parents, {}),
-    "other_parents": (other_parents, {}),
+    "other_parents": (functools.partial(random_parents, but=TREE), {}),
     "reversed": (lambda seed: reversed_tree(), {}),
     "sequential": (lambda seed: TREE, {"trainer_class": InSequence}),
     "root": (lambda seed: ROOT, {"families": {"all": list(TREE)}}),

@@ -100,9 +100,8 @@ def rows(vocab_size: int, length: int, tokens: int, seed: int) -> Dataset:
         else:
             made.append(torch.randint(3, vocab_size, (size,), generator=generator).tolist())
 
-    for _ in range(
-        min(-(-tokens // length), 100)
-    ):  # TRL packs a thousand documents at a time; further steps are of the same
+    # TRL packs a thousand documents at a time, so there are at most so many; further steps are of the same rows.
+    for _ in range(min(-(-tokens // length), 100)):
         halved(length)
     return Dataset.from_dict({"input_ids": made})
 

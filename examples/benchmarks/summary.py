@@ -120,7 +120,7 @@ def quality() -> dict[str, float]:
                 if some:
                     means = [statistics.mean(one[task] for task in some) for one in scores]
                     _put(figures, f"{prefix}.{key}_{method}", means)
-            if not method.endswith("_routed") and (lost := lost_points(its)):
+            if lost := lost_points(its, method):
                 _put(figures, f"{prefix}.forgetting_{method}", lost)
             if method not in (*BASELINES, "hft"):
                 continue
@@ -160,13 +160,13 @@ def is_one_root(tree: Mapping[str, list[str]]) -> bool:
 
 def routing() -> dict[str, float]:
     """The router on the test rows of all fourteen tasks, in %."""
+    from table import runs
+
     cells = {setting: cell for (setting, _), cell in read("routing-test").items()}
     figures = {}
     for form, key in (("as they are", ""), ("shared", "_shared_instruction"), ("stripped", "_stripped")):
         if form in cells:
             figures[f"routing.accuracy{key}"] = cells[form]["value"]
-    from table import runs
-
     if trained := runs(read("quality-short-cl14"), "hft_chains_routed"):
         gaps = [cell["test"]["routed"]["ap"] - cell["test"]["ap"] for cell in trained]
         figures["routing.ap_routed_minus_given"] = round(statistics.mean(gaps), 3)
