@@ -3,13 +3,15 @@
 import json
 import re
 import shutil
+import subprocess
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from .hub import Hub, serving
-from .test_storage import run_clean
+from .test_storage import run_clean, start_clean
 
 
 BUILD = """
@@ -27,16 +29,31 @@ BUILD = """
     x = torch.tensor([[5, 6, 7]])
 """
 
-PUSH = (
+# What these print, one line each time that they are told to go on, is read by the test (see `talking`).
+PUSH_TWICE = (
     BUILD
     + """
     model.push_to_hub("me/hft", private=True, commit_message="two tasks")
-    print(float(model(x, task="b").logits.double().sum()))
+    print(float(model(x, task="b").logits.double().sum()), flush=True)
     model.add_task("c", ["b"])
     model.start_stage(["c"])
     model.seal(["c"])
-    input()
+    sys.stdin.readline()
     model.push_to_hub("me/hft", commit_message="one more")
+    print("done", flush=True)
+"""
+)
+
+PUSH_AS_TOLD = (
+    BUILD
+    + """
+    from huggingface_hub.errors import HfHubHTTPError
+    for repository in iter(sys.stdin.readline, ""):
+        try:
+            model.push_to_hub(repository.strip())
+            print("pushed", flush=True)
+        except HfHubHTTPError as error:
+            print("failed", error.response.status_code, flush=True)
 """
 )
 
@@ -45,10 +62,11 @@ LOAD = """
     sys.modules["hft"] = None
     import torch
     from transformers import AutoModel, AutoModelForCausalLM
-    revision = sys.argv[1] if len(sys.argv) > 1 else "main"
-    model = AutoModelForCausalLM.from_pretrained("me/hft", trust_remote_code=True, revision=revision)
-    AutoModel.from_pretrained("me/hft", trust_remote_code=True, revision=revision)
-    print(float(model(torch.tensor([[5, 6, 7]]), task="b").logits.double().sum()), len(model.hierarchy))
+    for place in sys.argv[1:]:
+        repository, revision = place.split("@")
+        model = AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True, revision=revision)
+        AutoModel.from_pretrained(repository, trust_remote_code=True, revision=revision)
+        print(float(model(torch.tensor([[5, 6, 7]]), task="b").logits.double().sum()), len(model.hierarchy))
 """
 
 
@@ -75,20 +93,42 @@ def last(hub, repo) -> tuple[str, Path]:
     return list(hub.commits[repo].items())[-1]
 
 
+@contextmanager
+def talking(code: str, tmp_path, **around: str):
+    """A fresh process that answers a line with a line: a function that sends one, if any, and returns the next answer."""
+    process = start_clean(code, tmp_path, stdin=subprocess.PIPE, **around)
+
+    def ask(line: str | None = None) -> list[str]:
+        if line is not None:
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+        answer = process.stdout.readline()
+        assert answer, process.stderr.read()[-3000:]
+        return answer.split()
+
+    try:
+        yield ask
+        process.stdin.close()
+        assert process.wait(60) == 0, process.stderr.read()[-3000:]
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_push_load_add_a_task_push_again(hub, tmp_path):
-    first_push = PUSH.replace("    input()\n", "    sys.exit()\n")
     with serving(hub) as address:
         around = environment(tmp_path, address)
-        expected = run_clean(first_push, tmp_path, **around).split()[0]
-        first, folder = last(hub, "me/hft")
-        assert hub.private["me/hft"] and hub.messages[first] == "two tasks"
-        weights = {"model.safetensors", "router.safetensors", "pages/1.safetensors", "pages/2.safetensors",
-                   "tasks/a.safetensors", "tasks/b.safetensors"}  # fmt: skip
-        assert {name for name in files(folder) if name.endswith(".safetensors")} == weights
-        assert run_clean(LOAD, tmp_path, **around).split() == [expected, "2"]
+        with talking(PUSH_TWICE, tmp_path, **around) as ask:
+            (expected,) = ask()
+            first, folder = last(hub, "me/hft")
+            assert hub.private["me/hft"] and hub.messages[first] == "two tasks"
+            weights = {"model.safetensors", "router.safetensors", "pages/1.safetensors", "pages/2.safetensors",
+                       "tasks/a.safetensors", "tasks/b.safetensors"}  # fmt: skip
+            assert {name for name in files(folder) if name.endswith(".safetensors")} == weights
+            assert run_clean(LOAD, tmp_path, "me/hft@main", **around).split() == [expected, "2"]
 
-        hub.received.clear()
-        run_clean(PUSH.replace("    input()\n", ""), tmp_path, **around)
+            hub.received.clear()
+            assert ask("go on") == ["done"]
         second, folder = last(hub, "me/hft")
         assert hub.messages[second] == "one more"
         sizes = {name: (folder / name).stat().st_size for name in files(folder)}
@@ -96,10 +136,10 @@ def test_push_load_add_a_task_push_again(hub, tmp_path):
         assert sorted(hub.received) == sorted(
             sizes[name] for name in ("tasks/c.safetensors", "pages/3.safetensors", "model.safetensors")
         )
-        assert run_clean(LOAD, tmp_path, **around).split() == [expected, "3"]
-        assert run_clean(LOAD, tmp_path, first, **around).split() == [expected, "2"]  # pinned
+        newest_and_pinned = run_clean(LOAD, tmp_path, "me/hft@main", f"me/hft@{first}", **around)
+        assert newest_and_pinned.split() == [expected, "3", expected, "2"]
     offline = {**around, "HF_HUB_OFFLINE": "1"}
-    assert run_clean(LOAD, tmp_path, **offline).split() == [expected, "3"]  # the hub is gone
+    assert run_clean(LOAD, tmp_path, "me/hft@main", **offline).split() == [expected, "3"]  # the hub is gone
     saved = json.loads((folder / "config.json").read_text())
     assert saved["backbone"] == "me/base" and len(saved["backbone_revision"]) == 40
     for name in files(folder):
@@ -108,39 +148,37 @@ def test_push_load_add_a_task_push_again(hub, tmp_path):
 
 
 def test_a_model_pushed_without_a_tokenizer_has_its_backbones(hub, tmp_path):
+    push = (
+        BUILD
+        + """
+    model.push_to_hub("me/hft")
+    """
+    )
     code = """
-        from hft.trainers.loading import load_tokenizer
-        print(load_tokenizer("me/hft").get_vocab() == load_tokenizer("me/base").get_vocab())
+    from hft.trainers.loading import load_tokenizer
+    print(load_tokenizer("me/hft").get_vocab() == load_tokenizer("me/base").get_vocab())
     """
     with serving(hub) as address:
         around = environment(tmp_path, address)
-        run_clean(PUSH.replace("    input()\n", "    sys.exit()\n"), tmp_path, **around)
+        assert run_clean(push + code, tmp_path, **around) == "True\n"
         assert "tokenizer_config.json" not in files(last(hub, "me/hft")[1])
-        assert run_clean(code, tmp_path, **around) == "True\n"
     assert run_clean(code, tmp_path, **{**around, "HF_HUB_OFFLINE": "1"}) == "True\n"  # the hub is gone
 
 
-@pytest.mark.parametrize("fails", ["/lfs/", "/commit/", "preupload"])
-def test_a_hub_that_fails_in_the_middle_has_no_half_model(hub, tmp_path, fails):
-    code = (
-        BUILD
-        + """
-    from huggingface_hub.errors import HfHubHTTPError
-    try:
-        model.push_to_hub("me/hft")
-        print("pushed")
-    except HfHubHTTPError as error:
-        print("failed", error.response.status_code)
-    """
-    )
+def test_a_hub_that_fails_in_the_middle_has_no_half_model(hub, tmp_path):
+    places = {"me/one": "/lfs/", "me/two": "/commit/", "me/three": "preupload"}
     with serving(hub) as address:
         around = environment(tmp_path, address)
-        hub.fails = fails
-        assert run_clean(textwrap.dedent(code), tmp_path, **around).split() == ["failed", "507"]
-        assert files(last(hub, "me/hft")[1]) == {".gitattributes"}
-        hub.fails = None
-        assert run_clean(textwrap.dedent(code), tmp_path, **around).split() == ["pushed"]  # the next push repairs
-        assert run_clean(LOAD, tmp_path, **around).split()[1] == "2"
+        with talking(PUSH_AS_TOLD, tmp_path, **around) as ask:
+            for repository, place in places.items():
+                hub.objects.clear()
+                hub.fails = place
+                assert ask(repository) == ["failed", "507"], place
+                assert files(last(hub, repository)[1]) == {".gitattributes"}, place
+                hub.fails = None
+                assert ask(repository) == ["pushed"], place  # the next push repairs
+        loaded = run_clean(LOAD, tmp_path, *(f"{repository}@main" for repository in places), **around)
+    assert loaded.split()[1::2] == ["2"] * 3
 
 
 def test_a_wrong_token(hub, tmp_path):

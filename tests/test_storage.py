@@ -246,17 +246,28 @@ def test_from_a_hub_the_backbone_stays_at_its_commit(backbones, tmp_path):
     assert run_clean(LOAD, tmp_path, **{**environment, "HF_HUB_OFFLINE": "1"}) == built  # the hub is gone
 
 
-def run_clean(code: str, tmp_path, *arguments: str, **environment: str) -> str:
-    """Runs code in a fresh process, in an empty folder, with a module cache of its own."""
+def start_clean(
+    code: str, tmp_path, *arguments: str, stdin: int | None = None, **environment: str
+) -> subprocess.Popen:
+    """Begins code in a fresh process, in an empty folder, with a module cache of its own."""
     empty = tmp_path / "empty"
     empty.mkdir(exist_ok=True)
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1", **environment}
-    done = subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
-        cwd=empty, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=empty, env=environment, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+
+
+def run_clean(code: str, tmp_path, *arguments: str, **environment: str) -> str:
+    """Runs code in such a process, and gives what it printed."""
+    with start_clean(code, tmp_path, *arguments, **environment) as process:
+        try:
+            printed, errors = process.communicate(timeout=300)
+        finally:
+            process.kill()
+    assert process.returncode == 0, errors[-3000:]
+    return printed
 
 
 def test_a_slim_model_takes_its_backbone_from_elsewhere(saved, model, backbones, tmp_path):

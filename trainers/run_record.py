@@ -1,5 +1,6 @@
 """What a run leaves to be read: `run.json` beside the model, from which the report and the model card are made."""
 
+import functools
 import json
 import platform
 from collections.abc import Collection, Mapping
@@ -237,10 +238,13 @@ def machine() -> str:
 
 def versions() -> dict[str, str]:
     """Of Python and the packages that matter."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {package: _version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), **{package: number for package, number in found.items() if number}}
+
+
+@functools.cache  # each saving writes them down, and to look them up takes longer than that
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
