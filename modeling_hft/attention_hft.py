@@ -1,11 +1,10 @@
 """Which attention to take."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import is_flash_attn_2_available
 
 
@@ -38,9 +37,3 @@ def goes_to_gpu(device_map: Any, is_quantized: bool) -> bool:
 def plain_attention(decoder: PreTrainedModel) -> str:
     """PyTorch's own kernel, and eager where the decoder's family does not have it."""
     return "sdpa" if decoder._supports_sdpa else "eager"
-
-
-def without_weights(text_config: PreTrainedConfig) -> PreTrainedModel:
-    """A decoder of the family whose parameters have shapes only."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(text_config))

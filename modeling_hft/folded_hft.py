@@ -66,7 +66,7 @@ class HFTFolding:
     @torch.no_grad()
     def unfold(self) -> None:
         """Serves all tasks again; a merged backbone gets its weights back, bit by bit. Does nothing if nothing is folded."""
-        for name, weight_OI in (self._unmerged or {}).items():
+        for name, weight_OI in (self._unmerged or {}).items():  # no two linears share weights
             self.base_model.get_submodule(name).weight.copy_(weight_OI)
         self._folded, self._folded_path, self._unmerged = None, None, None
 
@@ -124,8 +124,15 @@ class HFTFolding:
             )
 
     def _check_mergeable(self, task: str) -> None:
+        whose: dict[int, str] = {}
         for name in self._fused:
             linear = self.base_model.get_submodule(name)
+            other = whose.setdefault(id(linear.weight), name)
+            if other != name:
+                raise ValueError(
+                    f"The linears {other!r} and {name!r} of this backbone share one weight, and what is added to each "
+                    "differs; fold it without merge=True."
+                )
             if type(linear).forward is not nn.Linear.forward or linear.weight.device.type == "meta":
                 raise ValueError(
                     f"A path can be merged only into weights in 16 or 32 bit that are in memory, and {name!r} is a "

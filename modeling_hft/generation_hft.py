@@ -130,7 +130,7 @@ class HFTGenerationMixin(GenerationMixin):
             return names[0]
         known = self.config.task_names()
         ids_B = [-1 if name == BACKBONE else known.index(name) for name in names]
-        return torch.tensor(ids_B, device=self.get_input_embeddings().weight.device)
+        return torch.tensor(ids_B)  # in main memory: each pass reads them
 
     def _mask_of_pads(self, prompts: torch.Tensor, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """The mask that transformers takes where none is given: without pads, if the end of text is not one, too."""
@@ -157,6 +157,10 @@ class HFTGenerationMixin(GenerationMixin):
     ) -> dict[str, Any]:
         """As the backbone's own, which some families override; by `inputs_embeds` transformers sees that these are taken."""
         return self.backbone.prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As the backbone's own: RWKV has its state from there."""
+        return self.backbone._update_model_kwargs_for_generation(*args, **kwargs)
 
     def _supports_default_dynamic_cache(self) -> bool:
         """As the backbone's, which transformers tells by the name of its class."""

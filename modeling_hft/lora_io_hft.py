@@ -4,10 +4,12 @@ A task's path is one LoRA: rows of A concatenated, columns of B scaled by the ga
 https://arxiv.org/abs/2106.09685). I/O in and out features, R rank.
 """
 
+import copy
 import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from .backbone_hft import decoder_name
 from .files_hft import replacing, write_tensors
 from .nodes_hft import beside, flat
 from .trimmed_hft import balanced
@@ -124,7 +127,8 @@ def export_lora(
     factors, error = cut_path(whole, max_rank)
     path_rank = max(len(A_RI) for A_RI, _ in whole.values())
     rank = served_rank(max(len(A_RI) for A_RI, _ in factors.values()))
-    prefix = f"base_model.model.{model.backbone.base_model_prefix}"
+    decoder = decoder_name(model.backbone)
+    prefix = f"base_model.model.{decoder}"
     tensors = {}
     for name, (A_RI, B_OR) in factors.items():
         padding = rank - len(A_RI)
@@ -133,16 +137,40 @@ def export_lora(
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=sorted({name.rsplit(".", 1)[-1] for name in factors}),
+        target_modules=_targets(model.backbone, [f"{decoder}.{name}" for name in factors]),
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config.backbone,
         revision=model.config.backbone_revision,
         inference_mode=True,
     )
+    _check_peft_takes(config, model.backbone)
     with replacing(folder, last="adapter_config.json") as staging:
         write_tensors(tensors, staging / "adapter_model.safetensors")
         config.save_pretrained(staging)
     return {"rank": rank, "path_rank": path_rank, "svd_error": error}
+
+
+def _targets(backbone: PreTrainedModel, linears: Sequence[str]) -> list[str]:
+    """The last names of the linears for `target_modules`; in full where other modules end in the same."""
+    adapted = set(linears)
+    others = {name.rsplit(".", 1)[-1] for name, _ in backbone.named_modules() if name not in adapted}
+    return sorted({last if (last := name.rsplit(".", 1)[-1]) not in others else name for name in linears})
+
+
+def _check_peft_takes(config: Any, backbone: PreTrainedModel) -> None:
+    """Raises ValueError where PEFT would read some targets as a mixture's experts, and leave the linears without a word."""
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:
+        return  # an older one, which takes names as they are
+    read = copy.deepcopy(config)
+    convert_peft_config_for_transformers(read, backbone, None)
+    if lost := sorted(set(config.target_modules) - set(read.target_modules)):
+        raise ValueError(
+            f"PEFT takes {', '.join(map(repr, lost))} of a {backbone.config.model_type!r} for its experts and would leave "
+            "these linears out, so the path is no plain LoRA there; build the model with `target_modules` of attention "
+            "only, or export it merged."
+        )
 
 
 def read_lora(repo: str | os.PathLike, model: PreTrainedModel, **download: Any) -> Factors:
@@ -166,7 +194,7 @@ def read_lora(repo: str | os.PathLike, model: PreTrainedModel, **download: Any) 
     if base and ours and not _same_backbone(base, ours):
         raise ValueError(f"'{repo}' is an adapter of '{base}', and this model stands on '{ours}'.")
     tensors = load_file(_file(repo, "adapter_model.safetensors", download))
-    prefix = model.backbone.base_model_prefix
+    prefix = decoder_name(model.backbone)
     decoder = f"base_model.model.{prefix}."
     found: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
+from .backbone_hft import decoder_of
 from .configuration_hft import HFTConfig
 from .folded_hft import HFTFolding
 from .fused_hft import HFTFused
@@ -31,7 +32,7 @@ from .hierarchy_hft import BACKBONE, Hierarchy, nearest
 from .kept_hft import HFTKept
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, beside, flat
-from .path_hft import HFTOwner, HFTPath, HFTTaskPath, Pair, active_path, keep_path, made_paths, on_path
+from .path_hft import HFTConstants, HFTOwner, HFTPath, HFTTaskPath, Pair, active_path, keep_path, made_paths, on_path
 from .refresh_hft import HFTRefreshing
 from .router_hft import HFTRouter
 from .routing_hft import HFTRouting
@@ -71,6 +72,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         self._is_stateful = self.backbone._is_stateful
         self._hooks = []
         self._kept = HFTKept()
+        self._constants = HFTConstants()
         self._owner = HFTOwner()
         self.hierarchy: Hierarchy = config.hierarchy()
         self.hft_nodes = nn.ModuleDict()
@@ -166,7 +168,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
             return HFTPath(self._owner, paths)
         places = [len(names) if row is None else names.index(row) for row in rows]
         in_order = places == list(range(len(rows)))
-        return HFTPath(self._owner, paths, torch.tensor(places, device=paths[0].gates.device), in_order)
+        return HFTPath(self._owner, paths, self._constants.of(places, paths[0].gates.device), in_order)
 
     def _kept_factors(self, task: str, num_tasks: int, is_one_pass: bool) -> dict[str, Pair] | None:
         """What linears may use again of earlier passes, and add to."""
@@ -187,12 +189,12 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         ranks += [self.config.page(int(page))["slots"] for page in sources.pages]
         gates_LN = self.hft_gates.of(task)
         source_of_column_R = [source for source, rank in enumerate(ranks) for _ in range(rank)]
-        columns = torch.tensor(source_of_column_R, device=gates_LN.device)
+        columns = self._constants.of(source_of_column_R, gates_LN.device)
         learns_N = None
         # A sealed task's gates want gradients in a refresh only, all of them.
         if gates_LN.requires_grad and not self.config.task(task)["sealed"]:
             learning = self.learning_gates(task)
-            learns_N = torch.tensor([i in learning for i in range(len(sources))], device=gates_LN.device)
+            learns_N = self._constants.of([i in learning for i in range(len(sources))], gates_LN.device)
         return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns, kept, learns_N=learns_N)
 
     def _rows(self, task: Task, num_rows: int | None) -> list[str | None]:
@@ -231,6 +233,11 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
     ) -> None:
+        if not any(hasattr(module, "gradient_checkpointing") for module in self.backbone.modules()):
+            raise ValueError(
+                f"The layers of a {self.config.text_config.model_type!r} cannot be checkpointed in transformers; train with "
+                "gradient_checkpointing=False."
+            )
         super()._set_gradient_checkpointing(enable, keep_path(gradient_checkpointing_func), **kwargs)
 
     def _finish(self) -> None:
@@ -242,6 +249,11 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
             # after which gradients are wrong (see its `Linear4bit`).
             if "support_avx512bf16_for_cpu" in vars(module):
                 module.support_avx512bf16_for_cpu = False
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, so that transformers leaves out no module when it initialises, as it would Falcon-H1's."""
+        return False
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HFTFactors):
@@ -256,7 +268,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
     @property
     def base_model(self) -> PreTrainedModel:
         """The decoder without its head: what trainers call when they compute the loss themselves."""
-        return self.backbone.base_model
+        return decoder_of(self.backbone)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.backbone.get_input_embeddings()

@@ -84,6 +84,30 @@ class HFTOwner:
     """Whose a path is: each model has one. Several models may be active in a thread, each on a path of its own."""
 
 
+class HFTConstants:
+    """Small tensors of whole numbers or truth values on some device, each brought there once.
+
+    A copy to a GPU waits for all that the GPU still has to do, so no pass should make one.
+    """
+
+    MOST = 1024  # of mixed batches there are as many as there are ways to mix tasks
+
+    def __init__(self):
+        self._made: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def of(self, numbers: Sequence[int | bool], device: torch.device) -> torch.Tensor:
+        """These numbers [N]; not to be written to."""
+        if torch.compiler.is_compiling():
+            return torch.tensor(numbers, device=device)
+        key = (device, type(numbers[0]), *numbers)  # as dictionaries see it, True is 1
+        if key not in self._made:
+            if len(self._made) >= self.MOST:
+                self._made = {}
+            with torch.inference_mode(False):  # training may need them, too
+                self._made[key] = torch.tensor(numbers, device=device)
+        return self._made[key]
+
+
 @dataclass(frozen=True)
 class HFTPath:
     """The paths that a batch takes.

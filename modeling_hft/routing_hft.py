@@ -130,8 +130,11 @@ class HFTRouting:
             pass
         finally:
             hook.remove()
-        own_BT = self._own_tokens(input_ids, mask_BT).to(caught[0].device)
-        total_BD = (caught[0].float() * own_BT[..., None]).sum(1)
+        hidden_BTD = caught[0].float()
+        if hidden_BTD.ndim > 3:  # several residual streams
+            hidden_BTD = hidden_BTD.flatten(2, -2).mean(2)
+        own_BT = self._own_tokens(input_ids, mask_BT).to(hidden_BTD.device)
+        total_BD = (hidden_BTD * own_BT[..., None]).sum(1)
         count_B1 = own_BT.sum(1, keepdim=True)
         mean_BD = (total_BD / count_B1).nan_to_num(math.inf, math.inf, -math.inf)
         return mean_BD.where(count_B1 > 0, math.nan)

@@ -14,7 +14,8 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import resolve_revision
 
-from .attention_hft import best_attention, goes_to_gpu, without_weights
+from .attention_hft import best_attention, goes_to_gpu
+from .backbone_hft import check_is_decoder, decoder_of, key_mapping_of, without_weights
 from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig, check_keys
 from .files_hft import SHARED_FILE, disk_errors, finish_writing, replacing
 from .hierarchy_hft import Hierarchy, nearest
@@ -85,12 +86,9 @@ class HFTStorage(HFTSlimFiles):
         text_config = AutoConfig.from_pretrained(backbone, **download)
         if text_config.model_type == HFTConfig.model_type:
             raise ValueError(f"'{backbone}' is an HFT model itself; load it with from_pretrained and use add_task.")
-        if text_config.get_text_config(decoder=True).model_type != text_config.model_type:
-            raise ValueError(
-                f"'{backbone}' is a {text_config.model_type!r}, which takes more than text; give a text model of the family."
-            )
+        check_is_decoder(backbone, text_config)
         # Naming the family here gives a clear error before anything heavy is loaded.
-        adapted_linears(without_weights(text_config).base_model, target_modules)
+        adapted_linears(decoder_of(without_weights(text_config)), target_modules)
         config = HFTConfig(
             text_config=text_config,
             gating_config=gating_config,
@@ -114,6 +112,8 @@ class HFTStorage(HFTSlimFiles):
         vars(config.text_config).pop("quantization_config", None)
         if "quantization_config" in files:  # the repository itself is quantised
             config.quantization_config = files["quantization_config"]
+        if mapping := key_mapping_of(config.text_config):
+            kwargs.setdefault("key_mapping", mapping)
         model, _ = cls._load_whole(config.backbone, config=config, **kwargs)
         return model
 
@@ -292,7 +292,8 @@ class HFTStorage(HFTSlimFiles):
                 if slim:
                     self._write_tasks(folder)
                 else:
-                    super().save_pretrained(folder, state_dict=state_dict, **kwargs)
+                    # As they are called here: a family's way back to its own names would change HFT's, too.
+                    super().save_pretrained(folder, state_dict=state_dict, **{"save_original_format": False, **kwargs})
                 self._write_router(folder)
                 self._write_config_and_code(folder, slim)
         if push_to_hub:

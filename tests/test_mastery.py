@@ -37,7 +37,7 @@ class Watching(HFTTrainer):
     """Notes each task's parameters after each step."""
 
     def training_step(self, model, inputs, *args, **kwargs):
-        task = self._task_names[int(inputs["task"][0])]
+        task = self._task_of(inputs)
         vars(self).setdefault("taken", []).append((task, task in self.mastery.mastered))
         return super().training_step(model, inputs, *args, **kwargs)
 
@@ -122,7 +122,7 @@ def test_a_shared_steps_loss_is_a_mean_over_the_tokens_of_those_who_learn(
 
     class Counting(Watching):
         def training_step(self, model, inputs, num_items_in_batch=None):
-            task = self._task_names[int(inputs["task"][0])]
+            task = self._task_of(inputs)
             count = int((inputs["labels"][:, 1:] != -100).sum())
             steps.setdefault(self.state.global_step, []).append((task, count, int(num_items_in_batch)))
             return super().training_step(model, inputs, num_items_in_batch)

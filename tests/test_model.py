@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 import hft
-from hft.attention_hft import best_attention, goes_to_gpu, without_weights
+from hft.attention_hft import best_attention, goes_to_gpu
+from hft.backbone_hft import without_weights
 from hft.path_hft import active_path, on_path
 
 from .naive import naive_logits

@@ -70,7 +70,7 @@ class Watching(HFTTrainer):
     num_labels: list[int]
 
     def training_step(self, model, inputs, *args, **kwargs):
-        task = self._task_names[int(inputs["task"][0])]
+        task = self._task_of(inputs)
         fill_silent(self.model, task)
         loss = super().training_step(model, inputs, *args, **kwargs)
         expected, gradients = plain_step(self.model, task, inputs)

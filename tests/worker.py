@@ -22,7 +22,7 @@ class Watching(HFTTrainer):
     """Notes the task of each micro-batch, and whatever this process writes."""
 
     def training_step(self, model, inputs, *args, **kwargs):
-        self.tasks.append(self._task_names[int(inputs["task"][0])])
+        self.tasks.append(self._task_of(inputs))
         return super().training_step(model, inputs, *args, **kwargs)
 
 

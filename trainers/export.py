@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from hft.backbone_hft import decoder_of
 from hft.files_hft import disk_errors, replacing
 from hft.lora_io_hft import Factors, export_lora, path_factors
 
@@ -247,7 +248,7 @@ def _end_alike(plain: PreTrainedModel, model: PreTrainedModel) -> None:
 def add_path(plain: PreTrainedModel, factors: Factors) -> None:
     """Adds a path to the weights of a plain backbone, in place."""
     for name, (A_RI, B_OR) in factors.items():
-        weight_OI = plain.base_model.get_submodule(name).weight
+        weight_OI = decoder_of(plain).get_submodule(name).weight
         weight_OI.copy_((weight_OI.float() + B_OR.float().cpu() @ A_RI.float().cpu()).to(weight_OI.dtype))
 
 
@@ -314,7 +315,7 @@ def on_plain(plain: PreTrainedModel, factors: Factors, tokenizer: Any, prompts: 
 
     hooks = []
     for name, (A_RI, B_OR) in factors.items():
-        linear = plain.base_model.get_submodule(name)
+        linear = decoder_of(plain).get_submodule(name)
         hooks.append(linear.register_forward_hook(lambda m, a, y, A=A_RI, B=B_OR: add(m, a, y, A, B)))
     try:
         return logits_of(plain.eval(), tokenizer, prompts)

@@ -229,8 +229,8 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         return self._sampler
 
     def _task_of(self, inputs: Mapping[str, Any]) -> str:
-        """The task of a micro-batch; makes a GPU wait."""
-        return self._task_names[int(inputs["task"][0])]
+        """The task of a micro-batch."""
+        return self._task_names[inputs["task"][0]]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it trains."""
@@ -242,7 +242,7 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._average_gradients()
         if len(self._checked) == len(self.stage.tasks):
-            return loss  # without asking for the task, for which a GPU would wait
+            return loss
         task = self._task_of(inputs)
         if task not in self._checked:
             self._checked.add(task)

@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from hft.attention_hft import plain_attention, without_weights
+from hft.attention_hft import plain_attention
+from hft.backbone_hft import without_weights
 from hft.configuration_hft import HFTConfig, HFTMemoryConfig
 from hft.hierarchy_hft import Hierarchy
 from hft.modeling_hft import HFTForCausalLM

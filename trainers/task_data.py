@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -259,7 +258,9 @@ def tokenize_rows(
 
 @dataclass
 class OneTaskCollator:
-    """Collates as `collator` does and adds `task` [B], the id of the one task that all rows have in `TASK_ID`.
+    """Collates as `collator` does and adds `task`, a list: B times the id of the one task that all rows have in `TASK_ID`.
+
+    As a tensor it would move to the GPU, and whoever asks for it there would wait for all that the GPU still has to do.
 
     Args:
         collator: TRL's. If it flattens rows into one (padding-free), B is 1.
@@ -271,5 +272,5 @@ class OneTaskCollator:
         tasks = {int(example[TASK_ID]) for example in examples}
         assert len(tasks) == 1, f"a micro-batch holds one task, not {sorted(tasks)}"
         batch = self.collator([{name: value for name, value in row.items() if name != TASK_ID} for row in examples])
-        batch["task"] = torch.full((batch["input_ids"].shape[0],), tasks.pop())
+        batch["task"] = [tasks.pop()] * batch["input_ids"].shape[0]
         return batch

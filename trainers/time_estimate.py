@@ -126,7 +126,7 @@ class _TimedTrainer(HFTTrainer):
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        task = self._task_names[int(inputs["task"][0])]
+        task = self._task_of(inputs)
         self.starts.append((time.perf_counter(), self.stage.level, task, inputs["input_ids"].numel()))
         return super().training_step(model, inputs, *args, **kwargs)
 

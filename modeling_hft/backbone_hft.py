@@ -1,0 +1,57 @@
+"""What HFT must know of a backbone's family: its decoder, what it takes, and how its files name it."""
+
+import copy
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def without_weights(text_config: PreTrainedConfig) -> PreTrainedModel:
+    """A decoder of the family whose parameters have shapes only."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(text_config))
+
+
+def decoder_of(backbone: PreTrainedModel) -> PreTrainedModel:
+    """The stack of layers without the head."""
+    decoder = backbone.base_model
+    if decoder is backbone:  # Llama 4's `base_model_prefix` names none of its parts
+        return next((part for part in backbone.children() if isinstance(part, PreTrainedModel)), backbone)
+    return decoder
+
+
+def decoder_name(backbone: PreTrainedModel) -> str:
+    """What the backbone calls its decoder: `model`."""
+    decoder = decoder_of(backbone)
+    return next(name for name, module in backbone.named_modules() if module is decoder)
+
+
+def check_is_decoder(name: str, text_config: PreTrainedConfig) -> None:
+    """Raises ValueError for a model that takes more than text, has an encoder, or sees tokens to come."""
+    family = text_config.model_type
+    if text_config.get_text_config(decoder=True).model_type != family:
+        raise ValueError(f"'{name}' is a {family!r}, which takes more than text; give a text model of the family.")
+    if getattr(text_config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"'{name}' is a {family!r}, an encoder and a decoder; HFT stands on decoders, such as Llama, Qwen or Gemma."
+        )
+    # Families that can be either, as BERT, say which; GPT-NeoX has the key, too, and never heeds it.
+    if family in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(text_config, "is_decoder", None) is False:
+        raise ValueError(
+            f"'{name}' is a {family!r} whose tokens see those to come, so it cannot generate; HFT stands on decoders, "
+            "such as Llama, Qwen or Gemma."
+        )
+
+
+def key_mapping_of(text_config: PreTrainedConfig) -> dict[str, str] | None:
+    """How to read the files of a family whose keys begin with `backbone.`, as Nemotron-H's; None for others.
+
+    transformers would take that for the name under which HFT has its backbone, and so not do the family's own renaming.
+    """
+    for conversion in get_checkpoint_conversion_mapping(text_config.model_type) or ():
+        for source, target in zip(conversion.source_patterns, conversion.target_patterns, strict=False):
+            if source.lstrip("^").replace("\\", "") == "backbone.":
+                return {r"^backbone\.": target}
+    return None
