@@ -4,6 +4,7 @@ B batch, T tokens, I/O in and out features, R rank of a whole path: the sum over
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,9 +57,8 @@ class HFTFused:
         if path.task_of_row_B is None:
             (task,) = path.tasks
             if task.kept is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                pairs, g_R = self._sources(task, x_BTI)
-                factors = [factor for pair in pairs for factor in pair]
-                return _PathProduct.apply(x_BTI, g_R, *factors)
+                factors = [factor for pair in self._pairs(task) for factor in pair]
+                return _PathProduct.apply(x_BTI, task.gates, self._gates(task), *factors)
             if task.wide is not None and _are_few_on_cpu(x_BTI):
                 down_RI, up_OR = self._wide_factors(task, task.wide, x_BTI)
                 return F.linear(F.linear(x_BTI.float(), down_RI), up_OR).to(x_BTI.dtype)
@@ -114,16 +114,21 @@ class HFTFused:
         return wide[self.name]
 
     def _fuse(self, task: HFTTaskPath, like: torch.Tensor) -> Pair:
-        pairs, g_R = self._sources(task, like)
-        down_RI, up_OR = _concatenated(pairs, like)
+        down_RI, up_OR = _concatenated(self._pairs(task), like)
+        g_R = task.column_gates(self.nodes.layer, self.memory is not None).to(like.device)
         return down_RI, (up_OR * g_R).to(like.dtype)
 
-    def _sources(self, task: HFTTaskPath, like: torch.Tensor) -> tuple[list[Pair], torch.Tensor]:
-        """The factors of all sources, and a gate for each of their columns [R], on the device of `like`."""
+    def _pairs(self, task: HFTTaskPath) -> list[Pair]:
+        """The factors of all sources: nodes first."""
         pairs = [self.nodes.pair(node) for node in task.sources.nodes]
         if self.memory is not None:
             pairs += [self.memory.pair(page) for page in task.sources.pages]
-        return pairs, task.column_gates(self.nodes.layer, self.memory is not None).to(like.device)
+        return pairs
+
+    def _gates(self, task: HFTTaskPath) -> "_Gates":
+        columns = slice(None if self.memory is not None else task.num_node_columns)
+        learns_RN = None if task.learns_RN is None else task.learns_RN[columns]
+        return _Gates(self.nodes.layer, task.source_of_column_R[columns], learns_RN)
 
 
 def _stack(pairs: list[Pair]) -> Pair:
@@ -159,9 +164,24 @@ def _are_few_on_cpu(x_BTI: torch.Tensor) -> bool:
 
 
 def _concatenated(pairs: Sequence[Pair], like: torch.Tensor) -> Pair:
-    """Sources as one pair: down [R, I] in the dtype of `like`, up [O, R] as it is; on its device."""
-    down_RI = torch.cat([down for down, _ in pairs]).to(like)
-    return down_RI, torch.cat([up for _, up in pairs], dim=1).to(like.device)
+    """Sources as one pair: down [R, I] and up [O, R], in the dtype and on the device of `like`."""
+    downs, ups = ([factor.to(like) for factor in factors] for factors in zip(*pairs, strict=True))
+    return (downs[0], ups[0]) if len(pairs) == 1 else (torch.cat(downs), torch.cat(ups, dim=1))
+
+
+@dataclass(frozen=True)
+class _Gates:
+    """Which of a task's gates [L, N] a linear has.
+
+    Args:
+        layer: the row.
+        source_of_column_R: for each column of the linear's factors, the place of its source.
+        learns_RN: 1.0 where a column's source is one whose gate gets gradients; None if none does.
+    """
+
+    layer: int
+    source_of_column_R: torch.Tensor
+    learns_RN: torch.Tensor | None
 
 
 class _PathProduct(torch.autograd.Function):
@@ -169,38 +189,61 @@ class _PathProduct(torch.autograd.Function):
 
     Autograd by itself would compute the gradients of all concatenated factors, those of sealed ancestors and pages among
     them, which on a long path are most of it, and drop them. A gate needs no factor's gradient: its own is a sum over the
-    rank axis.
+    rank axis. Factors that train and lie side by side get their gradients by one product.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_BTI: torch.Tensor, g_R: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, x_BTI: torch.Tensor, gates_LN: torch.Tensor, which: _Gates, *factors: torch.Tensor
+    ) -> torch.Tensor:
         """`factors`: down and up of each source, one after another."""
-        pairs = list(zip(factors[::2], factors[1::2], strict=True))
-        down_RI, up_OR = _concatenated(pairs, x_BTI)
+        down_RI, up_OR = _concatenated(list(zip(factors[::2], factors[1::2], strict=True)), x_BTI)
+        g_R = gates_LN[which.layer].index_select(0, which.source_of_column_R).to(x_BTI.device)
+        scaled_OR = torch.mul(up_OR, g_R, out=torch.empty_like(up_OR))
         h_BTR = F.linear(x_BTI, down_RI)
-        ctx.save_for_backward(x_BTI, h_BTR, g_R, down_RI, up_OR.to(x_BTI.dtype))
-        ctx.ranks = [len(down) for down, _ in pairs]
+        ctx.gates_learn = ctx.needs_input_grad[1] and which.learns_RN is not None
+        ctx.save_for_backward(x_BTI, h_BTR, g_R, down_RI, up_OR if ctx.gates_learn else scaled_OR)
+        ctx.which, ctx.gates = which, (gates_LN.shape, gates_LN.dtype, gates_LN.device)
+        ctx.ranks = [len(down) for down in factors[::2]]
         ctx.dtypes = [factor.dtype for factor in factors]
-        return F.linear(h_BTR, (up_OR * g_R).to(x_BTI.dtype))
+        return F.linear(h_BTR, scaled_OR)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_BTO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_BTI, h_BTR, g_R, down_RI, up_OR = ctx.saved_tensors
+        needs_x, _, _, *needs = ctx.needs_input_grad
         dy_NO = dy_BTO.flatten(0, -2)  # N: all leading axes
         x_NI, h_NR = (saved.flatten(0, -2).to(dy_NO.dtype) for saved in (x_BTI, h_BTR))
-        ungated_NR = dy_NO @ up_OR.to(dy_NO.dtype)
-        dh_NR = (ungated_NR * g_R).to(dy_NO.dtype)
-        needs_x, needs_gates, *needs = ctx.needs_input_grad
+        dh_NR, dgates_LN = dy_NO @ up_OR.to(dy_NO.dtype), None
+        if ctx.gates_learn:
+            (shape, dtype, device), which = ctx.gates, ctx.which
+            dg_R = (dh_NR.to(g_R.dtype) * h_NR).sum(0).to(device)
+            dgates_LN = torch.zeros(shape, dtype=dtype, device=device)
+            dgates_LN[which.layer] = dg_R @ which.learns_RN.to(dg_R)
+            dh_NR = torch.mul(dh_NR, g_R, out=torch.empty_like(dh_NR))
         dx_BTI = (dh_NR @ down_RI.to(dy_NO.dtype)).to(x_BTI.dtype).view_as(x_BTI) if needs_x else None
-        dg_R = (ungated_NR.to(g_R.dtype) * h_NR).sum(0) if needs_gates else None
-        gradients: list[torch.Tensor | None] = []
-        begin = 0
-        for source, rank in enumerate(ctx.ranks):
-            own = slice(begin, begin + rank)
-            ddown_RI = dh_NR[:, own].T @ x_NI if needs[2 * source] else None
-            dup_OR = (dy_NO.T @ h_NR[:, own]) * g_R[own] if needs[2 * source + 1] else None
-            gradients += [ddown_RI, dup_OR]
-            begin += rank
-        cast = zip(gradients, ctx.dtypes, strict=True)
-        return dx_BTI, dg_R, *(None if gradient is None else gradient.to(dtype) for gradient, dtype in cast)
+        gradients: list[torch.Tensor | None] = [None] * len(needs)
+        for sources, columns in _runs(needs[::2], ctx.ranks):
+            ddown_RI = (dh_NR[:, columns].T @ x_NI).to(ctx.dtypes[2 * sources[0]])
+            for source, part_RI in zip(sources, ddown_RI.split([ctx.ranks[i] for i in sources]), strict=True):
+                gradients[2 * source] = part_RI.to(ctx.dtypes[2 * source])
+        for sources, columns in _runs(needs[1::2], ctx.ranks):
+            dup_OR = (dy_NO.T @ h_NR[:, columns]) * g_R[columns]
+            for source, part_OR in zip(sources, dup_OR.split([ctx.ranks[i] for i in sources], dim=1), strict=True):
+                gradients[2 * source + 1] = part_OR.to(ctx.dtypes[2 * source + 1])
+        return dx_BTI, dgates_LN, None, *gradients
+
+
+def _runs(needs: Sequence[bool], ranks: Sequence[int]) -> list[tuple[list[int], slice]]:
+    """The sources that are needed, in runs that lie side by side: their places, and their columns."""
+    runs: list[tuple[list[int], slice]] = []
+    begin = 0
+    for source, (is_needed, rank) in enumerate(zip(needs, ranks, strict=True)):
+        end = begin + rank
+        if is_needed and runs and runs[-1][1].stop == begin:
+            runs[-1] = ([*runs[-1][0], source], slice(runs[-1][1].start, end))
+        elif is_needed:
+            runs.append(([source], slice(begin, end)))
+        begin = end
+    return runs

@@ -190,12 +190,15 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         gates_LN = self.hft_gates.of(task)
         source_of_column_R = [source for source, rank in enumerate(ranks) for _ in range(rank)]
         columns = self._constants.of(source_of_column_R, gates_LN.device)
-        learns_N = None
-        # A sealed task's gates want gradients in a refresh only, all of them.
-        if gates_LN.requires_grad and not self.config.task(task)["sealed"]:
-            learning = self.learning_gates(task)
-            learns_N = self._constants.of([i in learning for i in range(len(sources))], gates_LN.device)
-        return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns, kept, learns_N=learns_N)
+        learns_RN = None
+        if gates_LN.requires_grad:
+            places = range(len(sources))  # a sealed task's gates want gradients in a refresh only, all of them
+            learning = self.learning_gates(task) if not self.config.task(task)["sealed"] else places
+            learns = [
+                float(source == column and source in learning) for column in source_of_column_R for source in places
+            ]
+            learns_RN = self._constants.of(learns, gates_LN.device).view(len(columns), len(sources))
+        return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns, kept, learns_RN=learns_RN)
 
     def _rows(self, task: Task, num_rows: int | None) -> list[str | None]:
         """The names in `task`, checked; one if it is one for all rows. None for the backbone."""

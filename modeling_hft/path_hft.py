@@ -59,7 +59,7 @@ class HFTTaskPath:
         kept: the fused factors that linears made on this path, by linear, and which are still right; linears add theirs.
             None: they make them anew.
         wide: the same in float32, while tokens are generated; None otherwise.
-        learns_N: which sources' gates get gradients; None: all, as in a refresh, or none.
+        learns_RN: 1.0 where the column's source is one whose gate gets gradients; None if no gate does.
     """
 
     task: str
@@ -69,14 +69,14 @@ class HFTTaskPath:
     num_node_columns: int
     kept: dict[str, Pair] | None = None
     wide: dict[str, Pair] | None = None
-    learns_N: torch.Tensor | None = None
+    learns_RN: torch.Tensor | None = None
 
     def column_gates(self, layer: int, with_pages: bool) -> torch.Tensor:
         """One layer's gates, a number a column of the factors: [R], float32; the nodes' columns, or all."""
         columns = self.source_of_column_R if with_pages else self.source_of_column_R[: self.num_node_columns]
         gates_N = self.gates[layer]
-        if self.learns_N is not None:
-            gates_N = torch.where(self.learns_N, gates_N, gates_N.detach())
+        if self.learns_RN is not None and torch.is_grad_enabled():
+            gates_N = torch.where(self.learns_RN.any(0), gates_N, gates_N.detach())
         return gates_N[columns]
 
 
@@ -85,7 +85,7 @@ class HFTOwner:
 
 
 class HFTConstants:
-    """Small tensors of whole numbers or truth values on some device, each brought there once.
+    """Small tensors of numbers on some device, each brought there once.
 
     A copy to a GPU waits for all that the GPU still has to do, so no pass should make one.
     """
@@ -95,7 +95,7 @@ class HFTConstants:
     def __init__(self):
         self._made: dict[tuple[Any, ...], torch.Tensor] = {}
 
-    def of(self, numbers: Sequence[int | bool], device: torch.device) -> torch.Tensor:
+    def of(self, numbers: Sequence[float], device: torch.device) -> torch.Tensor:
         """These numbers [N]; not to be written to."""
         if torch.compiler.is_compiling():
             return torch.tensor(numbers, device=device)

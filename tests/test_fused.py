@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import hft
-from hft.fused_hft import _PathProduct
+from hft.fused_hft import _Gates, _PathProduct, _runs
 
 from .test_model import prompts
 from .tiny import bits, fill, grow
@@ -40,21 +40,27 @@ def test_gradients_are_autograds_own_and_nothing_else_is_summed(trains):
     shapes = [shape for rank in ranks for shape in ((rank, inside), (outside, rank))]
     factors = [torch.randn(shape, dtype=torch.double, requires_grad=i in trains) for i, shape in enumerate(shapes)]
     x = torch.randn(*tokens, inside, dtype=torch.double, requires_grad=True)
-    gates = torch.tensor([0.5, 0.0, -2.0], dtype=torch.double, requires_grad=True)  # a closed gate learns, too
+    # of two layers; a closed gate learns, too, and the last one does not
+    gates = torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.0, -2.0]], dtype=torch.double, requires_grad=True)
     weight = torch.randn(*tokens, outside, dtype=torch.double)
+    columns = torch.tensor([i for i, rank in enumerate(ranks) for _ in range(rank)])
+    learns_N = torch.tensor([1.0, 1.0, 0.0], dtype=torch.double)
 
     def run(product):
-        columns = torch.tensor([i for i, rank in enumerate(ranks) for _ in range(rank)])
         wanted = [x, gates, *(factors[i] for i in trains)]
-        out = product(x, gates[columns], *factors)
+        out = product(x, gates, *factors)
         with FlopCounterMode(display=False) as counter:
             found = torch.autograd.grad((out * weight).sum(), wanted)
         return out.detach(), found, counter.get_total_flops()
 
-    def plain(x, g_R, *factors):
-        return F.linear(F.linear(x, torch.cat(factors[::2])), torch.cat(factors[1::2], 1) * g_R)
+    def plain(x, gates, *factors):
+        g_N = torch.where(learns_N.bool(), gates[1], gates[1].detach())
+        return F.linear(F.linear(x, torch.cat(factors[::2])), torch.cat(factors[1::2], 1) * g_N[columns])
 
-    ours, found, flops = run(_PathProduct.apply)
+    def fused(x, gates, *factors):
+        return _PathProduct.apply(x, gates, _Gates(1, columns, (torch.eye(3).double() * learns_N)[columns]), *factors)
+
+    ours, found, flops = run(fused)
     theirs, expected, _ = run(plain)
     assert bits(ours) == bits(theirs)
     for gradient, truth in zip(found, expected, strict=True):
@@ -62,7 +68,12 @@ def test_gradients_are_autograds_own_and_nothing_else_is_summed(trains):
     a_column = 2 * 2 * 5  # flops a column of one factor, over a feature
     through = sum(ranks) * (inside + outside)
     own = sum(ranks[i // 2] * (outside if i % 2 else inside) for i in trains)
-    assert flops == a_column * (through + own)
+    assert flops == a_column * (through + own) + 2 * sum(ranks) * len(ranks)  # and the gates' own sums
+
+
+def test_neighbours_share_a_product():
+    assert _runs([True, True, False, True], [3, 2, 4, 1]) == [([0, 1], slice(0, 5)), ([3], slice(9, 10))]
+    assert _runs([False, False], [3, 2]) == []
 
 
 def test_a_sealed_ancestor_costs_no_gradients_in_the_whole_model(backbones):
