@@ -178,6 +178,34 @@ def test_the_qualitys_sentences(figures):
     )
 
 
+def test_the_four_tasks_with_few_rows():
+    cells = {
+        cell["method"]: cell for cell in read_cells("quality.jsonl") if cell["name"] == "quality-small-low_resource"
+    }
+    root, single = cells["hft_root_no_memory"], cells["single"]
+    assert {cell["seed"] for cell in cells.values()} == {0} and len(cells) == 2
+    scores = [
+        f"{root[rows]['ap']:.1f} with one root for the four, {single[rows]['ap']:.1f}"
+        for rows in ("test", "validation")
+    ]
+    assert (
+        f"{scores[0]} with one LoRA each ({scores[1].replace(' with one root for the four,', ' and')} on validation rows)."
+        in PROSE
+    )
+
+    def both(task: str) -> str:
+        return " and ".join(f"{cell['test']['tasks'][task]['accuracy']:.1f}" for cell in (root, single))
+
+    assert (
+        f"Only cb is learnt ({both('cb')}); copa ({both('copa')}), rte ({both('rte')}) and wic ({both('wic')})"
+        in PROSE
+    )
+    for cell in (root, single):
+        for task in ("copa", "rte", "wic"):  # two answers each
+            score = cell["test"]["tasks"][task]
+            assert score["accuracy"] - 50 < 2 * score["se"], task
+
+
 def test_more_rows_in_place_of_more_epochs():
     cells = {cell["setting"]: cell for cell in read_cells("quality.jsonl") if cell["name"] == "quality-medium-family"}
     joint, root, thirds = (
@@ -446,12 +474,8 @@ def test_the_sentences_on_the_ablation(figures):
         in PROSE
     )
     assert f"no parents at all are level with them ({points('full', 'flat')} of difference)" in PROSE
-    strange = [
-        cell["value"] - cells["full", seed]["value"] for (name, seed), cell in cells.items() if name == "other_parents"
-    ]
-    assert (
-        len(strange) == 1 and f"(with none the same it is {strange[0]:.1f} points above the chains; one seed)" in PROSE
-    )
+    strange = figures["ablation.full_minus_other_parents"], figures["ablation.full_minus_other_parents_se"]
+    assert f"(with none the same it is {-strange[0]:.1f} ± {strange[1]:.1f} points above the chains)" in PROSE
     for setting in ("flat", "random_parents", "no_gates", "no_memory"):
         name = f"ablation.full_minus_{setting}"
         assert abs(figures[name]) < 2 * figures[f"{name}_se"], setting  # "level", "no difference beyond the error"
