@@ -1,6 +1,7 @@
 """What HFT must know of a backbone's family: its decoder, what it takes, and how its files name it."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -33,7 +34,7 @@ def check_is_decoder(name: str, text_config: PreTrainedConfig) -> None:
     family = text_config.model_type
     if text_config.get_text_config(decoder=True).model_type != family:
         raise ValueError(f"'{name}' is a {family!r}, which takes more than text; give a text model of the family.")
-    if getattr(text_config, "is_encoder_decoder", False):
+    if text_config.is_encoder_decoder:
         raise ValueError(
             f"'{name}' is a {family!r}, an encoder and a decoder; HFT stands on decoders, such as Llama, Qwen or Gemma."
         )
@@ -43,6 +44,18 @@ def check_is_decoder(name: str, text_config: PreTrainedConfig) -> None:
             f"'{name}' is a {family!r} whose tokens see those to come, so it cannot generate; HFT stands on decoders, "
             "such as Llama, Qwen or Gemma."
         )
+
+
+def check_unshared(decoder: PreTrainedModel, linears: Iterable[str]) -> None:
+    """Raises ValueError if two of the linears share a weight, as Zamba2's: none could have a path of its own added to it."""
+    whose: dict[int, str] = {}
+    for name in linears:
+        other = whose.setdefault(id(decoder.get_submodule(name).weight), name)
+        if other != name:
+            raise ValueError(
+                f"The linears {other!r} and {name!r} of this backbone share one weight, and what is added to each differs, "
+                "so a path cannot be merged into it; fold it without merge=True, or export it as a LoRA."
+            )
 
 
 def key_mapping_of(text_config: PreTrainedConfig) -> dict[str, str] | None:

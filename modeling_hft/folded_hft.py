@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from .backbone_hft import check_unshared
 from .fused_hft import padded
 from .path_hft import HFTPath, HFTTaskPath, Pair
 
@@ -66,7 +67,7 @@ class HFTFolding:
     @torch.no_grad()
     def unfold(self) -> None:
         """Serves all tasks again; a merged backbone gets its weights back, bit by bit. Does nothing if nothing is folded."""
-        for name, weight_OI in (self._unmerged or {}).items():  # no two linears share weights
+        for name, weight_OI in (self._unmerged or {}).items():  # none twice: see `_check_mergeable`
             self.base_model.get_submodule(name).weight.copy_(weight_OI)
         self._folded, self._folded_path, self._unmerged = None, None, None
 
@@ -124,15 +125,9 @@ class HFTFolding:
             )
 
     def _check_mergeable(self, task: str) -> None:
-        whose: dict[int, str] = {}
+        check_unshared(self.base_model, self._fused)
         for name in self._fused:
             linear = self.base_model.get_submodule(name)
-            other = whose.setdefault(id(linear.weight), name)
-            if other != name:
-                raise ValueError(
-                    f"The linears {other!r} and {name!r} of this backbone share one weight, and what is added to each "
-                    "differs; fold it without merge=True."
-                )
             if type(linear).forward is not nn.Linear.forward or linear.weight.device.type == "meta":
                 raise ValueError(
                     f"A path can be merged only into weights in 16 or 32 bit that are in memory, and {name!r} is a "

@@ -176,7 +176,7 @@ class _Gates:
     Args:
         layer: the row.
         source_of_column_R: for each column of the linear's factors, the place of its source.
-        learns_RN: 1.0 where a column's source is one whose gate gets gradients; None if none does.
+        learns_RN: 1.0 where a column's source is one whose gate gets gradients; None if no gate does.
     """
 
     layer: int
@@ -201,8 +201,7 @@ class _PathProduct(torch.autograd.Function):
         g_R = gates_LN[which.layer].index_select(0, which.source_of_column_R).to(x_BTI.device)
         scaled_OR = torch.mul(up_OR, g_R, out=torch.empty_like(up_OR))
         h_BTR = F.linear(x_BTI, down_RI)
-        ctx.gates_learn = ctx.needs_input_grad[1] and which.learns_RN is not None
-        ctx.save_for_backward(x_BTI, h_BTR, g_R, down_RI, up_OR if ctx.gates_learn else scaled_OR)
+        ctx.save_for_backward(x_BTI, h_BTR, g_R, down_RI, up_OR if ctx.needs_input_grad[1] else scaled_OR)
         ctx.which, ctx.gates = which, (gates_LN.shape, gates_LN.dtype, gates_LN.device)
         ctx.ranks = [len(down) for down in factors[::2]]
         ctx.dtypes = [factor.dtype for factor in factors]
@@ -212,36 +211,37 @@ class _PathProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_BTO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_BTI, h_BTR, g_R, down_RI, up_OR = ctx.saved_tensors
-        needs_x, _, _, *needs = ctx.needs_input_grad
+        needs_x, needs_gates, _, *needs = ctx.needs_input_grad
         dy_NO = dy_BTO.flatten(0, -2)  # N: all leading axes
         x_NI, h_NR = (saved.flatten(0, -2).to(dy_NO.dtype) for saved in (x_BTI, h_BTR))
         dh_NR, dgates_LN = dy_NO @ up_OR.to(dy_NO.dtype), None
-        if ctx.gates_learn:
+        if needs_gates:
             (shape, dtype, device), which = ctx.gates, ctx.which
             dg_R = (dh_NR.to(g_R.dtype) * h_NR).sum(0).to(device)
             dgates_LN = torch.zeros(shape, dtype=dtype, device=device)
-            dgates_LN[which.layer] = dg_R @ which.learns_RN.to(dg_R)
+            dgates_LN[which.layer] = (dg_R[:, None] * which.learns_RN).sum(0)
             dh_NR = torch.mul(dh_NR, g_R, out=torch.empty_like(dh_NR))
         dx_BTI = (dh_NR @ down_RI.to(dy_NO.dtype)).to(x_BTI.dtype).view_as(x_BTI) if needs_x else None
         gradients: list[torch.Tensor | None] = [None] * len(needs)
-        for sources, columns in _runs(needs[::2], ctx.ranks):
+        # Parts of one tensor, which autograd may keep as gradients: they share its memory.
+        for sources, columns in _runs(needs[::2], ctx.ranks, ctx.dtypes[::2]):
             ddown_RI = (dh_NR[:, columns].T @ x_NI).to(ctx.dtypes[2 * sources[0]])
             for source, part_RI in zip(sources, ddown_RI.split([ctx.ranks[i] for i in sources]), strict=True):
-                gradients[2 * source] = part_RI.to(ctx.dtypes[2 * source])
-        for sources, columns in _runs(needs[1::2], ctx.ranks):
+                gradients[2 * source] = part_RI
+        for sources, columns in _runs(needs[1::2], ctx.ranks, ctx.dtypes[1::2]):
             dup_OR = (dy_NO.T @ h_NR[:, columns]) * g_R[columns]
             for source, part_OR in zip(sources, dup_OR.split([ctx.ranks[i] for i in sources], dim=1), strict=True):
                 gradients[2 * source + 1] = part_OR.to(ctx.dtypes[2 * source + 1])
         return dx_BTI, dgates_LN, None, *gradients
 
 
-def _runs(needs: Sequence[bool], ranks: Sequence[int]) -> list[tuple[list[int], slice]]:
-    """The sources that are needed, in runs that lie side by side: their places, and their columns."""
+def _runs(needs: Sequence[bool], ranks: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[tuple[list[int], slice]]:
+    """The sources that are needed, in runs of one dtype that lie side by side: their places, and their columns."""
     runs: list[tuple[list[int], slice]] = []
     begin = 0
     for source, (is_needed, rank) in enumerate(zip(needs, ranks, strict=True)):
         end = begin + rank
-        if is_needed and runs and runs[-1][1].stop == begin:
+        if is_needed and runs and runs[-1][1].stop == begin and dtypes[source] == dtypes[source - 1]:
             runs[-1] = ([*runs[-1][0], source], slice(runs[-1][1].start, end))
         elif is_needed:
             runs.append(([source], slice(begin, end)))

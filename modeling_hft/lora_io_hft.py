@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from .backbone_hft import decoder_name
+from .backbone_hft import decoder_name, without_weights
 from .files_hft import replacing, write_tensors
 from .nodes_hft import beside, flat
 from .trimmed_hft import balanced
@@ -52,11 +52,11 @@ def path_factors(model: PreTrainedModel, task: str) -> Factors:
             pairs += [(memory.pair(page), column) for column, page in pages]
         # A linear that reads nothing keeps one silent column, so that all linears stay targets.
         pairs = [(pair, column) for pair, column in pairs if used[column]] or pairs[:1]
-        down_RI = torch.cat([down for (down, _), _ in pairs]).detach()
-        up_OR = torch.cat([up for (_, up), _ in pairs], 1).detach()
+        dtype = model.backbone.dtype  # as in a pass: first the dtype, then the gates
+        down_RI = torch.cat([down.detach().to(dtype) for (down, _), _ in pairs])
+        up_OR = torch.cat([up.detach().to(dtype) for (_, up), _ in pairs], 1)
         g_R = torch.cat([gates_LN[nodes.layer, column].expand(len(down)) for (down, _), column in pairs])
-        dtype = model.backbone.dtype
-        factors[name] = (down_RI.to(dtype), (up_OR * g_R.to(up_OR.device)).to(dtype))
+        factors[name] = (down_RI, (up_OR * g_R.to(up_OR.device)).to(dtype))
     return factors
 
 
@@ -143,7 +143,7 @@ def export_lora(
         revision=model.config.backbone_revision,
         inference_mode=True,
     )
-    _check_peft_takes(config, model.backbone)
+    _check_peft_takes(config, model, {f"{decoder}.{name}" for name in factors})
     with replacing(folder, last="adapter_config.json") as staging:
         write_tensors(tensors, staging / "adapter_model.safetensors")
         config.save_pretrained(staging)
@@ -157,18 +157,18 @@ def _targets(backbone: PreTrainedModel, linears: Sequence[str]) -> list[str]:
     return sorted({last if (last := name.rsplit(".", 1)[-1]) not in others else name for name in linears})
 
 
-def _check_peft_takes(config: Any, backbone: PreTrainedModel) -> None:
-    """Raises ValueError where PEFT would read some targets as a mixture's experts, and leave the linears without a word."""
-    try:
-        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-    except ImportError:
-        return  # an older one, which takes names as they are
-    read = copy.deepcopy(config)
-    convert_peft_config_for_transformers(read, backbone, None)
-    if lost := sorted(set(config.target_modules) - set(read.target_modules)):
+def _check_peft_takes(config: Any, model: PreTrainedModel, linears: Collection[str]) -> None:
+    """Raises ValueError where PEFT would leave linears out without a word: it reads some names as a mixture's experts."""
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    plain = without_weights(model.config.text_config)
+    inject_adapter_in_model(copy.deepcopy(config), plain, low_cpu_mem_usage=True)
+    taken = {name for name, module in plain.named_modules() if isinstance(module, LoraLayer)}
+    if lost := sorted({name.rsplit(".", 1)[-1] for name in set(linears) - taken}):
         raise ValueError(
-            f"PEFT takes {', '.join(map(repr, lost))} of a {backbone.config.model_type!r} for its experts and would leave "
-            "these linears out, so the path is no plain LoRA there; build the model with `target_modules` of attention "
+            f"PEFT leaves out {', '.join(map(repr, lost))} of a {model.config.text_config.model_type!r}, as it takes these "
+            "names for its experts', so the path is no plain LoRA there; build the model with `target_modules` of attention "
             "only, or export it merged."
         )
 

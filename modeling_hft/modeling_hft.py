@@ -190,15 +190,13 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         gates_LN = self.hft_gates.of(task)
         source_of_column_R = [source for source, rank in enumerate(ranks) for _ in range(rank)]
         columns = self._constants.of(source_of_column_R, gates_LN.device)
-        learns_RN = None
+        learns_N, learns_RN = None, None
         if gates_LN.requires_grad:
             places = range(len(sources))  # a sealed task's gates want gradients in a refresh only, all of them
-            learning = self.learning_gates(task) if not self.config.task(task)["sealed"] else places
-            learns = [
-                float(source == column and source in learning) for column in source_of_column_R for source in places
-            ]
-            learns_RN = self._constants.of(learns, gates_LN.device).view(len(columns), len(sources))
-        return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns, kept, learns_RN=learns_RN)
+            learning = places if self.config.task(task)["sealed"] else self.learning_gates(task)
+            learns_N = self._constants.of([place in learning for place in places], gates_LN.device)
+            learns_RN = torch.eye(len(sources), device=gates_LN.device)[columns] * learns_N
+        return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns, kept, None, learns_N, learns_RN)
 
     def _rows(self, task: Task, num_rows: int | None) -> list[str | None]:
         """The names in `task`, checked; one if it is one for all rows. None for the backbone."""
@@ -253,10 +251,12 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
             if "support_avx512bf16_for_cpu" in vars(module):
                 module.support_avx512bf16_for_cpu = False
 
-    @classmethod
-    def is_custom_code(cls) -> bool:
-        """False, so that transformers leaves out no module when it initialises, as it would Falcon-H1's."""
-        return False
+    def is_custom_code(self) -> bool:
+        """Whether the backbone is: then transformers initialises less, for code that writes over what is loaded.
+
+        HFT's own does not, and of a backbone of transformers no module may be left out, as Falcon-H1's would.
+        """
+        return self.backbone.is_custom_code()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HFTFactors):

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # down [R, I] and up [O, R]
@@ -59,7 +60,8 @@ class HFTTaskPath:
         kept: the fused factors that linears made on this path, by linear, and which are still right; linears add theirs.
             None: they make them anew.
         wide: the same in float32, while tokens are generated; None otherwise.
-        learns_RN: 1.0 where the column's source is one whose gate gets gradients; None if no gate does.
+        learns_N: which sources' gates get gradients; None if no gate does.
+        learns_RN: 1.0 where a column's source is one of these.
     """
 
     task: str
@@ -69,14 +71,15 @@ class HFTTaskPath:
     num_node_columns: int
     kept: dict[str, Pair] | None = None
     wide: dict[str, Pair] | None = None
+    learns_N: torch.Tensor | None = None
     learns_RN: torch.Tensor | None = None
 
     def column_gates(self, layer: int, with_pages: bool) -> torch.Tensor:
         """One layer's gates, a number a column of the factors: [R], float32; the nodes' columns, or all."""
         columns = self.source_of_column_R if with_pages else self.source_of_column_R[: self.num_node_columns]
         gates_N = self.gates[layer]
-        if self.learns_RN is not None and torch.is_grad_enabled():
-            gates_N = torch.where(self.learns_RN.any(0), gates_N, gates_N.detach())
+        if self.learns_N is not None:
+            gates_N = torch.where(self.learns_N, gates_N, gates_N.detach())
         return gates_N[columns]
 
 
@@ -100,12 +103,20 @@ class HFTConstants:
         if torch.compiler.is_compiling():
             return torch.tensor(numbers, device=device)
         key = (device, type(numbers[0]), *numbers)  # as dictionaries see it, True is 1
-        if key not in self._made:
-            if len(self._made) >= self.MOST:
-                self._made = {}
-            with torch.inference_mode(False):  # training may need them, too
-                self._made[key] = torch.tensor(numbers, device=device)
-        return self._made[key]
+        made = self._made  # once: another thread may begin anew
+        if (tensor := made.get(key)) is not None:
+            return tensor
+        with torch.inference_mode(False):  # training may need it, too
+            tensor = torch.tensor(numbers, device=device)
+        if not isinstance(tensor, FakeTensor):  # which is of its mode
+            if len(made) >= self.MOST:
+                self._made = made = {}
+            made[key] = tensor
+        return tensor
+
+    def __reduce__(self):
+        """A copy, or what is loaded, maybe onto another device, begins anew."""
+        return HFTConstants, ()
 
 
 @dataclass(frozen=True)

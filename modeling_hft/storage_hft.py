@@ -33,7 +33,7 @@ AUTO_MAP = {
 # What `PreTrainedModel.save_pretrained` and `push_to_hub` take besides.
 _SAVE_ARGUMENTS = {
     *("repo_id", "commit_message", "private", "token", "revision"),
-    *("max_shard_size", "variant", "save_original_format", "safe_serialization", "save_peft_format"),
+    *("max_shard_size", "variant", "safe_serialization", "save_peft_format"),
 }
 # What tells where a repository's files come from; everything else says how to load the model.
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -113,7 +113,7 @@ class HFTStorage(HFTSlimFiles):
         if "quantization_config" in files:  # the repository itself is quantised
             config.quantization_config = files["quantization_config"]
         if mapping := key_mapping_of(config.text_config):
-            kwargs.setdefault("key_mapping", mapping)
+            kwargs["key_mapping"] = {**mapping, **(kwargs.get("key_mapping") or {})}
         model, _ = cls._load_whole(config.backbone, config=config, **kwargs)
         return model
 
@@ -293,7 +293,7 @@ class HFTStorage(HFTSlimFiles):
                     self._write_tasks(folder)
                 else:
                     # As they are called here: a family's way back to its own names would change HFT's, too.
-                    super().save_pretrained(folder, state_dict=state_dict, **{"save_original_format": False, **kwargs})
+                    super().save_pretrained(folder, state_dict=state_dict, save_original_format=False, **kwargs)
                 self._write_router(folder)
                 self._write_config_and_code(folder, slim)
         if push_to_hub:

@@ -70,6 +70,9 @@ def gradients(model: hft.HFTForCausalLM, ids: torch.Tensor, task: str | list[str
 
 def learn(twins: Twins) -> None:
     """Two stages, checkpointed or not, one task or several in a batch. From a task's second step on, none waits for HFT."""
+    waited.clear()
+    gradients(twins.there, twins.y, "a")
+    assert waited_in("modeling_hft/")  # the first one does
     for level in twins.here.hierarchy.levels():
         twins.each(lambda model, level=level: model.start_stage(level))
         twins.each(lambda model: fill(model.train(), only_trainable=True))

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import hft
 from hft.lora_io_hft import path_factors
@@ -81,7 +81,7 @@ def test_it_is_itself_with_tasks_and_without_wherever_it_is_read(family, tmp_pat
         assert bits(logits(again, task="b")) == bits(expected), slim
     before = snapshot(model)
     if family == "zamba2":
-        with pytest.raises(ValueError, match="share one weight, and what is added to each differs; fold it"):
+        with pytest.raises(ValueError, match="share one weight, and what is added to each differs, so a path"):
             model.fold("b", merge=True)
     else:
         model.fold("b", merge=True)
@@ -90,7 +90,7 @@ def test_it_is_itself_with_tasks_and_without_wherever_it_is_read(family, tmp_pat
     assert snapshot(model) == before
     if family == "qwen3_moe":
         with pytest.raises(
-            ValueError, match=re.escape("PEFT takes 'down_proj', 'gate_proj', 'up_proj' of a 'qwen3_moe'")
+            ValueError, match=re.escape("PEFT leaves out 'down_proj', 'gate_proj', 'up_proj' of a 'qwen3_moe'")
         ):
             hft.export_lora(model, "b", tmp_path / "lora")
         assert not (tmp_path / "lora").exists()
@@ -145,3 +145,42 @@ def test_layers_that_cannot_be_checkpointed_are_named(tmp_path):
     model = hft.HFTForCausalLM.from_backbone(tmp_path, TREE)
     with pytest.raises(ValueError, match="The layers of a 'ctrl' cannot be checkpointed in transformers; train with"):
         model.activation_checkpointing_enable()
+
+
+class InPlace(LlamaForCausalLM):
+    """A user's own decoder, whose initialisation writes over what is loaded unless transformers leaves it out."""
+
+    config_class = type("InPlaceConfig", (LlamaConfig,), {"model_type": "in_place"})
+
+    def _init_weights(self, module):
+        if isinstance(module, torch.nn.Linear):
+            module.weight.data.normal_(std=0.5)
+
+
+def test_a_decoder_of_ones_own_keeps_what_is_loaded(tmp_path):
+    AutoConfig.register("in_place", InPlace.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(InPlace.config_class, InPlace, exist_ok=True)
+    values = {name: value for name, value in tiny_config("llama").to_dict().items() if name != "model_type"}
+    InPlace(InPlace.config_class(**values)).save_pretrained(tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(plain) is InPlace
+    assert bits(logits(hft.HFTForCausalLM.from_backbone(tmp_path, TREE))) == bits(logits(plain))
+
+
+def test_a_mapping_of_ones_own_comes_beside_the_familys(tmp_path, quiet):
+    base = published("nemotron_h", tmp_path)
+    expected = logits(AutoModelForCausalLM.from_pretrained(base))
+    for mapping in (None, {"^no_such": "other"}):
+        model = hft.HFTForCausalLM.from_backbone(base, TREE, key_mapping=mapping)
+        assert bits(logits(model)) == bits(expected)
+
+
+def test_two_paths_are_never_merged_into_one_weight(tmp_path, quiet):
+    base = published("zamba2", tmp_path)
+    model = hft.HFTForCausalLM.from_backbone(base, TREE, rank=2)
+    grow(model)
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    before = {name: bits(parameter) for name, parameter in plain.named_parameters()}
+    with pytest.raises(ValueError, match="share one weight, and what is added to each differs, so a path"):
+        add_path(plain, path_factors(model, "b"))
+    assert before == {name: bits(parameter) for name, parameter in plain.named_parameters()}

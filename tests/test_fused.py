@@ -1,12 +1,17 @@
 """The training pass of a path: the same bits as in evaluation, gradients of what trains, and no sums for anything else."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import hft
 from hft.fused_hft import _Gates, _PathProduct, _runs
+from hft.lora_io_hft import path_factors
+from hft.path_hft import HFTConstants
 
 from .test_model import prompts
 from .tiny import bits, fill, grow
@@ -44,7 +49,7 @@ def test_gradients_are_autograds_own_and_nothing_else_is_summed(trains):
     gates = torch.tensor([[1.0, 2.0, 3.0], [0.5, 0.0, -2.0]], dtype=torch.double, requires_grad=True)
     weight = torch.randn(*tokens, outside, dtype=torch.double)
     columns = torch.tensor([i for i, rank in enumerate(ranks) for _ in range(rank)])
-    learns_N = torch.tensor([1.0, 1.0, 0.0], dtype=torch.double)
+    learns_N = torch.tensor([True, True, False])
 
     def run(product):
         wanted = [x, gates, *(factors[i] for i in trains)]
@@ -54,11 +59,11 @@ def test_gradients_are_autograds_own_and_nothing_else_is_summed(trains):
         return out.detach(), found, counter.get_total_flops()
 
     def plain(x, gates, *factors):
-        g_N = torch.where(learns_N.bool(), gates[1], gates[1].detach())
+        g_N = torch.where(learns_N, gates[1], gates[1].detach())
         return F.linear(F.linear(x, torch.cat(factors[::2])), torch.cat(factors[1::2], 1) * g_N[columns])
 
     def fused(x, gates, *factors):
-        return _PathProduct.apply(x, gates, _Gates(1, columns, (torch.eye(3).double() * learns_N)[columns]), *factors)
+        return _PathProduct.apply(x, gates, _Gates(1, columns, (torch.eye(3) * learns_N)[columns]), *factors)
 
     ours, found, flops = run(fused)
     theirs, expected, _ = run(plain)
@@ -68,12 +73,14 @@ def test_gradients_are_autograds_own_and_nothing_else_is_summed(trains):
     a_column = 2 * 2 * 5  # flops a column of one factor, over a feature
     through = sum(ranks) * (inside + outside)
     own = sum(ranks[i // 2] * (outside if i % 2 else inside) for i in trains)
-    assert flops == a_column * (through + own) + 2 * sum(ranks) * len(ranks)  # and the gates' own sums
+    assert flops == a_column * (through + own)
 
 
 def test_neighbours_share_a_product():
-    assert _runs([True, True, False, True], [3, 2, 4, 1]) == [([0, 1], slice(0, 5)), ([3], slice(9, 10))]
-    assert _runs([False, False], [3, 2]) == []
+    same = [torch.float32] * 4
+    assert _runs([True, True, False, True], [3, 2, 4, 1], same) == [([0, 1], slice(0, 5)), ([3], slice(9, 10))]
+    assert _runs([True, True], [3, 2], [torch.float32, torch.bfloat16]) == [([0], slice(0, 3)), ([1], slice(3, 5))]
+    assert _runs([False, False], [3, 2], same[:2]) == []
 
 
 def test_a_sealed_ancestor_costs_no_gradients_in_the_whole_model(backbones):
@@ -174,3 +181,33 @@ def test_9_a_rows_tokens_do_not_depend_on_its_neighbours_tasks_in_16_bit(backbon
         for active in ("a", ["a"] * 8, ["a"] * 7 + ["b"]):
             with model.activate(active):
                 assert model.generate(x, **options)[:7].tolist() == one[:7].tolist()
+
+
+def test_constants_are_made_once_and_are_right_wherever_they_are_asked_for():
+    constants, cpu = HFTConstants(), torch.device("cpu")
+    with torch.inference_mode():
+        first = constants.of([1, 0, 2], cpu)
+    assert not first.is_inference() and constants.of((1, 0, 2), cpu) is first
+    assert constants.of([True, False], cpu).dtype == torch.bool and constants.of([1, 0], cpu).dtype == torch.long
+    with FakeTensorMode():
+        assert isinstance(constants.of([7], cpu), FakeTensor)
+    assert type(constants.of([7], cpu)) is torch.Tensor  # no fake one is kept
+    assert copy.deepcopy(constants).of([1, 0, 2], cpu) is not first
+    for number in range(2 * HFTConstants.MOST):
+        assert constants.of([number, 9], cpu).tolist() == [number, 9]
+    assert len(constants._made) <= HFTConstants.MOST
+
+
+def test_an_open_tasks_factors_are_those_that_are_exported(backbones):
+    """In bfloat16, its node in float32: rounded first, then scaled by the gates."""
+    model = chain(backbones, torch.bfloat16, memory_config={"slots": 3})
+    with torch.no_grad():
+        model.hft_gates.of("c").copy_(torch.rand_like(model.hft_gates.of("c")))
+        path = model._path("c", None, is_one_pass=True).tasks[0]
+    exported = path_factors(model, "c")
+    assert model.config.open_tasks() == ["c"]
+    for name, fused in model._fused.items():
+        for ours, theirs in zip(
+            fused.factors(path, torch.empty(0, dtype=torch.bfloat16)), exported[name], strict=True
+        ):
+            assert bits(ours) == bits(theirs)

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hft.backbone_hft import decoder_of
+from hft.backbone_hft import check_unshared, decoder_of
 from hft.files_hft import disk_errors, replacing
 from hft.lora_io_hft import Factors, export_lora, path_factors
 
@@ -246,9 +246,11 @@ def _end_alike(plain: PreTrainedModel, model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def add_path(plain: PreTrainedModel, factors: Factors) -> None:
-    """Adds a path to the weights of a plain backbone, in place."""
+    """Adds a path to the weights of a plain backbone, in place; ValueError if two of its linears share one."""
+    decoder = decoder_of(plain)
+    check_unshared(decoder, factors)
     for name, (A_RI, B_OR) in factors.items():
-        weight_OI = decoder_of(plain).get_submodule(name).weight
+        weight_OI = decoder.get_submodule(name).weight
         weight_OI.copy_((weight_OI.float() + B_OR.float().cpu() @ A_RI.float().cpu()).to(weight_OI.dtype))
 
 
