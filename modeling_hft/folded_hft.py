@@ -125,7 +125,6 @@ class HFTFolding:
             )
 
     def _check_mergeable(self, task: str) -> None:
-        check_unshared(self.base_model, self._fused)
         for name in self._fused:
             linear = self.base_model.get_submodule(name)
             if type(linear).forward is not nn.Linear.forward or linear.weight.device.type == "meta":
@@ -134,3 +133,4 @@ class HFTFolding:
                     f"{type(linear).__name__} on {linear.weight.device.type!r}; fold it without merge=True, or load the "
                     "model without quantization."
                 )
+        check_unshared(self.base_model, self._fused)

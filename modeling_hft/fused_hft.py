@@ -4,7 +4,6 @@ B batch, T tokens, I/O in and out features, R rank of a whole path: the sum over
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,7 +57,7 @@ class HFTFused:
             (task,) = path.tasks
             if task.kept is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 factors = [factor for pair in self._pairs(task) for factor in pair]
-                return _PathProduct.apply(x_BTI, task.gates, self._gates(task), *factors)
+                return _PathProduct.apply(x_BTI, task.gates, task, self.nodes.layer, self.memory is not None, *factors)
             if task.wide is not None and _are_few_on_cpu(x_BTI):
                 down_RI, up_OR = self._wide_factors(task, task.wide, x_BTI)
                 return F.linear(F.linear(x_BTI.float(), down_RI), up_OR).to(x_BTI.dtype)
@@ -125,11 +124,6 @@ class HFTFused:
             pairs += [self.memory.pair(page) for page in task.sources.pages]
         return pairs
 
-    def _gates(self, task: HFTTaskPath) -> "_Gates":
-        columns = slice(None if self.memory is not None else task.num_node_columns)
-        learns_RN = None if task.learns_RN is None else task.learns_RN[columns]
-        return _Gates(self.nodes.layer, task.source_of_column_R[columns], learns_RN)
-
 
 def _stack(pairs: list[Pair]) -> Pair:
     """The factors of K tasks, padded to one rank: [K + 1, R, I] and [K + 1, O, R]; last the backbone's, which are 0."""
@@ -169,21 +163,6 @@ def _concatenated(pairs: Sequence[Pair], like: torch.Tensor) -> Pair:
     return (downs[0], ups[0]) if len(pairs) == 1 else (torch.cat(downs), torch.cat(ups, dim=1))
 
 
-@dataclass(frozen=True)
-class _Gates:
-    """Which of a task's gates [L, N] a linear has.
-
-    Args:
-        layer: the row.
-        source_of_column_R: for each column of the linear's factors, the place of its source.
-        learns_RN: 1.0 where a column's source is one whose gate gets gradients; None if no gate does.
-    """
-
-    layer: int
-    source_of_column_R: torch.Tensor
-    learns_RN: torch.Tensor | None
-
-
 class _PathProduct(torch.autograd.Function):
     """(x A^T) (g B)^T, the very sums of an evaluation pass, with a backward pass that leaves out what does not train.
 
@@ -194,15 +173,21 @@ class _PathProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_BTI: torch.Tensor, gates_LN: torch.Tensor, which: _Gates, *factors: torch.Tensor
+        ctx: Any,
+        x_BTI: torch.Tensor,
+        gates_LN: torch.Tensor,
+        task: HFTTaskPath,
+        layer: int,
+        with_pages: bool,
+        *factors: torch.Tensor,
     ) -> torch.Tensor:
-        """`factors`: down and up of each source, one after another."""
+        """`gates_LN`: the task's, for autograd to see; `factors`: down and up of each source, one after another."""
         down_RI, up_OR = _concatenated(list(zip(factors[::2], factors[1::2], strict=True)), x_BTI)
-        g_R = gates_LN[which.layer].index_select(0, which.source_of_column_R).to(x_BTI.device)
+        g_R = task.column_gates(layer, with_pages).to(x_BTI.device)
         scaled_OR = torch.mul(up_OR, g_R, out=torch.empty_like(up_OR))
         h_BTR = F.linear(x_BTI, down_RI)
         ctx.save_for_backward(x_BTI, h_BTR, g_R, down_RI, up_OR if ctx.needs_input_grad[1] else scaled_OR)
-        ctx.which, ctx.gates = which, (gates_LN.shape, gates_LN.dtype, gates_LN.device)
+        ctx.task, ctx.layer, ctx.with_pages = task, layer, with_pages
         ctx.ranks = [len(down) for down in factors[::2]]
         ctx.dtypes = [factor.dtype for factor in factors]
         return F.linear(h_BTR, scaled_OR)
@@ -211,15 +196,15 @@ class _PathProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_BTO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_BTI, h_BTR, g_R, down_RI, up_OR = ctx.saved_tensors
-        needs_x, needs_gates, _, *needs = ctx.needs_input_grad
+        needs_x, needs_gates, _, _, _, *needs = ctx.needs_input_grad
         dy_NO = dy_BTO.flatten(0, -2)  # N: all leading axes
         x_NI, h_NR = (saved.flatten(0, -2).to(dy_NO.dtype) for saved in (x_BTI, h_BTR))
         dh_NR, dgates_LN = dy_NO @ up_OR.to(dy_NO.dtype), None
         if needs_gates:
-            (shape, dtype, device), which = ctx.gates, ctx.which
-            dg_R = (dh_NR.to(g_R.dtype) * h_NR).sum(0).to(device)
-            dgates_LN = torch.zeros(shape, dtype=dtype, device=device)
-            dgates_LN[which.layer] = (dg_R[:, None] * which.learns_RN).sum(0)
+            dgates_LN = torch.zeros_like(ctx.task.gates)
+            dg_R = (dh_NR.to(g_R.dtype) * h_NR).sum(0).to(dgates_LN.device)
+            learns_RN = ctx.task.learns_RN[ctx.task.columns(ctx.with_pages)]
+            dgates_LN[ctx.layer] = (dg_R[:, None] * learns_RN).sum(0)
             dh_NR = torch.mul(dh_NR, g_R, out=torch.empty_like(dh_NR))
         dx_BTI = (dh_NR @ down_RI.to(dy_NO.dtype)).to(x_BTI.dtype).view_as(x_BTI) if needs_x else None
         gradients: list[torch.Tensor | None] = [None] * len(needs)
@@ -232,7 +217,7 @@ class _PathProduct(torch.autograd.Function):
             dup_OR = (dy_NO.T @ h_NR[:, columns]) * g_R[columns]
             for source, part_OR in zip(sources, dup_OR.split([ctx.ranks[i] for i in sources], dim=1), strict=True):
                 gradients[2 * source + 1] = part_OR.to(ctx.dtypes[2 * source + 1])
-        return dx_BTI, dgates_LN, None, *gradients
+        return dx_BTI, dgates_LN, None, None, None, *gradients
 
 
 def _runs(needs: Sequence[bool], ranks: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[tuple[list[int], slice]]:

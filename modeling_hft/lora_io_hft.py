@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -128,32 +128,31 @@ def export_lora(
     path_rank = max(len(A_RI) for A_RI, _ in whole.values())
     rank = served_rank(max(len(A_RI) for A_RI, _ in factors.values()))
     decoder = decoder_name(model.backbone)
-    prefix = f"base_model.model.{decoder}"
+    factors = {f"{decoder}.{name}": pair for name, pair in factors.items()}
     tensors = {}
     for name, (A_RI, B_OR) in factors.items():
         padding = rank - len(A_RI)
-        tensors[f"{prefix}.{name}.lora_A.weight"] = torch.nn.functional.pad(A_RI, (0, 0, 0, padding))
-        tensors[f"{prefix}.{name}.lora_B.weight"] = torch.nn.functional.pad(B_OR, (0, padding))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.nn.functional.pad(A_RI, (0, 0, 0, padding))
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.nn.functional.pad(B_OR, (0, padding))
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
-        target_modules=_targets(model.backbone, [f"{decoder}.{name}" for name in factors]),
+        target_modules=_targets(model.backbone, factors),
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config.backbone,
         revision=model.config.backbone_revision,
         inference_mode=True,
     )
-    _check_peft_takes(config, model, {f"{decoder}.{name}" for name in factors})
+    _check_peft_takes(config, model, factors)
     with replacing(folder, last="adapter_config.json") as staging:
         write_tensors(tensors, staging / "adapter_model.safetensors")
         config.save_pretrained(staging)
     return {"rank": rank, "path_rank": path_rank, "svd_error": error}
 
 
-def _targets(backbone: PreTrainedModel, linears: Sequence[str]) -> list[str]:
+def _targets(backbone: PreTrainedModel, linears: Collection[str]) -> list[str]:
     """The last names of the linears for `target_modules`; in full where other modules end in the same."""
-    adapted = set(linears)
-    others = {name.rsplit(".", 1)[-1] for name, _ in backbone.named_modules() if name not in adapted}
+    others = {name.rsplit(".", 1)[-1] for name, _ in backbone.named_modules() if name not in linears}
     return sorted({last if (last := name.rsplit(".", 1)[-1]) not in others else name for name in linears})
 
 

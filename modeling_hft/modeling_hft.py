@@ -190,13 +190,12 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         gates_LN = self.hft_gates.of(task)
         source_of_column_R = [source for source, rank in enumerate(ranks) for _ in range(rank)]
         columns = self._constants.of(source_of_column_R, gates_LN.device)
-        learns_N, learns_RN = None, None
+        learns_N = None
         if gates_LN.requires_grad:
             places = range(len(sources))  # a sealed task's gates want gradients in a refresh only, all of them
             learning = places if self.config.task(task)["sealed"] else self.learning_gates(task)
             learns_N = self._constants.of([place in learning for place in places], gates_LN.device)
-            learns_RN = torch.eye(len(sources), device=gates_LN.device)[columns] * learns_N
-        return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns, kept, None, learns_N, learns_RN)
+        return HFTTaskPath(task, sources, gates_LN, columns, num_node_columns, kept, learns_N=learns_N)
 
     def _rows(self, task: Task, num_rows: int | None) -> list[str | None]:
         """The names in `task`, checked; one if it is one for all rows. None for the backbone."""

@@ -61,7 +61,6 @@ class HFTTaskPath:
             None: they make them anew.
         wide: the same in float32, while tokens are generated; None otherwise.
         learns_N: which sources' gates get gradients; None if no gate does.
-        learns_RN: 1.0 where a column's source is one of these.
     """
 
     task: str
@@ -72,13 +71,23 @@ class HFTTaskPath:
     kept: dict[str, Pair] | None = None
     wide: dict[str, Pair] | None = None
     learns_N: torch.Tensor | None = None
-    learns_RN: torch.Tensor | None = None
+
+    @functools.cached_property
+    def learns_RN(self) -> torch.Tensor | None:
+        """1.0 where a column's source is one whose gate gets gradients; None if no gate does. Asked for in training only."""
+        if self.learns_N is None:
+            return None
+        return torch.eye(len(self.learns_N), device=self.learns_N.device)[self.source_of_column_R] * self.learns_N
+
+    def columns(self, with_pages: bool) -> slice:
+        """Of the fused factors at one linear: the nodes', or all."""
+        return slice(None if with_pages else self.num_node_columns)
 
     def column_gates(self, layer: int, with_pages: bool) -> torch.Tensor:
         """One layer's gates, a number a column of the factors: [R], float32; the nodes' columns, or all."""
-        columns = self.source_of_column_R if with_pages else self.source_of_column_R[: self.num_node_columns]
+        columns = self.source_of_column_R[self.columns(with_pages)]
         gates_N = self.gates[layer]
-        if self.learns_N is not None:
+        if self.learns_N is not None and torch.is_grad_enabled():
             gates_N = torch.where(self.learns_N, gates_N, gates_N.detach())
         return gates_N[columns]
 

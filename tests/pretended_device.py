@@ -84,9 +84,10 @@ def _run(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     others = [tensor for tensor in tensors if not isinstance(tensor, Card)]
     asked = kwargs.get("device")
     lands_here = bool(cards) if asked is None else torch.device(asked).type == CARD.type
+    if func is aten.copy_.default:
+        lands_here = isinstance(args[0], Card)
     if func in (aten._to_copy.default, aten.copy_.default):
-        source = args[0] if func is aten._to_copy.default else args[1]
-        lands_here = lands_here if func is aten._to_copy.default else isinstance(args[0], Card)
+        source = args[func is aten.copy_.default]
         if isinstance(source, Card) != lands_here:
             _note("a copy to the device" if lands_here else "a copy from the device")
     elif func in WAITS and cards:

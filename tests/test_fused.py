@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import hft
-from hft.fused_hft import _Gates, _PathProduct, _runs
+from hft.fused_hft import _PathProduct, _runs
 from hft.lora_io_hft import path_factors
-from hft.path_hft import HFTConstants
+from hft.path_hft import HFTConstants, HFTSources, HFTTaskPath
 
 from .test_model import prompts
 from .tiny import bits, fill, grow
@@ -62,8 +62,11 @@ def test_gradients_are_autograds_own_and_nothing_else_is_summed(trains):
         g_N = torch.where(learns_N, gates[1], gates[1].detach())
         return F.linear(F.linear(x, torch.cat(factors[::2])), torch.cat(factors[1::2], 1) * g_N[columns])
 
+    sources = HFTSources(("a", "b", "c"), ())
+    task = HFTTaskPath("c", sources, gates, columns, len(columns), learns_N=learns_N)
+
     def fused(x, gates, *factors):
-        return _PathProduct.apply(x, gates, _Gates(1, columns, (torch.eye(3) * learns_N)[columns]), *factors)
+        return _PathProduct.apply(x, gates, task, 1, True, *factors)
 
     ours, found, flops = run(fused)
     theirs, expected, _ = run(plain)

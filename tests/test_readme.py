@@ -184,14 +184,11 @@ def test_the_four_tasks_with_few_rows():
     }
     root, single = cells["hft_root_no_memory"], cells["single"]
     assert {cell["seed"] for cell in cells.values()} == {0} and len(cells) == 2
-    scores = [
-        f"{root[rows]['ap']:.1f} with one root for the four, {single[rows]['ap']:.1f}"
-        for rows in ("test", "validation")
-    ]
-    assert (
-        f"{scores[0]} with one LoRA each ({scores[1].replace(' with one root for the four,', ' and')} on validation rows)."
-        in PROSE
+    (root_test, single_test), (root_validation, single_validation) = (
+        [f"{cell[rows]['ap']:.1f}" for cell in (root, single)] for rows in ("test", "validation")
     )
+    validation = f"({root_validation} and {single_validation} on validation rows)."
+    assert f"{root_test} with one root for the four, {single_test} with one LoRA each {validation}" in PROSE
 
     def both(task: str) -> str:
         return " and ".join(f"{cell['test']['tasks'][task]['accuracy']:.1f}" for cell in (root, single))

@@ -234,16 +234,13 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it trains."""
-        mastered = self.mastery.mastered
-        if mastered and self._task_of(inputs) in mastered:
+        task = self._task_of(inputs)
+        if task in self.mastery.mastered:
             # It passes without computing, so that order, schedule and resuming stay what they are.
             self._average_gradients()  # of what others learn in the same step
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._average_gradients()
-        if len(self._checked) == len(self.stage.tasks):
-            return loss
-        task = self._task_of(inputs)
         if task not in self._checked:
             self._checked.add(task)
             own = self.model.learning_parameters(task)
