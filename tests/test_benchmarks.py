@@ -573,7 +573,7 @@ def without_times(line: dict) -> dict:
 @pytest.mark.parametrize(
     "methods",
     [
-        "hft_root_no_memory,hft_shared,hft_planned",
+        "hft_root_no_memory,hft_shared,hft_arriving,hft_planned",
         "single,joint,single_float32,joint_float32,sequential_replay,olora,osf,arrow",
     ],
 )

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from baselines import Outcome, Setup
-from harness import new_model, refining_together, train_hft, with_roots
+from harness import new_model, refining_together, train_hft, train_open, with_roots
+from transformers import set_seed
 
 from hft.trainers import HFTTrainer, plan_hierarchy
 from hft.trainers.pilots import ProbeSettings
@@ -83,6 +84,29 @@ def hft_planned(setup: Setup, **options: Any) -> Outcome:
     return hft_on(setup, {task: plan["parents"][task] for task in order}, plan["families"], **options)
 
 
+def hft_arriving(setup: Setup, **model_options: Any) -> Outcome:
+    """HFT where tasks arrive one by one, as for sequential LoRA: each comes with its own rows, and with no others.
+
+    Its parents are what the planner picks of the tasks that are learnt already, from its training rows.
+    """
+    tree: dict[str, list[str]] = {}
+    model = new_model(setup.backbone, tree, rank=setup.rank, **model_options)
+
+    def parents_of(task: str) -> list[str]:
+        settings = ProbeSettings(max_length=setup.training["max_length"], seed=setup.seed)
+        rows = {task: setup.with_options[task]}
+        plan = plan_hierarchy(model, rows, processing_class=setup.tokenizer, settings=settings, progress=False)
+        return plan.parents[task]
+
+    for number, task in enumerate(setup.order):
+        tree[task] = setup.work.remember(f"parents of {task}", lambda task=task: parents_of(task)) if tree else []
+        set_seed(setup.seed + 1000 * number)  # the same numbers, whether an earlier run has found the parents or not
+        model.add_task(task, parents=tree[task])
+        train_open(model, setup.tokenizer, {task: setup.train[task]}, setup.seed, setup.training, work=setup.work)
+        setup.after_task(task, lambda task: model)
+    return outcome(model, {"tree": tree, "training": setup.training})
+
+
 def hft_on(
     setup: Setup,
     tree: dict[str, list[str]],
@@ -134,8 +158,13 @@ def hft_on(
         **model_options,
     )
     report(model)  # where an earlier run has learnt all
+    return outcome(model, {"tree": tree, "training": training})
+
+
+def outcome(model: Any, notes: dict[str, Any]) -> Outcome:
+    """Of one model, which answers all tasks."""
     own = sum(p.numel() for name, p in model.named_parameters() if name.startswith("hft_"))
-    return Outcome(lambda task: model, own, own, {"tree": tree, "training": training})
+    return Outcome(lambda task: model, own, own, notes)
 
 
 NO_MEMORY: dict[str, Any] = {"memory_config": {"read": "off"}}
@@ -149,6 +178,7 @@ HFT_METHODS: dict[str, Callable[[Setup], Outcome]] = {
     "hft_root_thirds": functools.partial(hft_root, thirds=True),
     "hft_root_no_memory": functools.partial(hft_root, **NO_MEMORY),
     "hft_root_no_memory_thirds": functools.partial(hft_root, thirds=True, **NO_MEMORY),
+    "hft_arriving": hft_arriving,
     "hft_planned": hft_planned,
     "hft_planned_pages": functools.partial(hft_planned, pages=True),
 }

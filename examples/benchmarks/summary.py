@@ -81,6 +81,7 @@ def quality() -> dict[str, float]:
     `hft` is HFT with the hierarchy that validation rows choose, see `own_hierarchy`.
     """
     from table import (
+        ARRIVING,
         BASELINES,
         HIERARCHIES,
         LOW_RESOURCE,
@@ -105,7 +106,7 @@ def quality() -> dict[str, float]:
             figures[f"{prefix}.learnable_tasks"] = len(above)
         best = own_hierarchy(cells)
         routed = [f"{method}_routed" for method in HIERARCHIES]
-        stands_for = {method: method for method in (*BASELINES, *HIERARCHIES, *routed)}
+        stands_for = {method: method for method in (*BASELINES, *HIERARCHIES, *ARRIVING, *routed)}
         if best is not None:
             stands_for |= {"hft": best, "hft_routed": f"{best}_routed"}
         plans = [cell["notes"]["tree"] for cell in cells.values() if cell["method"] == "hft_planned_pages"]
@@ -122,7 +123,7 @@ def quality() -> dict[str, float]:
                     _put(figures, f"{prefix}.{key}_{method}", means)
             if lost := lost_points(its, method):
                 _put(figures, f"{prefix}.forgetting_{method}", lost)
-            if method not in (*BASELINES, "hft"):
+            if method not in (*BASELINES, *ARRIVING, "hft"):
                 continue
             if moved := [found for cell in its if (found := transfer(cell, single))]:
                 for i, key in enumerate(("bwt", "fwt")):
@@ -133,7 +134,9 @@ def quality() -> dict[str, float]:
                     _put(
                         figures, f"{prefix}.unseen_{task}_{method}", [one["unseen"][task]["accuracy"] for one in able]
                     )
-        for ours, other in itertools.product(("hft", *HIERARCHIES), ("joint", "single")):
+        pairs = [*itertools.product(("hft", *HIERARCHIES, *ARRIVING), ("joint", "single"))]
+        pairs += itertools.product(ARRIVING, ("sequential", "sequential_replay", "olora"))  # of the same kind
+        for ours, other in pairs:
             if seeds := of.get(ours, {}).keys() & of.get(other, {}).keys():
                 gaps = [of[ours][seed]["test"]["ap"] - of[other][seed]["test"]["ap"] for seed in seeds]
                 _put(figures, f"{prefix}.{ours}_minus_{other}", gaps)

@@ -79,6 +79,8 @@ HIERARCHIES = {
     "hft_root_no_memory_thirds": "one root for all, thirds",
     "hft_root_thirds": "one root for all, thirds, pages",
 }
+# HFT where tasks are not there at once, in a row of its own.
+ARRIVING = {"hft_arriving": "HFT, tasks one by one"}
 
 
 SPEED = {
@@ -133,9 +135,7 @@ def quality(budget: str, tasks: str) -> str:
         f"| method | seeds | average (test) | {few} | forgetting | stored parameters |",
         "|---|---|---|---|---|---|",
     ]
-    best = own_hierarchy(cells)
-    ours = {best: "HFT", f"{best}_routed": "HFT, routed"} if best is not None else {}
-    for method, title in (BASELINES | ours).items():
+    for method, title in titles(cells, routed=True).items():
         if not (its := runs(cells, method)):
             continue
         scores = [test_scores(cell, method) for cell in its]
@@ -144,6 +144,13 @@ def quality(budget: str, tasks: str) -> str:
         forgetting, stored = mean_se(lost) if lost else "", f"{its[0]['stored'] / 1e6:.1f} M"
         lines.append(f"| {title} | {len(its)} | {mean_se(averages(scores))} | {part} | {forgetting} | {stored} |")
     return "\n".join(lines)
+
+
+def titles(cells: Mapping[tuple[str, int], dict], routed: bool = False) -> dict[str, str]:
+    """Method -> its name in the tables: the baselines, HFT on the hierarchy that validation rows choose, and one by one."""
+    best = own_hierarchy(cells)
+    ours = {} if best is None else {best: "HFT", **({f"{best}_routed": "HFT, routed"} if routed else {})}
+    return BASELINES | ours | ARRIVING
 
 
 def hierarchies(budget: str, tasks: str) -> str:
@@ -176,11 +183,10 @@ def averages(scores: Sequence[Mapping[str, float]]) -> list[float]:
 def quality_tasks(budget: str, tasks: str) -> str:
     """Tasks in rows: the commonest answer's share, whether one LoRA learns the task at all, and methods' test scores."""
     cells = read(f"quality-{budget}-{tasks}")
-    best = own_hierarchy(cells)
-    titles = BASELINES | ({best: "HFT"} if best is not None else {})
-    its = {method: found for method in titles if (found := runs(cells, method))}
+    named = titles(cells)
+    its = {method: found for method in named if (found := runs(cells, method))}
     above = learnable(cells)
-    lines = ["| task | majority | learnable | " + " | ".join(titles[method] for method in its) + " |"]
+    lines = ["| task | majority | learnable | " + " | ".join(named[method] for method in its) + " |"]
     lines.append("|---" * (3 + len(its)) + "|")
     for task, guess in (its["single"][0]["test"]["majority"] if "single" in its else {}).items():
         scores = [mean_se([test_scores(cell, method)[task] for cell in found]) for method, found in its.items()]
@@ -191,13 +197,13 @@ def quality_tasks(budget: str, tasks: str) -> str:
 def quality_more(budget: str, tasks: str) -> str:
     """Methods in rows: transfer, general ability without any task's path, what was trained, time and memory."""
     cells = read(f"quality-{budget}-{tasks}")
-    best, single = own_hierarchy(cells), runs(cells, "single")
+    single = runs(cells, "single")
     unseen = next((list(cell["general"]["unseen"]) for cell in cells.values() if "general" in cell), [])
     lines = [
         f"| method | backward transfer | forward transfer | perplexity | {' | '.join(unseen)} | trained | minutes | GiB |",
         "|---" * (7 + len(unseen)) + "|",
     ]
-    for method, title in (BASELINES | ({best: "HFT"} if best is not None else {})).items():
+    for method, title in titles(cells).items():
         if not (its := runs(cells, method)):
             continue
         moved = [transfer(cell, single) for cell in its]
@@ -207,7 +213,7 @@ def quality_more(budget: str, tasks: str) -> str:
             [one["perplexity"] for one in able],
             *([one["unseen"][t]["accuracy"] for one in able if t in one["unseen"]] for t in unseen),
         ]
-        if method in ("zero_shot", best):  # the same in each seed: the plain backbone
+        if method == "zero_shot" or method.startswith("hft"):  # the same in each seed: the plain backbone
             measured = [values[:1] for values in measured]
         shown += [mean_se(values) if values else "" for values in measured]
         usual = [cell for cell in its if "through float32" not in cell["machine"]]
