@@ -1,5 +1,6 @@
 """What a plan costs: the law that is fitted to timed steps is found again; counts are those of a real training."""
 
+import copy
 import dataclasses
 import random
 
@@ -25,6 +26,7 @@ from hft.trainers.time_estimate import (
     timing_config,
     tokens_a_step,
 )
+from tests.tiny import grow
 
 
 # What a recipe may ask for that must not happen while `hft plan` times steps.
@@ -137,6 +139,34 @@ def test_steps_and_bytes_are_those_of_the_training(backbones, tokenizer, tmp_pat
     assert 0 < costs.total_seconds() < 600 and lines[-1].startswith(
         f"Peak of a step with rows of {costs.length} tokens"
     )
+
+
+def test_tasks_that_join_a_model(backbones, tokenizer, tmp_path):
+    """Of these alone: steps and stages are those of their training; a file is of the rank that they get."""
+    learnt = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": ["a"]}, rank=3)
+    grow(learnt)
+    learnt.add_task("open")
+    tree = {"c": ["b"], "d": ["c"]}
+    rows = {task: [{"prompt": f"{i} {task} is", "completion": f" {i % 3}"} for i in range(9)] for task in tree}
+    training = {
+        "output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 4, "num_train_epochs": 1, "save_strategy": "no",
+        "bf16": False, "gradient_checkpointing": False, "disable_tqdm": True, "report_to": "none",
+    }  # fmt: skip
+    recipe = Recipe(from_model="here", hierarchy=tree, training=training, model={"rank": 2})
+    probes = {task: TaskProbe(1.0, 0.1, {"backbone": [1.0] * 9}) for task in tree}
+    scratch = copy.deepcopy(learnt)
+    costs = plan_costs(Plan({"a": [], "b": ["a"], "open": [], **tree}, probes, ()), recipe, scratch, rows, tokenizer)
+    assert list(costs.steps) == ["c", "d"] and costs.num_pages == 2
+    assert costs.memory.tasks > 0 and costs.total_seconds() > 0
+
+    learnt.remove_task("open")
+    for task, parents in tree.items():
+        learnt.add_task(task, parents, rank=2)
+    data = {task: Dataset.from_list(its) for task, its in rows.items()}
+    trainer = HFTTrainer(learnt, HFTTrainingConfig(**training), train_dataset=data, processing_class=tokenizer)
+    assert trainer.train().global_step == sum(costs.steps.values())
+    content = (tmp_path / "run/tasks/d.safetensors").read_bytes()
+    assert costs.task_bytes == len(content) - 8 - int.from_bytes(content[:8], "little")
 
 
 def test_rows_that_lose_their_answers_are_not_timed(backbones, tokenizer, tmp_path):

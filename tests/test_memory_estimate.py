@@ -67,9 +67,9 @@ def test_what_more_of_anything_costs():
     assert base.training == 4 * 6 * per_rank and base.optimizer == 2 * base.training and base.tasks == 0
     few = estimate_memory(config, rank=4, slots=2, optimizer_bytes=OPTIMIZER_BYTES_8BIT)  # and a scale for 256 of them
     assert few.optimizer == round(base.optimizer / 8 * 2 * (1 + 4 / 256)) and few.training == base.training
-    more = estimate_memory(config, rank=4, slots=2, num_training=3, num_sealed=5)
+    more = estimate_memory(config, rank=4, slots=2, num_training=3, sealed_rank=20, sealed_slots=6)
     assert more.training == 4 * per_rank * (3 * 4 + 2) and more.gradients == base.gradients
-    assert more.tasks == 2 * 5 * 4 * per_rank
+    assert more.tasks == 2 * (20 + 6) * per_rank
     both = estimate_memory(config, rank=4, slots=2, num_training=3, num_stepping=2)
     assert both.training == more.training and both.gradients == 4 * per_rank * (2 * 4 + 2)
     assert estimate_memory(config, rank=4, gradient_checkpointing=True).activations < base.activations
@@ -110,7 +110,7 @@ def test_the_dtype_of_the_backbone_counts():
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=99
     )
-    options = {"rank": 8, "length": 16, "num_sealed": 2, "load_in_4bit": False}
+    options = {"rank": 8, "length": 16, "sealed_rank": 16, "load_in_4bit": False}
     narrow, wide = (estimate_memory(config, dtype=dtype, **options) for dtype in (torch.bfloat16, torch.float32))
     assert (wide.backbone, wide.tasks) == (2 * narrow.backbone, 2 * narrow.tasks)
     assert wide.training == narrow.training and narrow.activations < wide.activations <= 2 * narrow.activations

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
+import hft
 from hft.trainers.memory_estimate import estimate_recipe
 from hft.trainers.recipes import read_recipe
 
@@ -68,5 +69,27 @@ def test_a_larger_stage_is_what_counts(tmp_path):
     recipe.hierarchy = {"a": []}
     alone = estimate_recipe(recipe, config)
     node = alone.tasks + (alone.training // 4 - alone.training // 4 * 8 // 24)
-    assert found.training // 4 == 3 * node + node // 2 and found.tasks == 2 * node
+    page = node // 2
+    assert found.training // 4 == 3 * node + page and found.tasks == 2 * (node + page)
     assert found.activations > alone.activations  # a longer path
+
+
+def test_tasks_that_join_a_model_cost_what_its_last_stage_would():
+    recipe = read_recipe(RECIPES[0])
+    config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, vocab_size=100)  # fmt: skip
+    recipe.hierarchy = {"a": [], "b": ["a"], "c": ["b"], "d": ["b"]}
+    whole = estimate_recipe(recipe, config)
+    own = {key: recipe.model[key] for key in ("rank", "target_modules") if key in recipe.model}
+    learnt = hft.HFTConfig(
+        text_config=config,
+        tasks=[{"name": "a", "sealed": True}, {"name": "b", "parents": ["a"], "sealed": True}],
+        pages=[{"id": i, "slots": 8, "sealed": True, "writers": [task]} for i, task in ((1, "a"), (2, "b"))],
+        **own,
+    )
+    recipe.hierarchy, recipe.from_model = {"c": ["b"], "d": ["b"]}, "somewhere"
+    assert estimate_recipe(recipe, config, onto=learnt) == whole
+    learnt.tasks[1]["rank"] = 1  # as after a cut
+    assert estimate_recipe(recipe, config, onto=learnt).tasks < whole.tasks
+    with pytest.raises(ValueError, match="What 'somewhere' has learnt already takes memory, too; give"):
+        estimate_recipe(recipe, config)

@@ -394,6 +394,7 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     shown = capsys.readouterr().out
     assert re.search(r"again should stand on .*\.\nIn Python: model.add_task\('again', parents=\[.*\]\)", shown)
     assert f"Next: hft train {more}" in shown
+    assert re.search(r"What it would take:\n.*\nagain  +\d+ .*\nstages .*\nin all .*\nPeak of a step", shown)
     assert all(re.search(rf"(on|not) {old} \(", shown) for old in tree) and "\nsame:" not in shown
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     assert main([*extend[:-1], "same"]) == 2

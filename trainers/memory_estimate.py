@@ -15,13 +15,12 @@ from transformers.initialization import no_init_weights
 
 from hft.attention_hft import plain_attention
 from hft.backbone_hft import without_weights
-from hft.configuration_hft import HFTConfig, HFTMemoryConfig
-from hft.hierarchy_hft import Hierarchy
+from hft.configuration_hft import HFTConfig
 from hft.modeling_hft import HFTForCausalLM
 from hft.nodes_hft import adapted_linears, numbers_a_rank
 
 from .hft_config import HFTTrainingConfig
-from .recipes import Recipe
+from .recipes import HOW_TO_LOAD, Recipe
 
 
 BLOCK = 64  # weights that share a scale in bitsandbytes' 4-bit formats
@@ -78,7 +77,8 @@ def estimate_memory(
     path_rank: int | None = None,
     num_training: int = 1,
     num_stepping: int = 1,
-    num_sealed: int = 0,
+    sealed_rank: int = 0,
+    sealed_slots: int = 0,
     slots: int = 8,
     batch_size: int = 8,
     length: int = 256,
@@ -101,8 +101,9 @@ def estimate_memory(
         text_config: the backbone's configuration.
         rank: R of a node.
         path_rank: the ranks of all nodes and slots on the deepest path; R + S by default.
-        num_training, num_stepping, num_sealed: tasks of a stage, those of them that an optimizer step holds (more than one
-            with `mixed_steps`), and tasks that are there already.
+        num_training, num_stepping: tasks of a stage, and those of them that an optimizer step holds (more than one with
+            `mixed_steps`).
+        sealed_rank, sealed_slots: the ranks of all nodes that are there already, and the slots of all pages.
         slots: S of the one page that a stage writes; 0 without memory.
         batch_size, length: B and T of a micro-batch.
         num_scored: positions that meet the head, of B T: those of answers; all by default.
@@ -122,7 +123,8 @@ def estimate_memory(
         is_quantized = load_in_4bit and id(parameter) in frozen
         mapped += 2 * parameter.numel() if is_quantized else 0
         backbone += quantized_bytes(parameter.numel(), double_quant) if is_quantized else size * parameter.numel()
-    node, page = rank * numbers_a_rank(model.hft_nodes), slots * numbers_a_rank(model.hft_memory)
+    a_rank, a_slot = numbers_a_rank(model.hft_nodes), numbers_a_rank(model.hft_memory)
+    node, page = rank * a_rank, slots * a_slot
     trained = num_training * node + page
     kept = saved_bytes(model, fake, batch_size, length)
     if gradient_checkpointing:  # the input of each layer, and one layer at a time
@@ -131,7 +133,7 @@ def estimate_memory(
     scored = batch_size * length if num_scored is None else num_scored
     estimate = MemoryEstimate(
         backbone=backbone,
-        tasks=size * num_sealed * node,
+        tasks=size * (sealed_rank * a_rank + sealed_slots * a_slot),
         training=4 * trained,
         gradients=4 * (num_stepping * node + page),
         optimizer=round(optimizer_bytes * trained),
@@ -150,37 +152,53 @@ def estimate_recipe(
     length: int | None = None,
     num_scored: int | None = None,
     on_accelerator: bool = True,
+    onto: HFTConfig | None = None,
 ) -> MemoryEstimate:
     """The largest of the estimates of a recipe's stages, its optimizer an AdamW: in 8 bit if its name (`optim`) says so.
 
     Args:
-        recipe: as `read_recipe` gives it, without `from_model`.
+        recipe: as `read_recipe` gives it.
         text_config: of its backbone.
         length: of the longest row, in tokens; the recipe's `max_length` by default.
         num_scored, on_accelerator: see `estimate_memory`.
+        onto: with `from_model` that model's, whose tasks need not be in the recipe.
+
+    Raises:
+        ValueError: `from_model` without `onto`.
     """
-    if recipe.from_model is not None:
-        raise ValueError("A recipe with `from_model` cannot be estimated: what is learnt already is not in it.")
-    tree = Hierarchy(recipe.hierarchy)
+    if onto is None and recipe.from_model is not None:
+        raise ValueError(
+            f"What '{recipe.from_model}' has learnt already takes memory, too; give its configuration as `onto`."
+        )
+    if onto is None:
+        own = {key: its for key, its in recipe.model.items() if key not in HOW_TO_LOAD}
+        onto = HFTConfig(text_config=text_config, **own)
+    tree, sealed = onto.hierarchy().extended(recipe.hierarchy), onto.sealed_tasks()
     training = HFTTrainingConfig(**{**recipe.training_arguments(), "bf16": False, "use_cpu": True})
-    memory = HFTMemoryConfig(**(recipe.model.get("memory_config") or {}))
-    rank, slots = recipe.model.get("rank", HFTConfig.rank), memory.slots
+    memory = onto.memory_config
+    rank = recipe.model.get("rank", onto.rank)
+    rank_of = {**dict.fromkeys(tree.names, rank), **{task["name"]: task["rank"] for task in onto.tasks}}
     batch_size, length = training.per_device_train_batch_size, length or training.max_length or 1024
-    estimates, num_sealed, num_pages = [], 0, 0
-    for tasks in tree.levels():
+    estimates, sealed_rank = [], sum(rank_of[task] for task in sealed)
+    sealed_slots = sum(page["slots"] for page in onto.pages if page["sealed"])
+    for level in tree.levels():
+        tasks = [task for task in level if task not in sealed]
+        if not tasks:
+            continue
         writers = training.writers(tasks, memory)
-        has_page = bool(writers)
-        num_pages += has_page
+        slots, ranks = memory.slots if writers else 0, [rank_of[task] for task in tasks]
+        path_ranks = [sum(rank_of[node] for node in tree.path(task)) for task in tasks]
         num_stepping = min(len(writers), training.gradient_accumulation_steps) if training.mixed_steps else 1
         estimates.append(
             estimate_memory(
                 text_config,
-                rank=rank,
-                path_rank=rank * max(len(tree.path(task)) for task in tasks) + slots * num_pages,
+                rank=max(ranks),
+                path_rank=max(path_ranks) + sealed_slots + slots,
                 num_training=len(tasks),
                 num_stepping=max(1, num_stepping),
-                num_sealed=num_sealed,
-                slots=slots * has_page,
+                sealed_rank=sealed_rank,
+                sealed_slots=sealed_slots,
+                slots=slots,
                 batch_size=batch_size,
                 length=length,
                 num_scored=num_scored,
@@ -189,12 +207,13 @@ def estimate_recipe(
                 load_in_4bit=recipe.quantization.get("load_in_4bit", False),
                 double_quant=recipe.quantization.get("bnb_4bit_use_double_quant", False),
                 gradient_checkpointing=training.gradient_checkpointing,
-                target_modules=recipe.model.get("target_modules", HFTConfig.target_modules),
+                target_modules=onto.target_modules,
                 memory_modules=memory.target_modules,
                 optimizer_bytes=OPTIMIZER_BYTES_8BIT if "8bit" in training.optim else OPTIMIZER_BYTES,
             )
         )
-        num_sealed += len(tasks)
+        sealed_rank += sum(ranks)
+        sealed_slots += slots
     return max(estimates, key=lambda estimate: estimate.total)
 
 

@@ -64,11 +64,10 @@ def find_plan(args: argparse.Namespace) -> None:
     if args.out is not None:
         draw_plan(found, args.out)
         print(f"Drawn into {args.out}")
-    if recipe.from_model is None:
-        print("\nTiming a few steps of training ...", flush=True)
-        costs = plan_costs(found, recipe, model, data, tokenizer).lines()
-        print("\nWhat it would take:\n" + "\n".join(costs))
-        write_text(file, as_recipe(found, recipe, costs))
+    print("\nTiming a few steps of training ...", flush=True)
+    costs = plan_costs(found, recipe, model, data, tokenizer).lines()
+    print("\nWhat it would take:\n" + "\n".join(costs))
+    write_text(file, as_recipe(found, recipe, costs))
     print(f"\nNext: hft train {file}")
 
 

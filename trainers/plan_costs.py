@@ -1,5 +1,6 @@
 """What training a plan will cost, a task and in all: steps, time, bytes on disk, the peak of memory."""
 
+import copy
 import dataclasses
 import random
 from collections.abc import Mapping, Sequence
@@ -80,14 +81,17 @@ def plan_costs(
     Args:
         plan: the hierarchy.
         recipe: rank, batch, epochs, length.
-        model: without tasks, on the recipe's backbone; of no use afterwards, see `time_steps`.
-        rows: task -> the rows that it trains on; those of a family's root are its tasks'.
+        model: on the recipe's backbone, without tasks, or that which the plan's tasks join; of no use afterwards, see
+            `time_steps`.
+        rows: new task -> the rows that it trains on; those of a family's root are its tasks'.
         tokenizer: the model's.
     """
     recipe = dataclasses.replace(recipe, hierarchy=plan.parents, mixtures=dict(plan.families))
+    onto = copy.deepcopy(model.config)  # as it is before steps are timed
     training = HFTTrainingConfig(**{**recipe.training_arguments(), "report_to": "none"})
-    hierarchy, rank = plan.hierarchy(), model.config.rank
-    memory = model.config.memory_config
+    hierarchy, rank = plan.hierarchy(), recipe.model.get("rank", onto.rank)
+    rank_of = {**dict.fromkeys(hierarchy.names, rank), **{task["name"]: task["rank"] for task in onto.tasks}}
+    memory = onto.memory_config
     slots = 0 if memory.read == "off" else memory.slots
     of_roots = {root: [row for task in its for row in rows[task]] for root, its in plan.families.items()}
     num_given, num_rows, lengths, answers = {}, {}, {}, {}
@@ -95,14 +99,16 @@ def plan_costs(
         num_given[task] = len(its)
         num_rows[task], lengths[task], answers[task] = _measure(task, its, tokenizer, training)
     timing = time_steps(model, rows, tokenizer, recipe.training)
-    writers = [training.writers(level, memory) for level in hierarchy.levels()]
-    more = {}  # columns of a path beside those of one node and one page, which steps are timed with
-    for level, tasks in enumerate(hierarchy.levels()):
+    levels = [[task for task in level if task in num_rows] for level in hierarchy.levels()]
+    levels = [level for level in levels if level]
+    writers = [training.writers(level, memory) for level in levels]
+    more = {}  # columns of a path beside those of one node and of the pages, which steps are timed with
+    for level, tasks in enumerate(levels):
         for task in tasks:
             num_pages = sum(map(bool, writers[:level])) + (task in writers[level])
-            more[task] = rank * (len(hierarchy.path(task)) - 1) + slots * (num_pages - 1)
+            more[task] = sum(rank_of[node] for node in hierarchy.path(task)) - onto.rank + slots * (num_pages - 1)
     steps: dict[str, int] = {}
-    for level, its_writers in zip(hierarchy.levels(), writers, strict=True):
+    for level, its_writers in zip(levels, writers, strict=True):
         steps |= task_steps({task: num_rows[task] for task in level}, training, its_writers)
     seconds = {
         task: steps[task] * timing.seconds(tokens_a_step(lengths[task], training), more[task])
@@ -117,12 +123,13 @@ def plan_costs(
     )
     memory = estimate_recipe(
         recipe,
-        model.config.text_config,
+        onto.text_config,
         longest,
         None if whole_rows else batch * max(answers.values()),
         on_accelerator,
+        onto,
     )
-    stage_seconds = timing.per_stage * len(hierarchy.levels())
+    stage_seconds = timing.per_stage * len(levels)
     sizes = node_bytes(model, rank), page_bytes(model, slots)
     return PlanCosts(steps, seconds, stage_seconds, *sizes, sum(map(bool, writers)), longest, memory)
 

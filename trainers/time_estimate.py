@@ -49,7 +49,7 @@ class StepTime:
 
     Args:
         fixed: seconds of any step.
-        per_token: seconds a token of its micro-batches, padding included, on the path of a root of the first stage.
+        per_token: seconds a token of its micro-batches, padding included, on the path of a root of the next stage.
         per_rank: by what share the time of a token grows with each further rank of a path.
         per_prompt: seconds a prompt that the router learns from.
         per_stage: seconds of a stage besides: it is prepared and saved.
@@ -141,7 +141,7 @@ def time_steps(
     """Trains for a few steps: on short rows, on long rows, and a task that stands on both.
 
     Args:
-        model: an HFT model without tasks; it has learnt nonsense afterwards and is of no further use.
+        model: an HFT model; it has learnt nonsense afterwards and is of no further use.
         rows: task -> its training rows; those of the shortest and of the longest texts are taken.
         tokenizer: the model's.
         training: keys of `HFTTrainingConfig`; of these, `STEP_KEYS` count.
@@ -155,6 +155,8 @@ def time_steps(
         long = _enough(_longest(everything, tokenizer, config), num_steps * size, tokenizer, config)
         short = _enough(everything, num_steps * size, tokenizer, config)
         data = {task: Dataset.from_list(short if task == "timed-short" else long) for task in TIMED}
+        for task in model.config.open_tasks():  # which would train, too
+            model.remove_task(task, cascade=True)
         for task, parents in TIMED.items():
             model.add_task(task, parents)
         trainer = _TimedTrainer(model, config, train_dataset=data, processing_class=tokenizer)

@@ -134,7 +134,7 @@ def train_hft(shape: str, length: int, steps: int, folder: str, times: StepTimes
     trainer.train()
     ranks = RANK * len(model.hierarchy.path("t7")) + SLOTS
     predicted = estimate_memory(
-        config, rank=RANK, path_rank=ranks, num_training=len(TRAINED), num_sealed=len(SEALED), slots=SLOTS,
+        config, rank=RANK, path_rank=ranks, num_training=len(TRAINED), sealed_rank=RANK * len(SEALED), slots=SLOTS,
         batch_size=2, length=length, gradient_checkpointing=True, on_accelerator=torch.cuda.is_available(),
         optimizer_bytes=OPTIMIZER_BYTES_8BIT,
     )  # fmt: skip
