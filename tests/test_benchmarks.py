@@ -23,7 +23,7 @@ from harness import cell, read_cells, rows_of_roots, todo  # noqa: E402
 from unfinished import Work  # noqa: E402
 
 from hft.trainers.curriculum import BlockSampler  # noqa: E402
-from hft.trainers.recipes import mixture_arguments  # noqa: E402
+from hft.trainers.mixtures import passes_of  # noqa: E402
 
 
 def test_olora_penalty_by_hand():
@@ -270,7 +270,7 @@ def test_a_familys_root_and_its_tasks_share_the_steps():
     assert [row["row"] for row in rows_of_roots(train, families)["root"]] == [
         f"{t}{i}" for t in "ab" for i in range(6)
     ]
-    passes = mixture_arguments(families, ["a", "b", "c"], 1e-3, root_share=2 / 3)["task_passes"]
+    passes = passes_of(families, root_share=2 / 3)
     seen = {
         task: BlockSampler({task: rows}, 1, 0, passes) for task, rows in {"root": 12, "a": 6, "b": 6, "c": 6}.items()
     }

@@ -73,20 +73,28 @@ train_samples: 4
 """
     (tmp_path / "family.yaml").write_text(lines)
     recipe = read_recipe(tmp_path / "family.yaml")
-    assert set(recipe.training_arguments()["route_tasks"]) == {"sst2", "mnli", "cb"}
-    passes = recipe.training_arguments()["task_passes"]
-    assert passes == pytest.approx({"inference": 0.9, "mnli": 0.1, "cb": 0.1})
-    assert recipe.training_arguments()["page_tasks"] == ["sst2"]
-    assert recipe.training_arguments()["task_learning_rates"] == pytest.approx({"mnli": 1e-4, "cb": 1e-4})
-    slower = read_recipe(tmp_path / "family.yaml", {"refining_rate": 0.5, "learning_rate": 4e-3}).training_arguments()
-    assert slower["task_learning_rates"] == pytest.approx({"mnli": 2e-3, "cb": 2e-3})
-    changed = read_recipe(tmp_path / "family.yaml", {"root_share": 0.25, "route_tasks": ["cb"]}).training_arguments()
-    assert changed["task_passes"] == {"inference": 0.25, "mnli": 0.75, "cb": 0.75} and changed["route_tasks"] == ["cb"]
-    own = {"task_passes": {"cb": "5e-1"}, "task_learning_rates": {"cb": "5e-5"}, "refining_rate": "1e-1"}
+    tasks, memory = list(recipe.hierarchy), hft.HFTMemoryConfig()
+
+    def trained(**more):
+        return HFTTrainingConfig(**read_recipe(tmp_path / "family.yaml", more).training_arguments())
+
+    def rates(config):
+        return {task: config.rates(task)[0] for task in tasks}
+
+    config = trained()
+    assert config.routed(tasks) == ["mnli", "cb", "sst2"] and config.writers(tasks, memory) == ["sst2"]
+    assert config.passes() == pytest.approx({"inference": 0.9, "mnli": 0.1, "cb": 0.1})
+    assert rates(config) == pytest.approx({"inference": 1e-3, "mnli": 1e-4, "cb": 1e-4, "sst2": 1e-3})
+    assert config.rates("cb")[1] == pytest.approx(config.gate_learning_rate / 10)
+    slower = trained(refining_rate=0.5, learning_rate=4e-3)
+    assert rates(slower) == pytest.approx({"inference": 4e-3, "mnli": 2e-3, "cb": 2e-3, "sst2": 4e-3})
+    changed = trained(root_share=0.25, route_tasks=["cb"], page_tasks=["mnli", "inference"])
+    assert changed.passes() == {"inference": 0.25, "mnli": 0.75, "cb": 0.75} and changed.routed(tasks) == ["cb"]
+    assert changed.writers(tasks, memory) == ["inference", "mnli"]
     # A task that is not named keeps what it had.
-    some = read_recipe(tmp_path / "family.yaml", own).training_arguments()
-    assert some["task_passes"] == pytest.approx({"inference": 0.9, "mnli": 0.1, "cb": 0.5})
-    assert some["task_learning_rates"] == pytest.approx({"mnli": 1e-4, "cb": 5e-5})
+    some = trained(task_passes={"cb": "5e-1"}, task_learning_rates={"cb": "5e-5"}, refining_rate="1e-1")
+    assert some.passes() == pytest.approx({"inference": 0.9, "mnli": 0.1, "cb": 0.5})
+    assert rates(some) == pytest.approx({"inference": 1e-3, "mnli": 1e-4, "cb": 5e-5, "sst2": 1e-3})
     with pytest.raises(
         ValueError, match=r"`mixtures\['inference'\]` has the rows of 'sst2', which does not stand on it"
     ):
@@ -97,8 +105,7 @@ train_samples: 4
     for wrong in (0, float("nan")):
         with pytest.raises(ValueError, match=rf"`refining_rate` is {wrong}; it must be above 0\.0"):
             read_recipe(tmp_path / "family.yaml", {"refining_rate": wrong})
-    whole = read_recipe(tmp_path / "family.yaml", {"refining_rate": 1}).training_arguments()
-    assert whole["task_learning_rates"] == pytest.approx({"mnli": 1e-3, "cb": 1e-3})
+    assert rates(trained(refining_rate=1)) == pytest.approx(dict.fromkeys(tasks, 1e-3))
     tokenizer = AutoTokenizer.from_pretrained(backbones["llama"])
     parts = [load_task(recipe, task, "train", tokenizer) for task in ("inference", "mnli", "cb")]
     rows = [[json.dumps(row, sort_keys=True) for row in part] for part in parts]
@@ -118,9 +125,9 @@ train_samples: 4
         ("{x: [cb]}", "names the unknown task 'x'"),
         ("{a: [cb, y]}", "names the unknown task 'y'"),
         ("{a: []}", "give a list of tasks"),
-        ("[a]", "give `task: [tasks]` lines"),
-        ("{a: [b], b: [cb]}", "none of its own or a mixture's"),
-        ("{a: [a]}", "none of its own or a mixture's"),
+        ("[a]", "give `task: [tasks]`"),
+        ("{a: [b], b: [cb]}", "it cannot have a mixture's"),
+        ("{a: [a]}", "it cannot have a mixture's"),
     ],
 )
 def test_wrong_mixtures(tmp_path, mixtures, message):

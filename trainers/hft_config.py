@@ -14,10 +14,11 @@ from transformers import EarlyStoppingCallback
 from trl import SFTConfig
 
 from hft.configuration_hft import HFTMemoryConfig
-from hft.hierarchy_hft import nearest
+from hft.hierarchy_hft import Hierarchy, nearest
 
 from .curriculum import BlockSampler
 from .kinds import check_kind, field_types, kinds_of
+from .mixtures import REFINING_RATE, ROOT_SHARE, check_mixtures, check_standing, members_of, passes_of
 from .optimizers import check_optimizer
 from .trackers import check_trackers
 
@@ -61,6 +62,13 @@ class HFTTrainingConfig(SFTConfig):
             gates changes by the same factor. What tasks learn together, their page, has `learning_rate`.
         page_tasks: the tasks that write their stage's memory page; None: all. Leave out a task whose rows are those of
             others, as the root of a family, and those that stand on it: what they share is in the root already.
+        mixtures: task -> tasks that stand on it, whose rows are its rows, unless it has some of its own: the root of a
+            family learns from all of them, and they refine what it has learnt. The router does not learn to know it, and
+            neither it nor its tasks write memory pages, unless `route_tasks` or `page_tasks` name them.
+        root_share: of each epoch over a mixture's rows, how much it takes; its tasks take the rest, each on its own node.
+            Above 0, below 1. `task_passes` says it of each task by itself.
+        refining_rate: the tasks of a mixture learn at so much of `learning_rate`. Above 0. `task_learning_rates` says it of
+            each task by itself.
         rank_tolerance: before a stage is sealed, each task's node is cut to the smallest rank that raises its mean loss on
             128 rows of `eval_dataset` by no more than this, in nats a token; 0 or more. See `HFTForCausalLM.trim`. None: no
             cuts.
@@ -87,6 +95,14 @@ class HFTTrainingConfig(SFTConfig):
     page_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks that write memory pages; None: all."})
     task_learning_rates: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Learning rate of a task's node, where it is not `learning_rate`."}
+    )
+
+    mixtures: dict[str, list[str]] | str | None = field(
+        default=None, metadata={"help": "Tasks that learn from the rows of those that stand on them."}
+    )
+    root_share: float = field(default=ROOT_SHARE, metadata={"help": "A mixture's share of an epoch over its rows."})
+    refining_rate: float = field(
+        default=REFINING_RATE, metadata={"help": "Learning rate of a mixture's tasks, of `learning_rate`."}
     )
 
     mixed_steps: bool = field(
@@ -133,16 +149,12 @@ class HFTTrainingConfig(SFTConfig):
         for name in TASK_LISTS:
             if getattr(self, name) is not None:
                 setattr(self, name, list(getattr(self, name)))  # as it comes back from a file
-        if self.task_learning_rates and not self.learning_rate > 0:
-            raise ValueError(
-                f"`learning_rate` is {self.learning_rate}; with `task_learning_rates` it must be above 0."
-            )
+        for name in ("task_learning_rates", "mixtures"):
+            if getattr(self, name) and not self.learning_rate > 0:
+                raise ValueError(f"`learning_rate` is {self.learning_rate}; with `{name}` it must be above 0.")
+        check_mixtures(self._read_json("mixtures"), self.root_share, self.refining_rate)
         for name, what in zip(TASK_NUMBERS, ("passes", "learning rate"), strict=True):
-            by_task = getattr(self, name) or {}
-            if isinstance(by_task, str):  # from a command line
-                with contextlib.suppress(json.JSONDecodeError):
-                    by_task = json.loads(by_task)
-                    setattr(self, name, by_task)
+            by_task = self._read_json(name)
             if not isinstance(by_task, dict):
                 raise ValueError(f'`{name}` is {by_task!r}; give {{"task": {what}}}.')
             for task, value in by_task.items():
@@ -174,6 +186,15 @@ class HFTTrainingConfig(SFTConfig):
                     f"processes; {leave}."
                 )
 
+    def _read_json(self, name: str) -> Any:
+        """What a setting by task is, which is text from a command line; {} for None."""
+        by_task = getattr(self, name) or {}
+        if isinstance(by_task, str):
+            with contextlib.suppress(json.JSONDecodeError):
+                by_task = json.loads(by_task)
+                setattr(self, name, by_task)
+        return by_task
+
     def _check_values(self) -> None:
         """Raises ValueError for values of a wrong kind, and for such as no step could be taken with."""
         for name, its_type in field_types(HFTTrainingConfig).items():
@@ -196,22 +217,30 @@ class HFTTrainingConfig(SFTConfig):
         """
         seed = self.seed if self.data_seed is None else self.data_seed
         together = together if self.mixed_steps else ()
-        return BlockSampler(num_rows, block_size, seed, self.task_passes, self.gradient_accumulation_steps, together)
+        return BlockSampler(num_rows, block_size, seed, self.passes(), self.gradient_accumulation_steps, together)
 
     def num_steps(self, sampler: BlockSampler) -> int:
         """The optimizer steps of a stage whose rows come in this order."""
         an_epoch = len(sampler) // sampler.block_size
         return self.max_steps if self.max_steps > 0 else math.ceil(self.num_train_epochs * an_epoch)
 
+    def passes(self) -> dict[str, float]:
+        """Passes over a task's rows in an epoch, where it is not one."""
+        return {**passes_of(self.mixtures or {}, self.root_share), **(self.task_passes or {})}
+
     def routed(self, tasks: Sequence[str]) -> list[str]:
         """Those of the tasks that the router learns to know."""
-        wanted = tasks if self.route_tasks is None else self.route_tasks
-        return [task for task in tasks if task in wanted] if self.route_samples else []
+        if not self.route_samples:
+            return []
+        if self.route_tasks is None:
+            return [task for task in tasks if task not in (self.mixtures or {})]
+        return [task for task in tasks if task in self.route_tasks]
 
     def rates(self, task: str) -> tuple[float, float]:
         """A task's learning rates: of its node, and of its gates."""
-        own = self.task_learning_rates
-        if not isinstance(own, dict) or task not in own:
+        refining = dict.fromkeys(members_of(self.mixtures or {}), self.refining_rate * self.learning_rate)
+        own = {**refining, **(self.task_learning_rates or {})}
+        if task not in own:
             return self.learning_rate, self.gate_learning_rate
         return own[task], self.gate_learning_rate * own[task] / self.learning_rate
 
@@ -221,19 +250,24 @@ class HFTTrainingConfig(SFTConfig):
 
     def writers(self, tasks: Sequence[str], memory: HFTMemoryConfig) -> list[str]:
         """Those of a stage's tasks that write its memory page; none where there is no memory."""
-        wanted = [] if memory.read == "off" else tasks if self.page_tasks is None else self.page_tasks
-        return [task for task in tasks if task in wanted]
+        if memory.read == "off":
+            return []
+        if self.page_tasks is None:
+            mixtures = self.mixtures or {}
+            return [task for task in tasks if task not in (*mixtures, *members_of(mixtures))]
+        return [task for task in tasks if task in self.page_tasks]
 
-    def check_names(self, known: Collection[str]) -> None:
-        """Whether the settings that name tasks name known ones.
+    def check_names(self, tree: Hierarchy) -> None:
+        """Whether the settings that name tasks name known ones, and those of mixtures such as stand on them.
 
         Raises:
             ValueError: one does not.
         """
         for field_name in (*TASK_LISTS, *TASK_NUMBERS):
             for task in getattr(self, field_name) or ():
-                if task not in known:
-                    raise ValueError(f"`{field_name}` names the unknown task {task!r}. {nearest(task, known)}")
+                if task not in tree:
+                    raise ValueError(f"`{field_name}` names the unknown task {task!r}. {nearest(task, tree.names)}")
+        check_standing(self.mixtures or {}, tree)
 
     def has_mastery(self) -> bool:
         """Whether tasks may leave their stage early."""

@@ -23,6 +23,7 @@ from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
 from .held_out import HFTHeldOut
 from .hft_config import HFTTrainingConfig, check_given
+from .mixtures import with_mixtures
 from .processes import HFTProcesses, use_one_gpu
 from .progress import StagePrinter, StageProgress
 from .quantized import passing_as_unquantized
@@ -91,9 +92,11 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         check_given(model, args, train_dataset, kwargs)
         use_one_gpu(args, model)
         self._task_names: list[str] = model.config.task_names()
-        self._train_sets = open_sets(
-            split_by_task(train_dataset, self._task_names, "train_dataset"), model.config.open_tasks()
-        )
+        args.check_names(model.hierarchy)
+        open_tasks = model.config.open_tasks()
+        mixtures = {root: its for root, its in (args.mixtures or {}).items() if root in open_tasks}
+        train_sets = split_by_task(train_dataset, self._task_names, "train_dataset")
+        self._train_sets = open_sets(with_mixtures(mixtures, train_sets, "train_dataset"), open_tasks)
         self._test_sets = dict(test_sets or {})
         check_sets(self._test_sets, self._task_names)
         eval_sets = split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset is not None else {}
@@ -101,6 +104,8 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
             (args.has_mastery(), "`mastery_patience` or `mastery_accuracy`"),
             (args.rank_tolerance is not None, "`rank_tolerance`"),
         ):
+            if wanted:
+                eval_sets = with_mixtures(mixtures, eval_sets, "eval_dataset")
             for task in self._train_sets if wanted else ():
                 if task not in eval_sets:
                     raise ValueError(f"{names} is set, but `eval_dataset` has no rows of the task {task!r}.")
@@ -109,7 +114,6 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         if args.should_save:
             check_writable(args.output_dir)
 
-        args.check_names(model.hierarchy.names)
         self.stage: Stage | None = None
         self.mastery = Mastery([])  # of the stage
         self.log_history: list[dict[str, float]] = []  # of all stages; `state.log_history` holds the last one's

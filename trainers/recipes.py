@@ -4,9 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from hft.hub_configs import shipped_recipes
 
 from .hft_config import TASK_NUMBERS, HFTTrainingConfig
 from .kinds import check_kind, field_types, kinds_of
+from .mixtures import REFINING_RATE, ROOT_SHARE, check_mixtures, check_standing
 
 
 # What a recipe says besides the keys of HFTConfig, BitsAndBytesConfig and HFTTrainingConfig (SFTConfig).
@@ -41,13 +41,7 @@ class Recipe:
             and what the recipe says of them must be as they are. Without keys of BitsAndBytesConfig its backbone is held as
             it was when the model was last trained in that folder.
         datasets: task -> where it comes from and how a row is read, see `load_task`; not needed with `data`.
-        mixtures: task -> tasks of the hierarchy whose rows are its rows, as of a root on which a family stands; it is not
-            tested, and the router does not learn to know it, unless `route_tasks` names it. Neither it nor its tasks write
-            memory pages, unless `page_tasks` names them: what they share, the root learns.
-        root_share: of each epoch over a mixture's rows, how much that task takes; its tasks take the rest, each on its own
-            node. Above 0, below 1. `task_passes` says it of each task by itself.
-        refining_rate: the tasks of a mixture only refine what its root has learnt from their rows, and learn at so much of
-            `learning_rate`. Above 0. `task_learning_rates` says it of each task by itself.
+        mixtures, root_share, refining_rate: see `HFTTrainingConfig`. A mixture has no rows of its own, and is not tested.
         data: a folder with `<task>/<split>.jsonl`, plain or as `.jsonl.gz`, of rows {instruction, options, input, output};
             takes the place of `datasets`.
         train_samples: rows of each task to train on, a random choice that is always the same; None for all.
@@ -67,8 +61,8 @@ class Recipe:
     from_model: str | None = None
     datasets: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     mixtures: dict[str, list[str]] = dataclasses.field(default_factory=dict)
-    root_share: float = 0.9
-    refining_rate: float = 0.1
+    root_share: float = ROOT_SHARE
+    refining_rate: float = REFINING_RATE
     data: str | None = None
     train_samples: int | None = None
     eval_samples: int | None = None
@@ -99,36 +93,11 @@ class Recipe:
         return [task for task in self.hierarchy if task not in self.mixtures]
 
     def training_arguments(self) -> dict[str, Any]:
-        """The keys of HFTTrainingConfig; what mixtures say, of a task or by a list, the training's own keys override."""
+        """The keys of HFTTrainingConfig."""
         if not self.mixtures:
             return self.training
-        rate = float(self.training.get("learning_rate", HFTTrainingConfig.learning_rate))
-        its = mixture_arguments(self.mixtures, self.tasks(), rate, self.root_share, self.refining_rate)
-        by_task = {key: its[key] | (self.training.get(key) or {}) for key in TASK_NUMBERS}
-        return {**its, **self.training, **by_task}
-
-
-def mixture_arguments(
-    mixtures: Mapping[str, Sequence[str]],
-    tasks: Sequence[str],
-    learning_rate: float,
-    root_share: float = Recipe.root_share,
-    refining_rate: float = Recipe.refining_rate,
-) -> dict[str, Any]:
-    """The keys of HFTTrainingConfig by which tasks and a mixture of their rows share epochs, router and pages.
-
-    Args:
-        mixtures, root_share, refining_rate: see `Recipe`.
-        tasks: those with rows of their own.
-        learning_rate: of the mixtures.
-    """
-    members = [task for its in mixtures.values() for task in its]
-    return {
-        "route_tasks": list(tasks),
-        "page_tasks": [task for task in tasks if task not in members],
-        "task_passes": dict.fromkeys(members, round(1 - root_share, 6)) | dict.fromkeys(mixtures, root_share),
-        "task_learning_rates": dict.fromkeys(members, refining_rate * learning_rate),
-    }
+        its = {"mixtures": self.mixtures, "root_share": self.root_share, "refining_rate": self.refining_rate}
+        return {**self.training, **its}
 
 
 NEEDED_KEYS = ("path", "instruction", "options", "input", "label")  # of a description in `datasets`
@@ -142,7 +111,7 @@ def _keys() -> dict[str, dict[str, Any]]:
     """Section -> its keys -> the types of their values."""
     parameters = inspect.signature(BitsAndBytesConfig.__init__).parameters.values()
     named = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
-    training = field_types(HFTTrainingConfig)
+    training = {key: its for key, its in field_types(HFTTrainingConfig).items() if key not in RECIPE_KEYS}
     return {
         "recipe": {key: field_types(Recipe)[key] for key in RECIPE_KEYS},
         "model": {key: HFTConfig.__annotations__.get(key, Any) for key in MODEL_KEYS},
@@ -216,10 +185,6 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         value = getattr(recipe, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"`{name}` is {value!r}; it must be a whole number of 1 or more.")
-    if not isinstance(recipe.root_share, float) or not 0 < recipe.root_share < 1:
-        raise ValueError(f"`root_share` is {recipe.root_share!r}; it must be above 0 and below 1.")
-    if type(recipe.refining_rate) not in (int, float) or not 0 < recipe.refining_rate < math.inf:
-        raise ValueError(f"`refining_rate` is {recipe.refining_rate!r}; it must be above 0.0, as 0.1.")
     for task, name in recipe.metric.items() if isinstance(recipe.metric, dict) else ():
         if task not in tree:
             raise ValueError(f"`metric` names the unknown task {task!r}. {nearest(task, tree.names)}")
@@ -259,24 +224,13 @@ def _check_datasets(recipe: Recipe, tree: Hierarchy) -> None:
 
 
 def _check_mixtures(recipe: Recipe, tree: Hierarchy) -> None:
-    if not isinstance(recipe.mixtures, dict):
-        raise ValueError(f"`mixtures` is {recipe.mixtures!r}; give `task: [tasks]` lines.")
-    for task, members in recipe.mixtures.items():
-        if not isinstance(members, list) or not members:
-            raise ValueError(f"`mixtures[{task!r}]` is {members!r}; give a list of tasks.")
-        for name in (task, *members):
-            if name not in tree:
-                raise ValueError(f"`mixtures[{task!r}]` names the unknown task {name!r}. {nearest(name, tree.names)}")
-        if task in recipe.datasets or recipe.mixtures.keys() & set(members):
+    check_mixtures(recipe.mixtures, recipe.root_share, recipe.refining_rate)
+    check_standing(recipe.mixtures, tree)
+    for task in recipe.mixtures:
+        if task in recipe.datasets:
             raise ValueError(
-                f"`mixtures` gives {task!r} the rows of {members}; it can have none of its own or a mixture's."
+                f"`mixtures` gives {task!r} the rows of {recipe.mixtures[task]}; it can have none of its own."
             )
-        for name in members:
-            if task not in tree.path(name):
-                raise ValueError(
-                    f"`mixtures[{task!r}]` has the rows of {name!r}, which does not stand on it; make it a parent "
-                    f"of {name!r}, or take these rows out."
-                )
 
 
 def _find(path: str | os.PathLike) -> Path:

@@ -49,8 +49,9 @@ class HFTSharing:
         past = {task for stage in self.record.stages for task in stage["tasks"]}
         self.record.stages = self.record.without(past - set(sealed)).stages
         args = self.args.to_dict()  # enums as text
-        budget = {name: args[name] for name in BUDGET if args[name] is not None}
-        for name in ("page_tasks", "task_learning_rates"):
+        unused = () if args["mixtures"] else ("root_share", "refining_rate")
+        budget = {name: args[name] for name in BUDGET if args[name] is not None and name not in unused}
+        for name in ("page_tasks", "task_learning_rates", "mixtures", "refining_rate"):
             now, before = budget.get(name), self.record.budget.get(name)
             if self.record.budget and now != before:
                 raise ValueError(

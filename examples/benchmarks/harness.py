@@ -30,7 +30,6 @@ from hft.trainers.compute_dtype import is_bfloat16_slow
 from hft.trainers.cpu_memory import give_freed_back, use_memory_well
 from hft.trainers.demo_backbone import find_backbone
 from hft.trainers.evaluation import score_options
-from hft.trainers.recipes import mixture_arguments
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -137,9 +136,9 @@ def rows_of_roots(train: Mapping[str, Dataset], families: Mapping[str, Sequence[
 def with_roots(
     train: Mapping[str, Dataset], families: Mapping[str, Sequence[str]], training: Mapping[str, Any], **shares: float
 ) -> tuple[dict[str, Dataset], dict[str, Any]]:
-    """Rows by task and training arguments with the roots of families, which share epochs as `mixture_arguments` says."""
-    sharing = mixture_arguments(families, list(train), training["learning_rate"], **shares)
-    return {**train, **rows_of_roots(train, families)}, {**training, **sharing}
+    """Rows by task and training arguments with the roots of families; `shares` are the `root_share` and `refining_rate`."""
+    mixtures = {root: list(its) for root, its in families.items()}
+    return {**train, **rows_of_roots(train, families)}, {**training, "mixtures": mixtures, **shares}
 
 
 def refining_together(training: Mapping[str, Any], tasks: Iterable[str], rate: float = 0.3) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def hft_on(
     shares = {"root_share": 2 / 3, "refining_rate": 1.0} if thirds else {}
     train, training = with_roots(train, families or {}, training, **shares)
     if thirds or pages:
-        training["page_tasks"] = None if thirds else setup.order
+        training["page_tasks"] = list(tree) if thirds else setup.order
 
     def report(model: Any) -> None:
         is_training = model.training
