@@ -44,7 +44,8 @@ def test_train(backbones, tmp_path, monkeypatch, from_file):
         (tmp_path / f"{task}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     values = {
         "backbone": str(backbones["llama"]),
-        "hierarchy": '{"a": [], "b": ["a"]}',
+        "hierarchy": '{"both": [], "a": ["both"], "b": ["both"]}',
+        "mixtures": '{"both": ["a", "b"]}',
         "files": json.dumps({task: str(tmp_path / f"{task}.jsonl") for task in "ab"}),
         "output_dir": str(tmp_path / "out"),
         "max_steps": 2,
@@ -58,7 +59,8 @@ def test_train(backbones, tmp_path, monkeypatch, from_file):
     run("train.py", monkeypatch, *arguments)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert all(task["sealed"] for task in model.config.tasks)
-    assert json.loads((tmp_path / "out/run.json").read_text())["budget"]["task_learning_rates"] == {"b": 1e-4}
+    budget = json.loads((tmp_path / "out/run.json").read_text())["budget"]
+    assert budget["task_learning_rates"] == {"b": 1e-4} and budget["mixtures"] == {"both": ["a", "b"]}
 
 
 @pytest.mark.parametrize("text", ["true", "True", "FOLDER"])

@@ -1,4 +1,4 @@
-"""The README's numbers are those of the committed result files, and its names exist."""
+"""The numbers in the README and in that of the benchmarks are those of the committed result files, and their names exist."""
 
 import json
 import math
@@ -22,7 +22,8 @@ from table import mean_se, own_hierarchy  # noqa: E402
 from table import test_scores as scores_of  # noqa: E402
 
 
-README = (ROOT / "README.md").read_text()
+TEXTS = {path: (ROOT / path).read_text() for path in ("README.md", "examples/benchmarks/README.md")}
+README = "\n".join(TEXTS.values())
 PROSE = " ".join(README.split())  # without line breaks
 RESULTS = ROOT / "examples/benchmarks/results"
 
@@ -49,6 +50,15 @@ def test_the_demos_numbers():
     slower = json.loads((RESULTS / "demo-float32.json").read_text())
     assert f"({slower['seconds']:.0f} s, {slower['mean_gain_points']:.1f} points" in PROSE
     assert slower["forgetting"] == slower["reload_max_abs_diff"] == 0
+
+
+def test_what_the_readme_says_first(figures):
+    ours, joint, gain = (
+        "{:.1f} ± {:.1f}".format(*(figures[f"quality.small.family.{key}{end}"] for end in ("", "_se")))
+        for key in ("ap_hft", "ap_joint", "hft_minus_single")
+    )
+    assert f"({ours} and {joint} on test rows) and {gain} points above one LoRA a task" in PROSE
+    assert figures["quality.small.family.forgetting_hft"] == 0
 
 
 def test_the_recipes_numbers():
@@ -626,13 +636,24 @@ def test_the_ggufs_numbers():
     assert f"KL divergence of at most {kl:.2g} nats" in README.replace("\n", " ")
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\((?!https?:)([^)]+)\)", README))
-def test_links_lead_somewhere(link):
-    if link.startswith("#"):
-        headings = re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-        assert link[1:] in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-    else:
-        assert (ROOT / link).exists()
+def heading_links(text: str) -> list[str]:
+    """The headings as links name them."""
+    return [
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "link"),
+    [(path, link) for path, text in TEXTS.items() for link in re.findall(r"\]\((?!https?:)([^)]+)\)", text)],
+)
+def test_links_lead_somewhere(path, link):
+    file, _, heading = link.partition("#")
+    target = ((ROOT / path).parent / file).resolve() if file else ROOT / path
+    assert target.exists()
+    if heading:
+        assert heading in heading_links(target.read_text())
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
