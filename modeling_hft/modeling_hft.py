@@ -204,12 +204,14 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         if isinstance(task, str):
             names: list[str | None] = [task]
         else:
-            names = self._names_of(task.reshape(-1)) if isinstance(task, torch.Tensor) else list(task)
+            given = task.reshape(-1).tolist() if isinstance(task, torch.Tensor) else list(task)
+            is_ids = isinstance(task, torch.Tensor) or (given and all(isinstance(one, int) for one in given))
+            names = self._names_of(given) if is_ids else given
             if not names or num_rows not in (None, len(names)):
                 raise ValueError(f"`task` names {len(names)} tasks for {num_rows} rows; give one name, or one a row.")
         for name in names:
             if name is not None and not isinstance(name, str):
-                raise ValueError(f"`task` holds {name!r}; give a name, a name a row, or a tensor of ids.")
+                raise ValueError(f"`task` holds {name!r}; give a name, a name a row, or ids.")
         names = [None if name in (None, BACKBONE) else name for name in names]
         for name in names:
             if name in self.config.left_out:
@@ -220,12 +222,11 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
                 raise ValueError(f"Unknown task {name!r}. {nearest(name, [*self.hierarchy.names, BACKBONE])}")
         return names
 
-    def _names_of(self, ids_B: torch.Tensor) -> list[str | None]:
+    def _names_of(self, ids: list[Any]) -> list[str | None]:
         known: list[str | None] = [*self.config.task_names(), None]  # so -1 is the backbone
-        ids = ids_B.tolist()
         for i in ids:
             if not isinstance(i, int) or isinstance(i, bool):
-                raise ValueError(f"`task` is a tensor of {ids_B.dtype}; give whole ids, or names.")
+                raise ValueError(f"`task` holds {i!r}; give whole ids, or names.")
             if not -1 <= i < len(known) - 1:
                 raise ValueError(f"`task` holds the id {i}; ids go from -1 (the backbone) to {len(known) - 2}.")
         return [known[i] for i in ids]

@@ -486,8 +486,9 @@ def test_ids_are_places_in_the_config(model):
     x = prompts(3, 5)
     names = model.config.task_names()
     with torch.no_grad():
-        by_id = model(x, task=torch.tensor([names.index("d"), -1, names.index("f")])).logits
-        assert bits(by_id) == bits(model(x, task=["d", None, "f"]).logits)
+        ids = [names.index("d"), -1, names.index("f")]
+        for task in (torch.tensor(ids), ids):
+            assert bits(model(x, task=task).logits) == bits(model(x, task=["d", None, "f"]).logits)
 
 
 @pytest.mark.parametrize(
@@ -500,9 +501,9 @@ def test_ids_are_places_in_the_config(model):
         (3, "`task` is 3; give a name, a name a row, or a tensor of ids."),
         (torch.tensor([0, -2, 1]), "`task` holds the id -2; ids go from -1 (the backbone) to 5."),
         (torch.tensor([0, 6, 1]), "`task` holds the id 6; ids go from -1"),
-        (torch.tensor([0.0, -1.0, 1.0]), "`task` is a tensor of torch.float32; give whole ids, or names."),
-        (torch.tensor([True, False, True]), "`task` is a tensor of torch.bool; give whole ids, or names."),
-        ([["a"], ["b"], ["a"]], "`task` holds ['a']; give a name, a name a row, or a tensor of ids."),
+        (torch.tensor([0.0, -1.0, 1.0]), "`task` holds 0.0; give whole ids, or names."),
+        (torch.tensor([True, False, True]), "`task` holds True; give whole ids, or names."),
+        ([["a"], ["b"], ["a"]], "`task` holds ['a']; give a name, a name a row, or ids."),
     ],
 )
 def test_wrong_tasks(model, task, message):

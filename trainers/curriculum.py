@@ -80,10 +80,15 @@ class Mastery:
         return reason
 
     def observe_log(self, logs: Mapping[str, float]) -> tuple[str, str] | None:
-        """Takes note of a log entry of the Trainer's, if it is an evaluation; the task that is mastered now, and why."""
-        for task in self.tasks:
+        """Takes note of a log entry of the Trainer's, if it is an evaluation; the task that is mastered now, and why.
+
+        Not of one marked `others`: it is of rows that are not the trainer's own.
+        """
+        for task in self.tasks if "others" not in logs else ():
             if f"eval_{task}_runtime" in logs:  # `eval_a_loss` may be the training loss of a task `eval_a`
-                loss, accuracy = logs[f"eval_{task}_loss"], logs.get("eval_mean_token_accuracy", 0.0)
+                loss, accuracy = logs.get(f"eval_{task}_loss"), logs.get("eval_mean_token_accuracy", 0.0)
+                if loss is None:  # of no whole batch (`dataloader_drop_last`)
+                    continue
                 if reason := self.observe(task, int(logs["step"]), loss, accuracy):
                     return task, reason
         return None

@@ -1,5 +1,8 @@
 """Rows that the trainer is given to evaluate, or to predict, in any form that it trains on."""
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
@@ -7,14 +10,17 @@ from transformers.trainer_utils import PredictionOutput
 
 from hft.hierarchy_hft import nearest
 
+from .curriculum import Mastery
 from .task_data import TASK_ID, is_tagged, split_by_task
 
 
 class HFTHeldOut:
     """The part of `HFTTrainer` that evaluates and predicts, each task's rows on the task's path."""
 
-    def evaluate(self, eval_dataset: Any = None, **kwargs: Any) -> dict[str, float]:
-        """As SFTTrainer's; `eval_dataset` takes the forms that the trainer takes."""
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """As SFTTrainer's; `eval_dataset` takes the forms that the trainer takes. Mastery goes by the trainer's own only."""
         given = eval_dataset is not None and not isinstance(eval_dataset, str)
         if isinstance(eval_dataset, str) and eval_dataset not in (known := list(self.eval_dataset or {})):
             raise ValueError(
@@ -22,13 +28,16 @@ class HFTHeldOut:
             )
         if given:
             eval_dataset = self._by_task(eval_dataset, "eval_dataset")
-        return super().evaluate(eval_dataset=eval_dataset, **kwargs)
+        with self._looking_at(given):
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
-    def predict(self, test_dataset: Any, **kwargs: Any) -> PredictionOutput:
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
         """As SFTTrainer's, on the path of the one task that `test_dataset` has rows of, in a form that the trainer takes.
 
         Raises:
-            ValueError: rows of several tasks.
+            ValueError: rows of several tasks, or such as lose their answers when they are cut.
         """
         rows = self._by_task(test_dataset, "test_dataset")
         if isinstance(rows, dict):
@@ -39,9 +48,40 @@ class HFTHeldOut:
                 )
             ((task, rows),) = rows.items()
             if not self._skip_prepare_dataset:
-                how = (self.processing_class, self.args, False, self._formatting_func)
-                rows = self._prepare_dataset(rows, *how, task)
-        return super().predict(rows, **kwargs)
+                args = copy.copy(self.args)
+                args.shuffle_dataset = False  # predictions come in the order of the rows
+                ready = self._prepare_dataset(rows, self.processing_class, args, False, self._formatting_func, task)
+                if lost := len(rows) - len(ready):
+                    raise ValueError(
+                        f"{lost} of the {len(rows)} rows of task {task!r} lose their answers with `max_length`="
+                        f"{args.max_length}, so predictions would not be of these rows; raise it, or leave those rows out."
+                    )
+                rows = ready
+        with self._looking_at(True):
+            return super().predict(rows, ignore_keys, metric_key_prefix)
+
+    @contextlib.contextmanager
+    def _looking_at(self, others: bool) -> Iterator[None]:
+        """Inside, rows are read for their own means: none of what was read before, or, in a step of training, of the step.
+
+        Args:
+            others: these are not the rows that the trainer was made with: no task is mastered by them.
+        """
+        self._wrap_collator()
+        self._metrics["eval"].clear()
+        self._means.clear("eval")
+        judge, is_training, begin = self.mastery, self.model.training, len(self.state.log_history)
+        if others:
+            self.mastery = Mastery([])
+        try:
+            yield
+        finally:
+            self.mastery = judge
+            self.model.train(is_training)
+            self._metrics["eval"].clear()
+            self._means.clear("eval")
+            for logs in self.state.log_history[begin:] if others else ():
+                logs["others"] = True  # a resumed run reads this, too
 
     def _by_task(self, data: Any, what: str) -> Dataset | dict[str, Dataset]:
         """Rows to evaluate, task -> rows; rows of one task that are prepared already stay as they are."""

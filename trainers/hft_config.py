@@ -274,6 +274,15 @@ class HFTTrainingConfig(SFTConfig):
         return self.mastery_accuracy is not None or self.mastery_patience is not None
 
 
+def check_callback(callback: Any) -> None:
+    """Raises ValueError for a callback that goes by one metric of all stages."""
+    if isinstance(callback, EarlyStoppingCallback) or callback is EarlyStoppingCallback:
+        raise ValueError(
+            "HFTTrainer takes no EarlyStoppingCallback: each stage evaluates other tasks, so no one metric could stop them; "
+            "set `mastery_patience`, the evaluations without progress after which a task leaves its stage."
+        )
+
+
 def check_given(model: Any, args: Any, train_dataset: Any, others: Mapping[str, Any]) -> None:
     """Whether `HFTTrainer` got what it takes.
 
@@ -299,11 +308,13 @@ def check_given(model: Any, args: Any, train_dataset: Any, others: Mapping[str, 
     if others.get("peft_config") is not None:
         raise ValueError("HFTTrainer takes no `peft_config`: the tasks' nodes are what trains.")
     for callback in others.get("callbacks") or ():
-        if isinstance(callback, EarlyStoppingCallback) or callback is EarlyStoppingCallback:
-            raise ValueError(
-                "HFTTrainer takes no EarlyStoppingCallback: each stage evaluates other tasks, so no one metric could stop "
-                "them; set `mastery_patience`, the evaluations without progress after which a task leaves its stage."
-            )
+        check_callback(callback)
+    _, options = others.get("optimizer_cls_and_kwargs") or (None, {})
+    if options.get("lr", args.learning_rate) != args.learning_rate:
+        raise ValueError(
+            f"`optimizer_cls_and_kwargs` has lr={options['lr']}, and `learning_rate` is {args.learning_rate}, by which "
+            "tasks, pages and gates have their rates; give one number to both, or leave `lr` out."
+        )
     template, size = args.chat_template_path, model.get_input_embeddings().num_embeddings
     if template is not None and not template.endswith(TEMPLATE_FILES) and size % 64:
         raise ValueError(

@@ -10,7 +10,9 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
+from transformers.utils import logging
 from trl import SFTTrainer
 
 from hft.files_hft import check_writable, disk_errors, replacing
@@ -22,7 +24,7 @@ from .compiled import CompiledDecoder
 from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
 from .held_out import HFTHeldOut
-from .hft_config import HFTTrainingConfig, check_given
+from .hft_config import HFTTrainingConfig, check_callback, check_given
 from .mixtures import with_mixtures
 from .processes import HFTProcesses, use_one_gpu
 from .progress import StagePrinter, StageProgress
@@ -47,6 +49,9 @@ from .task_data import (
     why_unfit,
 )
 from .token_means import TokenMeans
+
+
+logger = logging.get_logger(__name__)
 
 
 class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
@@ -100,6 +105,10 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         self._test_sets = dict(test_sets or {})
         check_sets(self._test_sets, self._task_names)
         eval_sets = split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset is not None else {}
+        if sealed := [task for task in eval_sets if task not in open_tasks]:
+            logger.warning(
+                f"The `eval_dataset` of {', '.join(sealed)} is not looked at in training: sealed tasks stay."
+            )
         for wanted, names in (
             (args.has_mastery(), "`mastery_patience` or `mastery_accuracy`"),
             (args.rank_tolerance is not None, "`rank_tolerance`"),
@@ -143,14 +152,24 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
                     f"`rank_tolerance` needs two rows or more of task {task!r} in `eval_dataset`, and {left} is left when "
                     "they are prepared; give more, or raise `max_length`."
                 )
-        self.data_collator = OneTaskCollator(self.data_collator)
+        self._wrap_collator()
         self._compiled: CompiledDecoder | None = None
         if args.torch_compile:
             self._compiled = CompiledDecoder(model, args.torch_compile_backend, args.torch_compile_mode)
         progress = StagePrinter if args.disable_tqdm else StageProgress
-        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
-        self.add_callback(progress(lambda: self.stage))
+        self.remove_callback(PrinterCallback if args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        self.add_callback(progress(lambda: self.stage, lambda: self.mastery))
         self.add_callback(StageCallback(self._step_taken, lambda: self.mastery, lambda: self._sampler))
+
+    def _wrap_collator(self) -> None:
+        """Lets the collator, which people may set, name the task of a micro-batch."""
+        if not isinstance(self.data_collator, OneTaskCollator):
+            self.data_collator = OneTaskCollator(self.data_collator)
+
+    def add_callback(self, callback: Any) -> None:
+        """As the Trainer's; ValueError for one that HFT cannot serve."""
+        check_callback(callback)
+        super().add_callback(callback)
 
     def _ready(
         self, task: str, rows: Dataset, args: Any, tokenized: Dataset | None = None, packing: bool = True
@@ -159,12 +178,13 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         if tokenized is None:
             check_tokens(task, rows)
             tokenized = rows
-        tagged = tag_rows(task, tokenized, self._task_names.index(task))
+        tagged = tag_rows(task, tokenized, self._task_names.index(task), with_others=not args.remove_unused_columns)
         return learnable(task, rows, tagged, args.max_length, packing)
 
     def _join(self, prepared: dict[str, Dataset]) -> Dataset:
         self._prepared = prepared
-        return concatenate_datasets(list(prepared.values()))
+        self._joined = concatenate_datasets(list(prepared.values()))
+        return self._joined
 
     def _prepare_dataset(
         self,
@@ -245,6 +265,7 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._average_gradients()
+        self._stepping.add(task)
         if task not in self._checked:
             self._checked.add(task)
             own = self.model.learning_parameters(task)
@@ -284,7 +305,6 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
             if values := self._metrics[mode].get(name):
                 self._means.add(mode, name, values[-1] * count, count)
         if self.model.training:  # in evaluation the Trainer itself logs a loss a task
-            self._stepping.add(task)
             self._means.add(mode, f"{task}_loss", total, count)
         return result
 

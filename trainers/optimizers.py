@@ -19,6 +19,11 @@ def check_optimizer(args: TrainingArguments) -> None:
             "`use_liger_kernel` is set, and the package is not installed; install it (pip install liger-kernel) or leave "
             "it out."
         )
+    if any(name in args.optim.value for name in ("galore", "apollo")):
+        raise ValueError(
+            f"`optim` is '{args.optim.value}', which projects the gradients of whole weights, and HFT's nodes are of low "
+            "rank already: it would be plain AdamW; choose another, such as 'adamw_torch' or 'paged_adamw_8bit'."
+        )
     trial: Any = object.__new__(Trainer)  # just what the two methods below read
     trial.args, trial.model = copy.copy(args), nn.Sequential(nn.Linear(1, 1, bias=False))
     trial.optimizer = trial.lr_scheduler = trial.optimizer_cls_and_kwargs = None

@@ -17,7 +17,7 @@ from hft.trimmed_hft import HFTTrim
 from .checkpoints import RunFolder, last_checkpoint, step_in
 from .curriculum import Mastery, Stage, open_stages
 from .routes import learn_routes
-from .task_data import alone
+from .task_data import TASK_ID, alone, is_tagged, learnable
 
 
 logger = logging.get_logger(__name__)
@@ -55,6 +55,7 @@ class HFTStages:
 
     def _train_all(self, own: RunFolder, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
         """As `train`, in a folder that no other process writes to."""
+        self._take_changes()
         checkpoint, run = None, own
         if resume_from_checkpoint:
             path = self._root if resume_from_checkpoint is True else Path(resume_from_checkpoint)
@@ -95,6 +96,8 @@ class HFTStages:
                 break
         if self.args.push_to_hub and not stages:
             self.push_to_hub()  # what a resumed run could not before
+        if not stages and not resume_from_checkpoint:
+            logger.warning("All tasks of this model are sealed already: nothing was trained.")
         steps = sum(output.global_step for output in outputs)
         loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
         seconds = sum(output.metrics["train_runtime"] for output in outputs)
@@ -110,7 +113,7 @@ class HFTStages:
         self.mastery = Mastery(stage.tasks, self.args.mastery_accuracy, self.args.mastery_patience)
         self._checked, self._stepping = set(), set()
         self._metrics["train"].clear()  # what the stage before had not logged yet
-        self._means.clear()
+        self._means.clear("train")
         # Dropout and noise do not depend on what came before, which a resumed run has not drawn.
         set_seed(self.args.seed)
         self.model.start_stage(stage.tasks, self.args.writers(stage.tasks, self.model.config.memory_config))
@@ -122,11 +125,10 @@ class HFTStages:
                 "processes": self.args.world_size,
             }
         self._begin_stage_record(stage)
-        self.train_dataset = self._rows_of(stage)
+        all_rows, self.train_dataset = self.train_dataset, self._rows_of(stage)
         all_eval_sets = self.eval_dataset
         if isinstance(all_eval_sets, dict):
             self.eval_dataset = {task: rows for task, rows in all_eval_sets.items() if task in stage.tasks}
-        self.optimizer, self.lr_scheduler = None, None
         self.model_wrapped = self.model
         forward = self.model.forward  # accelerate wraps it for mixed precision at each start
         changed = {name: getattr(self.args, name) for name in ("output_dir", "push_to_hub", "eval_on_start")}
@@ -134,13 +136,16 @@ class HFTStages:
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
         try:
             output = self._learn(checkpoint, **kwargs)
-            is_stopped = self.state.global_step < self._num_steps() and not self.mastery.all_mastered()
+            is_stopped = self.state.global_step < self.state.max_steps and not self.mastery.all_mastered()
             if is_stopped:
                 self._keep_checkpoint()
+            elif self.optimizer is not None:
+                self.optimizer.eval()  # of a schedule-free one the weights to keep are not those it trains at
         finally:
             for name, value in changed.items():
                 setattr(self.args, name, value)
-            self.eval_dataset = all_eval_sets
+            self.train_dataset, self.eval_dataset = all_rows, all_eval_sets
+            self.optimizer, self.lr_scheduler = None, None  # it would go on to change what is sealed
             self.model.forward = forward
             vars(self.model).pop("_original_forward", None)
             if not self.is_fsdp_enabled:  # else the next stage's start would pass by what it wraps
@@ -183,12 +188,45 @@ class HFTStages:
             self.mastery.observe_log(logs)
         if state.global_step >= self._num_steps() or self.mastery.all_mastered():
             self._load_from_checkpoint(checkpoint)
+            if self.args.optim.value.startswith("schedule_free"):
+                self.create_optimizer_and_scheduler(self._num_steps())
+                self._load_optimizer_and_scheduler(checkpoint)
             self.state = state
             output = TrainOutput(state.global_step, 0.0, {"train_runtime": 0.0})
         else:
             output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         # The Trainer divides what was lost since by all steps.
         return output._replace(training_loss=mean_loss(self.state.log_history) or output.training_loss)
+
+    def _take_changes(self) -> None:
+        """What people set on the trainer since it was made: other labels of its rows, another collator.
+
+        Raises:
+            ValueError: an optimizer, or rows that are not those of the trainer.
+        """
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise ValueError(
+                "HFTTrainer takes no `optimizer` or `lr_scheduler`: each stage makes its own; choose it with `args.optim`."
+            )
+        self._wrap_collator()
+        if self.train_dataset is self._joined:
+            return
+        if not is_tagged(self.train_dataset):
+            raise ValueError(
+                f"`train_dataset` was set to rows without {TASK_ID!r}, which says whose they are; change the trainer's own "
+                "(map, filter), or make a new trainer."
+            )
+        places: dict[str, list[int]] = {task: [] for task in self._prepared}
+        for place, task_id in enumerate(self.train_dataset.with_format(None)[TASK_ID]):
+            places[self._task_names[task_id]].append(place)
+        if missing := [task for task, its in places.items() if not its]:
+            raise ValueError(
+                f"`train_dataset` was set to rows of which none is of task {missing[0]!r}; it needs some."
+            )
+        sets = {task: self.train_dataset.select(its) for task, its in places.items()}
+        self.train_dataset = self._join(
+            {task: learnable(task, rows, rows, self.args.max_length, True) for task, rows in sets.items()}
+        )
 
     def _keep_checkpoint(self) -> None:
         """What a stage that was stopped goes on from, if it was not saved at this step."""

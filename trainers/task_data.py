@@ -99,12 +99,21 @@ def open_sets(sets: Mapping[str, Dataset], open_tasks: Sequence[str]) -> dict[st
     return {task: sets[task] for task in open_tasks}
 
 
-def tag_rows(task: str, dataset: Dataset, task_id: int) -> Dataset:
+def tag_rows(task: str, dataset: Dataset, task_id: int, with_others: bool = False) -> Dataset:
     """A task's tokenised rows with its id in a column `TASK_ID`, in one layout for all tasks, so that they concatenate.
 
+    Args:
+        task, dataset, task_id: whose rows.
+        with_others: whether they keep columns that HFT does not know, for a collator that does.
+
     Raises:
-        ValueError: rows with masks that nobody has made labels of.
+        ValueError: rows with masks that nobody has made labels of, or that a transform makes anew each time.
     """
+    if dataset.format["type"] == "custom":
+        raise ValueError(
+            f"The rows of task {task!r} have a transform, which would undo that they are prepared; apply it beforehand: "
+            "Dataset.map."
+        )
     columns = [name for name in ("input_ids", "labels", "seq_lengths") if name in dataset.column_names]
     if "labels" not in columns:
         if masks := [name for name in ("completion_mask", "assistant_masks") if name in dataset.column_names]:
@@ -114,8 +123,9 @@ def tag_rows(task: str, dataset: Dataset, task_id: int) -> Dataset:
             )
         dataset = dataset.map(lambda row: {"labels": row["input_ids"]})
         columns.append("labels")
-    dataset = dataset.select_columns(columns).add_column(TASK_ID, [task_id] * len(dataset))
-    layout = {name: List(Value("int64")) for name in columns}
+    others = [name for name in dataset.column_names if name not in (*columns, TASK_ID)] if with_others else []
+    dataset = dataset.select_columns([*columns, *others]).add_column(TASK_ID, [task_id] * len(dataset))
+    layout = {name: List(Value("int64")) for name in columns} | {name: dataset.features[name] for name in others}
     return dataset.cast(Features({**layout, TASK_ID: Value("int64")}))
 
 
@@ -270,7 +280,11 @@ class OneTaskCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         tasks = {int(example[TASK_ID]) for example in examples}
-        assert len(tasks) == 1, f"a micro-batch holds one task, not {sorted(tasks)}"
+        if len(tasks) > 1:
+            raise ValueError(
+                f"A micro-batch holds rows of the tasks with the ids {sorted(tasks)}, and only one task's path is computed; "
+                "leave the order of the rows to HFTTrainer (`get_train_dataloader`), or batch each task by itself."
+            )
         batch = self.collator([{name: value for name, value in row.items() if name != TASK_ID} for row in examples])
         batch["task"] = [tasks.pop()] * batch["input_ids"].shape[0]
         return batch

@@ -10,9 +10,9 @@ class TokenMeans:
     def __init__(self):
         self._sums: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
 
-    def clear(self) -> None:
-        """Forgets all."""
-        self._sums = {"train": {}, "eval": {}}
+    def clear(self, mode: str) -> None:
+        """Forgets what there is."""
+        self._sums[mode] = {}
 
     def add(self, mode: str, name: str, total: float, count: float) -> None:
         """Takes in a batch: the sum over its tokens, and how many they are."""

@@ -1,5 +1,6 @@
 """What TRL's `report_to` does not do by itself: pictures, and a run a stage."""
 
+import functools
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -45,9 +46,19 @@ def begin_stage(callbacks: Iterable[TrainerCallback]) -> None:
     """Gives each stage a run of its own in TensorBoard, since each counts its steps from 0."""
     for callback in callbacks:
         if isinstance(callback, TensorBoardCallback) and "TENSORBOARD_LOGGING_DIR" not in os.environ:
+            if callback.tb_writer is not None and callback.logging_dir is None:  # people's own: all stages write to it
+                callback._SummaryWriter = functools.partial(_the_same, callback.tb_writer)
+                callback.logging_dir = callback.tb_writer.log_dir
+            if isinstance(callback._SummaryWriter, functools.partial):
+                continue
             if callback.tb_writer is not None:
                 callback.tb_writer.close()
             callback.tb_writer, callback.logging_dir = None, None
+
+
+def _the_same(writer: Any, log_dir: str | None = None) -> Any:
+    """As a maker of writers: one that there is already, which opens its file again when it was closed."""
+    return writer
 
 
 def show_picture(callbacks: Iterable[TrainerCallback], name: str, figure: Any, step: int) -> None:
