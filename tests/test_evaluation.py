@@ -263,8 +263,8 @@ def test_stages_are_the_levels_that_are_open():
     assert str(Stage(2, ("b", "x"), 3)) == "stage 2/3: b, x"
 
 
-def test_a_batch_of_two_tasks_is_our_own_mistake():
-    with pytest.raises(AssertionError, match=r"a micro-batch holds one task, not \[0, 1\]"):
+def test_a_batch_of_two_tasks_is_refused():
+    with pytest.raises(ValueError, match=r"A micro-batch holds rows of the tasks with the ids \[0, 1\], and only one"):
         OneTaskCollator(lambda rows: {})([{"hft_task": 0}, {"hft_task": 1}])
 
 

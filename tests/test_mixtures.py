@@ -20,7 +20,9 @@ def sets() -> dict[str, Dataset]:
 
 def test_a_mixture_is_what_can_be_said_of_each_task(backbones, tokenizer, tmp_path):
     """The same model, to the bit: rows, passes, rates, pages, and whom the router knows."""
-    short = make(backbones, tokenizer, tmp_path / "short", TREE, sets(), mixtures=FAMILY, root_share=0.75)
+    short = make(
+        backbones, tokenizer, tmp_path / "short", TREE, sets(), mixtures=FAMILY, root_share=0.75, num_train_epochs=1
+    )
     short.train()
     mixed = concatenate_datasets([sets()["a"], sets()["b"]]).shuffle(seed=0)
     said = {
@@ -29,7 +31,7 @@ def test_a_mixture_is_what_can_be_said_of_each_task(backbones, tokenizer, tmp_pa
         "page_tasks": ["alone"],
         "route_tasks": ["alone", "a", "b"],
     }
-    long = make(backbones, tokenizer, tmp_path / "long", TREE, {"root": mixed, **sets()}, **said)
+    long = make(backbones, tokenizer, tmp_path / "long", TREE, {"root": mixed, **sets()}, num_train_epochs=1, **said)
     long.train()
     assert snapshot(short.model) == snapshot(long.model)
     assert short.model.config.to_dict() == long.model.config.to_dict()

@@ -133,6 +133,7 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         # TRL casts whatever is trainable on a 4-bit model to bfloat16; each stage makes its own trainable.
         model.set_trainable([])
         self._prepared: dict[str, Dataset] = {}
+        self._last: tuple[Any, Any] = (None, None)  # the newest stage's optimizer and schedule
         train_set = next(iter(self._train_sets.values()))  # TRL looks at one row of it
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             eval_sets = {task: self._ready(task, rows, args) for task, rows in eval_sets.items()}

@@ -129,6 +129,7 @@ class HFTStages:
         all_eval_sets = self.eval_dataset
         if isinstance(all_eval_sets, dict):
             self.eval_dataset = {task: rows for task, rows in all_eval_sets.items() if task in stage.tasks}
+        self.optimizer, self.lr_scheduler = None, None
         self.model_wrapped = self.model
         forward = self.model.forward  # accelerate wraps it for mixed precision at each start
         changed = {name: getattr(self.args, name) for name in ("output_dir", "push_to_hub", "eval_on_start")}
@@ -140,12 +141,12 @@ class HFTStages:
             if is_stopped:
                 self._keep_checkpoint()
             elif self.optimizer is not None:
-                self.optimizer.eval()  # of a schedule-free one the weights to keep are not those it trains at
+                self.optimizer.eval()  # a schedule-free one trains at other weights than those to keep, and stays so
         finally:
             for name, value in changed.items():
                 setattr(self.args, name, value)
             self.train_dataset, self.eval_dataset = all_rows, all_eval_sets
-            self.optimizer, self.lr_scheduler = None, None  # it would go on to change what is sealed
+            self._last = self.optimizer, self.lr_scheduler
             self.model.forward = forward
             vars(self.model).pop("_original_forward", None)
             if not self.is_fsdp_enabled:  # else the next stage's start would pass by what it wraps
@@ -204,7 +205,7 @@ class HFTStages:
         Raises:
             ValueError: an optimizer, or rows that are not those of the trainer.
         """
-        if self.optimizer is not None or self.lr_scheduler is not None:
+        if (self.optimizer, self.lr_scheduler) != self._last:
             raise ValueError(
                 "HFTTrainer takes no `optimizer` or `lr_scheduler`: each stage makes its own; choose it with `args.optim`."
             )
