@@ -27,14 +27,21 @@ TWO = {"a": [], "e": [], "b": ["a", "e"]}
 KILLED = 3  # as worker.py's `Kill` ends
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch(spec: dict, folder: Path, code: int = 0, file: str | None = None, worker: str = "worker.py") -> list[dict]:
     """Runs two processes to their end, by torchrun or with a configuration that is shipped; what each of them saw."""
     (folder / "spec.json").write_text(json.dumps(spec))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     if file is None:
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+        command = [*TORCHRUN, str(port)]
     else:
         path = str(ROOT / "hub_configs/accelerate" / file)
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", path]
@@ -107,6 +114,7 @@ def test_two_processes_learn_what_one_learns(backbones, tokenizer, tmp_path):
     check_same(seen, tmp_path, one_process(backbones, tokenizer, tmp_path))
 
 
+@pytest.mark.slow
 def test_two_processes_agree_when_a_task_has_left_the_steps_that_it_shares(backbones, tmp_path):
     """DDP averages with a step's last micro-batch, which must not be one that computes nothing."""
     options = {"eval_strategy": "steps", "eval_steps": 1, "mastery_patience": 99, "num_train_epochs": 4}
@@ -253,3 +261,37 @@ def test_a_process_that_does_not_write_does_not_clean_up(tmp_path):
     assert (tmp_path / ".writing-1").exists()
     RunFolder(tmp_path).begin()
     assert not (tmp_path / ".writing-1").exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_in_two_processes(backbones, tmp_path):
+    """`accelerate launch -m hft.trainers.cli train` and torchrun alike: half as many steps, and one writes."""
+    for task in ("mail", "notes"):
+        (tmp_path / "data" / task).mkdir(parents=True)
+        for split, count in (("train", 40), ("validation", 8)):
+            rows = [
+                {"instruction": f"{task}?", "options": ["a", "b"], "input": f"{i}", "output": "ab"[i % 2]}
+                for i in range(count)
+            ]
+            (tmp_path / "data" / task / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = {
+        "backbone": str(backbones["llama"]),
+        "hierarchy": {"common": [], "mail": ["common"], "notes": ["common"]},
+        "mixtures": {"common": ["mail", "notes"]},
+        "data": str(tmp_path / "data"),
+        "output_dir": str(tmp_path / "run"),
+        "rank": 2,
+        "per_device_train_batch_size": 2,
+        "stage_eval_samples": 4,
+        "num_train_epochs": 1,
+        **{key: OPTIONS[key] for key in ("bf16", "report_to")},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    command = [*TORCHRUN, str(free_port()), "-m", "hft.trainers.cli", "train", str(tmp_path / "r.yaml")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert [stage["steps"] for stage in record["stages"]] == [18, 2]
+    assert done.stdout.count("the model is in") == 1
+    assert all(task["sealed"] for task in hft.HFTConfig.from_pretrained(tmp_path / "run").tasks)
