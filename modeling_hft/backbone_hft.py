@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -27,6 +28,14 @@ def decoder_name(backbone: PreTrainedModel) -> str:
     """What the backbone calls its decoder: `model`."""
     decoder = decoder_of(backbone)
     return next(name for name, module in backbone.named_modules() if module is decoder)
+
+
+def check_dtype(key: str, dtype: Any, auto: bool = True) -> None:
+    """Raises ValueError for what is no floating-point dtype, its name, None, or, where that may be, "auto"."""
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
+    is_known = dtype is None or (auto and dtype == "auto")
+    if not is_known and not (isinstance(found, torch.dtype) and found.is_floating_point):
+        raise ValueError(f"`{key}` is {dtype!r}; it must be a floating-point type of torch, such as bfloat16.")
 
 
 def check_is_decoder(name: str, text_config: PreTrainedConfig) -> None:

@@ -123,6 +123,10 @@ def adapted_linears(decoder: nn.Module, target_modules: str | Sequence[str]) -> 
         )
     if target_modules == "all-linear":
         return layer_of
+    if not isinstance(target_modules, Sequence):
+        raise ValueError(
+            f"`target_modules` is {target_modules!r}; give 'all-linear', or a list of the last names of linears."
+        )
     known = sorted({name.rsplit(".", 1)[-1] for name in layer_of})
     target_modules = [target_modules] if isinstance(target_modules, str) else target_modules
     for target in target_modules:

@@ -15,7 +15,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils.hub import resolve_revision
 
 from .attention_hft import best_attention, goes_to_gpu
-from .backbone_hft import check_is_decoder, decoder_of, key_mapping_of, without_weights
+from .backbone_hft import check_dtype, check_is_decoder, decoder_of, key_mapping_of, without_weights
 from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig, check_keys
 from .files_hft import SHARED_FILE, disk_errors, finish_writing, replacing
 from .hierarchy_hft import Hierarchy, nearest
@@ -121,9 +121,12 @@ class HFTStorage(HFTSlimFiles):
     def _load_whole(cls, repo: str, *model_args: Any, **kwargs: Any):
         """As `PreTrainedModel.from_pretrained`, but nothing that the model needs may be missing."""
         text_config = kwargs["config"].text_config
+        given = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if not isinstance(given, dict):  # which transformers takes, too: a part of the model -> its dtype
+            check_dtype("dtype", given)
         if kwargs.get("attn_implementation") == "auto":
-            config, dtype = kwargs["config"], kwargs.get("dtype", kwargs.get("torch_dtype"))
-            dtype = config.dtype if dtype in (None, "auto") else dtype
+            config = kwargs["config"]
+            dtype = config.dtype if given in (None, "auto") else given
             quantization = kwargs.get("quantization_config") or getattr(config, "quantization_config", None)
             kwargs["attn_implementation"] = best_attention(
                 without_weights(text_config),

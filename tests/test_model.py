@@ -532,6 +532,19 @@ def test_a_task_may_have_any_name_that_a_file_may_have(backbones):
     assert model(prompts(1, 3), task="training").logits.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_modules": 3}, "`target_modules` is 3; give 'all-linear', or a list of the last names of linears."),
+        ({"dtype": "floaty"}, "`dtype` is 'floaty'; it must be a floating-point type of torch"),
+        ({"dtype": torch.int8}, "`dtype` is torch.int8; it must be a floating-point type of torch"),
+    ],
+)
+def test_wrong_ways_to_build(backbones, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, **options)
+
+
 def test_backbones_without_linears_are_refused(tmp_path):
     from transformers import GPT2Config
 

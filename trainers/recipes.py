@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from transformers import BitsAndBytesConfig
 
+from hft.backbone_hft import check_dtype
 from hft.configuration_hft import HFTConfig
 from hft.hierarchy_hft import Hierarchy, nearest
 from hft.hub_configs import shipped_recipes
@@ -200,11 +200,7 @@ def _check_loading(recipe: Recipe) -> None:
     if recipe.model.get("target_modules") == []:
         raise ValueError("`target_modules` is []; name the linears that carry nodes, or leave it out for all of them.")
     for section, key in ((recipe.model, "dtype"), (recipe.quantization, "bnb_4bit_compute_dtype")):
-        name = section.get(key)
-        dtype = getattr(torch, str(name), None)
-        is_known = name is None or (key == "dtype" and name == "auto")
-        if not is_known and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"`{key}` is {name!r}; it must be a floating-point type of torch, such as bfloat16.")
+        check_dtype(key, section.get(key), auto=key == "dtype")
     if (kind := recipe.quantization.get("bnb_4bit_quant_type", "nf4")) not in ("nf4", "fp4"):
         raise ValueError(f"`bnb_4bit_quant_type` is {kind!r}; it must be nf4 or fp4.")
     recipe.quantization_config()
