@@ -4,8 +4,9 @@
         --hierarchy '{"sst2": [], "yelp": ["sst2"]}' --files '{"sst2": "sst2.jsonl", "yelp": "yelp.jsonl"}' \
         --load_in_4bit true --output_dir outputs/mine --num_train_epochs 2
 
-Each file holds rows that TRL takes: {"prompt", "completion"}, {"messages"} or {"text"}. The same keys in a file:
-`python examples/train.py --config mine.yaml`.
+Each file holds rows that TRL takes: {"prompt", "completion"}, {"messages"} or {"text"}. Tasks on a root that learns from the
+rows of all: `--hierarchy '{"all": [], "sst2": ["all"], "yelp": ["all"]}' --mixtures '{"all": ["sst2", "yelp"]}'`.
+The same keys in a file: `python examples/train.py --config mine.yaml`.
 """
 
 import json

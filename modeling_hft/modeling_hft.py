@@ -11,6 +11,7 @@ B batch, T tokens, L layers, R rank of a path.
 """
 
 import copy
+import numbers
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -200,12 +201,12 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
     def _rows(self, task: Task, num_rows: int | None) -> list[str | None]:
         """The names in `task`, checked; one if it is one for all rows. None for the backbone."""
         if not isinstance(task, Iterable):
-            raise ValueError(f"`task` is {task!r}; give a name, a name a row, or a tensor of ids.")
+            raise ValueError(f"`task` is {task!r}; give a name, a name a row, or ids.")
         if isinstance(task, str):
             names: list[str | None] = [task]
         else:
             given = task.reshape(-1).tolist() if isinstance(task, torch.Tensor) else list(task)
-            is_ids = isinstance(task, torch.Tensor) or (given and all(isinstance(one, int) for one in given))
+            is_ids = isinstance(task, torch.Tensor) or any(isinstance(one, numbers.Integral) for one in given)
             names = self._names_of(given) if is_ids else given
             if not names or num_rows not in (None, len(names)):
                 raise ValueError(f"`task` names {len(names)} tasks for {num_rows} rows; give one name, or one a row.")
@@ -224,8 +225,9 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
 
     def _names_of(self, ids: list[Any]) -> list[str | None]:
         known: list[str | None] = [*self.config.task_names(), None]  # so -1 is the backbone
+        ids = [-1 if i is None else i for i in ids]
         for i in ids:
-            if not isinstance(i, int) or isinstance(i, bool):
+            if not isinstance(i, numbers.Integral) or isinstance(i, bool):
                 raise ValueError(f"`task` holds {i!r}; give whole ids, or names.")
             if not -1 <= i < len(known) - 1:
                 raise ValueError(f"`task` holds the id {i}; ids go from -1 (the backbone) to {len(known) - 2}.")

@@ -8,6 +8,7 @@ import pytest
 from datasets import Dataset
 
 import hft
+from hft.nodes_hft import numbers_a_rank
 from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.plan_costs import _measure, duration, plan_costs
 from hft.trainers.planner import Plan, TaskProbe
@@ -146,6 +147,7 @@ def test_tasks_that_join_a_model(backbones, tokenizer, tmp_path):
     learnt = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": ["a"]}, rank=3)
     grow(learnt)
     learnt.add_task("open")
+    learnt.add_task("too", ["open"])  # as an interrupted run leaves them
     tree = {"c": ["b"], "d": ["c"]}
     rows = {task: [{"prompt": f"{i} {task} is", "completion": f" {i % 3}"} for i in range(9)] for task in tree}
     training = {
@@ -155,11 +157,14 @@ def test_tasks_that_join_a_model(backbones, tokenizer, tmp_path):
     recipe = Recipe(from_model="here", hierarchy=tree, training=training, model={"rank": 2})
     probes = {task: TaskProbe(1.0, 0.1, {"backbone": [1.0] * 9}) for task in tree}
     scratch = copy.deepcopy(learnt)
-    costs = plan_costs(Plan({"a": [], "b": ["a"], "open": [], **tree}, probes, ()), recipe, scratch, rows, tokenizer)
-    assert list(costs.steps) == ["c", "d"] and costs.num_pages == 2
-    assert costs.memory.tasks > 0 and costs.total_seconds() > 0
+    parents = {"a": [], "b": ["a"], "open": [], "too": ["open"], **tree}
+    costs = plan_costs(Plan(parents, probes, ()), recipe, scratch, rows, tokenizer)
+    assert list(costs.steps) == ["c", "d"] and costs.num_pages == 2 and costs.total_seconds() > 0
+    nodes, pages = (numbers_a_rank(its) for its in (learnt.hft_nodes, learnt.hft_memory))
+    slots = learnt.config.memory_config.slots  # before the second stage: nodes of rank 3, 3 and 2, and three pages
+    assert costs.memory.tasks == 2 * (8 * nodes + 3 * slots * pages)
 
-    learnt.remove_task("open")
+    learnt.remove_task("open", cascade=True)
     for task, parents in tree.items():
         learnt.add_task(task, parents, rank=2)
     data = {task: Dataset.from_list(its) for task, its in rows.items()}

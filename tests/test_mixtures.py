@@ -4,7 +4,7 @@ import pytest
 from datasets import Dataset, concatenate_datasets
 
 import hft
-from hft.trainers import HFTTrainer
+from hft.trainers import HFTTrainer, HFTTrainingConfig
 
 from .test_trainer import make, rows
 from .tiny import snapshot
@@ -51,6 +51,32 @@ def test_a_root_may_have_rows_of_its_own_and_more_to_go_by(backbones, tokenizer,
     )  # mastery goes by rows of each task
 
 
+def test_rows_that_are_prepared_become_the_roots(backbones, tokenizer, tmp_path):
+    first = make(backbones, tokenizer, tmp_path / "1", TREE, sets(), eval_dataset=sets(), mixtures=FAMILY)
+    ready = {task: its for task, its in first.eval_dataset.items() if task != "root"}
+    again = make(backbones, tokenizer, tmp_path / "2", TREE, sets(), eval_dataset=ready, mixtures=FAMILY)
+    (root_id,) = set(again.eval_dataset["root"]["hft_task"])
+    assert again._task_names[root_id] == "root" and len(again.eval_dataset["root"]) == 20
+    assert again.evaluate("root")["eval_loss"] == pytest.approx(first.evaluate("root")["eval_loss"])
+
+
+def test_a_root_that_is_sealed_has_no_new_tasks(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path, TREE, sets(), mixtures=FAMILY, num_train_epochs=1)
+    trainer.train()
+    trainer.model.add_task("c", ["root"])
+    trainer.args.mixtures = {"root": ["a", "b", "c"]}
+    more = HFTTrainer(trainer.model, trainer.args, {"c": rows(4)}, processing_class=tokenizer)
+    with pytest.raises(ValueError, match=r"`mixtures\['root'\]` names 'c', from whose rows 'root' has not learnt"):
+        more.train()
+    trainer.args.mixtures = FAMILY
+    HFTTrainer(trainer.model, trainer.args, {"c": rows(4)}, processing_class=tokenizer).train()
+
+
+def test_mixtures_as_text(tmp_path):
+    config = HFTTrainingConfig(output_dir=str(tmp_path), mixtures='{"root": ["a", "b"]}')
+    assert config.mixtures == FAMILY == HFTTrainingConfig(**config.to_dict()).mixtures
+
+
 def test_a_stopped_family_goes_on(backbones, tokenizer, tmp_path):
     whole = make(backbones, tokenizer, tmp_path / "whole", TREE, sets(), mixtures=FAMILY)
     whole.train()
@@ -79,6 +105,8 @@ def test_a_stopped_family_goes_on(backbones, tokenizer, tmp_path):
         ({"root": []}, {}, r"`mixtures\['root'\]` is \[\]; give a list of tasks"),
         ('{"root": "a"}', {}, r"`mixtures\['root'\]` is 'a'; give a list of tasks"),
         ("root", {}, "`mixtures` is 'root'; give `task: \\[tasks\\]`"),
+        ({"root": ["a", "b", "a"]}, {}, r"`mixtures\['root'\]` is \['a', 'b', 'a'\]; name each task once"),
+        ({"root": [["a"]]}, {}, r"`mixtures\['root'\]` is \[\['a'\]\]; give a list of tasks"),
         (FAMILY, {"a": None}, "`train_dataset` has no rows of 'a', from which 'root' learns"),
         (FAMILY, {"b": Dataset.from_list([{"text": "so it is"}])}, "'root' learns from the rows of 'a' and 'b'"),
     ],

@@ -487,7 +487,7 @@ def test_ids_are_places_in_the_config(model):
     names = model.config.task_names()
     with torch.no_grad():
         ids = [names.index("d"), -1, names.index("f")]
-        for task in (torch.tensor(ids), ids):
+        for task in (torch.tensor(ids), ids, [ids[0], None, torch.tensor(ids).numpy()[2]]):
             assert bits(model(x, task=task).logits) == bits(model(x, task=["d", None, "f"]).logits)
 
 
@@ -498,7 +498,7 @@ def test_ids_are_places_in_the_config(model):
         (["a", "x1", "a"], "Unknown task 'x1'."),
         (["a", "b"], "`task` names 2 tasks for 3 rows; give one name, or one a row."),
         ([], "`task` names 0 tasks for 3 rows"),
-        (3, "`task` is 3; give a name, a name a row, or a tensor of ids."),
+        (3, "`task` is 3; give a name, a name a row, or ids."),
         (torch.tensor([0, -2, 1]), "`task` holds the id -2; ids go from -1 (the backbone) to 5."),
         (torch.tensor([0, 6, 1]), "`task` holds the id 6; ids go from -1"),
         (torch.tensor([0.0, -1.0, 1.0]), "`task` holds 0.0; give whole ids, or names."),

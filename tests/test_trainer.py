@@ -118,8 +118,6 @@ def test_siblings_do_not_disturb_one_another(backbones, tokenizer, tmp_path):
 def test_every_micro_batch_holds_one_task_packed_or_not(backbones, tokenizer, tmp_path, mixed_steps):
     for options in ({}, {"packing": True, "max_length": 40}, {"padding_free": True, "max_length": None}):
         trainer = make(backbones, tokenizer, tmp_path, mixed_steps=mixed_steps, **options)
-        trainer.stage = open_stages(trainer.model.hierarchy, [])[0]
-        trainer.train_dataset = concatenate_datasets([trainer._prepared[task] for task in trainer.stage.tasks])
         batches = list(trainer.get_train_dataloader())
         tasks = [sorted(set(batch["task"])) for batch in batches]
         assert all(len(task) == 1 for task in tasks)

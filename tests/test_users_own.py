@@ -1,7 +1,9 @@
 """What people bring to a trainer, as they do to SFTTrainer: their losses, optimizers, callbacks, collators, rows."""
 
+import gc
 import json
 import re
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers.integrations import TensorBoardCallback
 import hft
 from hft.trainers import HFTTrainer, progress
 from hft.trainers import hft_trainer as trainer_module
+from hft.trainers.curriculum import NOT_OWN_ROWS
 
 from .test_trainer import make, rows
 from .tiny import snapshot
@@ -70,7 +73,7 @@ def test_a_task_is_mastered_by_its_validation_rows_only(backbones, tokenizer, tm
 
     assert with_callback(trainer, looks).train().global_step == 4 and not trainer.mastery.mastered
     history = trainer.state.log_history
-    own = [logs for logs in history if "eval_a_loss" in logs and "others" not in logs]
+    own = [logs for logs in history if "eval_a_loss" in logs and NOT_OWN_ROWS not in logs]
     assert len(own) == 2 and all(logs["eval_mean_token_accuracy"] < 0.3 for logs in own)
     assert all("a_loss" in logs for logs in history if "learning_rate" in logs)
     state = json.loads((tmp_path / "stage-1/checkpoint-4/trainer_state.json").read_text())
@@ -119,6 +122,15 @@ def test_weights_to_keep_are_sealed_and_stay(backbones, tokenizer, tmp_path):
         moved = -0.5 if name.startswith("hft_nodes") else 0.0
         torch.testing.assert_close(other, its + moved, msg=name)
     sealed = snapshot(averaging.model)
+    # The same if it ended between its last checkpoint and the seal.
+    cut = make(backbones, tokenizer, tmp_path / "cut", {"a": []}, {"a": rows(1)}, cls=Cut, **options)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    on = make(
+        backbones, tokenizer, tmp_path / "cut", {"a": []}, {"a": rows(1)}, cls=with_optimizer(Averaging), **options
+    )
+    on.train(resume_from_checkpoint=True)
+    assert snapshot(on.model) == sealed
     averaging.evaluate()
     averaging.save_model(tmp_path / "again")
     assert snapshot(averaging.model) == sealed == snapshot(hft.HFTForCausalLM.from_pretrained(tmp_path / "again"))
@@ -132,6 +144,25 @@ def with_optimizer(cls, **options):
             super().__init__(*args, optimizer_cls_and_kwargs=(cls, options), **kwargs)
 
     return Trainer
+
+
+class Cut(with_optimizer(Averaging)):
+    def _end_stage_record(self, *args):
+        raise KeyboardInterrupt
+
+
+def test_a_stages_optimizer_is_let_go_of(backbones, tokenizer, tmp_path):
+    seen = {}
+
+    def look(trainer):
+        if trainer.stage.level == 1:
+            seen["first"] = weakref.ref(trainer.optimizer.optimizer)
+        else:
+            gc.collect()
+            seen.setdefault("there", []).append(seen["first"]() is not None)
+
+    with_callback(make(backbones, tokenizer, tmp_path, TREE, max_steps=3), look).train()
+    assert not any(seen["there"][1:])
 
 
 def test_an_optimizers_learning_rate_is_the_configs(backbones, tokenizer, tmp_path):
@@ -169,15 +200,65 @@ def test_changed_rows_train(backbones, tokenizer, tmp_path):
     def masked(row):
         return {"labels": [*[-100] * (len(row["labels"]) - 1), row["labels"][-1]]}
 
+    def seen(change=lambda rows: rows):
+        trainer = make(backbones, tokenizer, tmp_path / "seen", TREE)
+        trainer.train_dataset = change(trainer.train_dataset)
+        first = next(iter(trainer.get_train_dataloader()))
+        assert set(first["task"]) == {0}
+        return int((first["labels"] != -100).sum())
+
+    assert seen(lambda rows: rows.map(masked)) == 2 < seen()
     plain = trained("plain")
     assert trained("same", lambda rows: rows.map(lambda row: row)) == plain
     assert trained("masked", lambda rows: rows.map(masked)) != plain
     for change, message in [
         (lambda rows: rows.remove_columns("hft_task"), "`train_dataset` was set to rows without 'hft_task'"),
-        (lambda rows: rows.select([0]), "`train_dataset` was set to rows of which none is of task 'b'"),
+        (lambda rows: rows.select([0]), "`train_dataset` was set to rows of which none has an answer of task 'b'"),
+        (
+            lambda rows: rows.map(lambda row: {"hft_task": 7}),
+            "rows with the 'hft_task' 7, which is none of this trainer's",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             trained("wrong", change)
+
+
+def test_rows_that_were_left_out_are_gone(backbones, tokenizer, tmp_path, monkeypatch, caplog):
+    """For the router, too; and the trainer shows the rows that are next, after training the last stage's."""
+    taught = {}
+    trainer = make(backbones, tokenizer, tmp_path, TREE, num_train_epochs=1)
+    monkeypatch.setattr(trainer.model, "add_routes", lambda task, prompts: taught.update({task: len(prompts)}))
+    all_rows = trainer.train_dataset
+    kept = [place for place, task in enumerate(all_rows["hft_task"]) if task == 1 or place < 3]
+    trainer.train_dataset = all_rows.select(kept).map(
+        lambda row, place: {"labels": [-100] * len(row["labels"])} if place == 0 else {}, with_indices=True
+    )
+    trainer.train()
+    assert taught["a"] == 2 and "1 of the 9 rows that `train_dataset` was set to hold no answer" in caplog.text
+    assert trainer.record.data["a"]["rows"] == 2
+    assert {task for batch in trainer.get_train_dataloader() for task in batch["task"]} == {1}
+
+
+def test_a_run_may_be_resumed_with_fewer_steps(backbones, tokenizer, tmp_path):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 4
+
+    trainer = make(backbones, tokenizer, tmp_path, {"a": []}, {"a": rows(1)}, max_steps=9)
+    trainer.add_callback(Stops())
+    assert trainer.train().metrics["stopped"] == 4
+    on = make(backbones, tokenizer, tmp_path, {"a": []}, {"a": rows(1)}, max_steps=3)
+    assert "stopped" not in on.train(resume_from_checkpoint=True).metrics
+    assert hft.HFTConfig.from_pretrained(tmp_path).sealed_tasks() == ["a"]
+
+
+def test_an_evaluation_leaves_the_mode_as_transformers_does(backbones, tokenizer, tmp_path):
+    trainer = make(backbones, tokenizer, tmp_path, TREE, None, {"a": rows(5)}, max_steps=2)
+    modes = []
+    with_callback(trainer, lambda its: (its.evaluate({"a": rows(5)}), modes.append(its.model.training))).train()
+    assert modes == [True] * 4
+    trainer.evaluate({"a": rows(5)})
+    assert not trainer.model.training
 
 
 def test_predictions_come_in_the_order_of_the_rows(backbones, tokenizer, tmp_path):
@@ -186,7 +267,9 @@ def test_predictions_come_in_the_order_of_the_rows(backbones, tokenizer, tmp_pat
     labels = trainer.predict({"a": asked}).label_ids
     assert [int((row != -100).sum()) for row in labels] == [i + 2 for i in range(1, 7)]  # a space, and the end
     long = Dataset.from_list([{"prompt": "so " * 40, "completion": " so"}, *asked])
-    with pytest.raises(ValueError, match="1 of the 7 rows of task 'a' lose their answers with `max_length`=40"):
+    with pytest.raises(
+        ValueError, match="1 of the 7 rows of task 'a' have no answer, or lose it with `max_length`=40"
+    ):
         trainer.predict({"a": long})
 
 

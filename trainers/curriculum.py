@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from hft.hierarchy_hft import Hierarchy
 
 
+NOT_OWN_ROWS = "not_own_rows"  # a key of log entries
+
+
 @dataclass(frozen=True)
 class Stage:
     """Tasks of one level that train together and are then sealed.
@@ -82,9 +85,9 @@ class Mastery:
     def observe_log(self, logs: Mapping[str, float]) -> tuple[str, str] | None:
         """Takes note of a log entry of the Trainer's, if it is an evaluation; the task that is mastered now, and why.
 
-        Not of one marked `others`: it is of rows that are not the trainer's own.
+        Not of one marked `NOT_OWN_ROWS`: it is of other rows than the trainer was made with.
         """
-        for task in self.tasks if "others" not in logs else ():
+        for task in self.tasks if NOT_OWN_ROWS not in logs else ():
             if f"eval_{task}_runtime" in logs:  # `eval_a_loss` may be the training loss of a task `eval_a`
                 loss, accuracy = logs.get(f"eval_{task}_loss"), logs.get("eval_mean_token_accuracy", 0.0)
                 if loss is None:  # of no whole batch (`dataloader_drop_last`)

@@ -10,7 +10,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from hft.hierarchy_hft import nearest
 
-from .curriculum import Mastery
+from .curriculum import NOT_OWN_ROWS, Mastery
 from .task_data import TASK_ID, is_tagged, split_by_task
 
 
@@ -51,21 +51,17 @@ class HFTHeldOut:
                 args = copy.copy(self.args)
                 args.shuffle_dataset = False  # predictions come in the order of the rows
                 ready = self._prepare_dataset(rows, self.processing_class, args, False, self._formatting_func, task)
-                if lost := len(rows) - len(ready):
-                    raise ValueError(
-                        f"{lost} of the {len(rows)} rows of task {task!r} lose their answers with `max_length`="
-                        f"{args.max_length}, so predictions would not be of these rows; raise it, or leave those rows out."
-                    )
+                _check_all_there(task, rows, ready, args.max_length)
                 rows = ready
         with self._looking_at(True):
             return super().predict(rows, ignore_keys, metric_key_prefix)
 
     @contextlib.contextmanager
     def _looking_at(self, others: bool) -> Iterator[None]:
-        """Inside, rows are read for their own means: none of what was read before, or, in a step of training, of the step.
+        """Inside, the means of an evaluation begin empty; afterwards they are dropped, and mode and mastery come back.
 
         Args:
-            others: these are not the rows that the trainer was made with: no task is mastered by them.
+            others: the rows are not those that the trainer was made with: no task is mastered by them.
         """
         self._wrap_collator()
         self._metrics["eval"].clear()
@@ -77,11 +73,12 @@ class HFTHeldOut:
             yield
         finally:
             self.mastery = judge
-            self.model.train(is_training)
+            if self.is_in_train:
+                self.model.train(is_training)
             self._metrics["eval"].clear()
             self._means.clear("eval")
             for logs in self.state.log_history[begin:] if others else ():
-                logs["others"] = True  # a resumed run reads this, too
+                logs[NOT_OWN_ROWS] = True  # a resumed run reads this, too
 
     def _by_task(self, data: Any, what: str) -> Dataset | dict[str, Dataset]:
         """Rows to evaluate, task -> rows; rows of one task that are prepared already stay as they are."""
@@ -89,5 +86,17 @@ class HFTHeldOut:
             return data.with_format(None)
         sets = split_by_task(data, self._task_names, what)
         if self._skip_prepare_dataset:
-            return {task: self._ready(task, rows, self.args) for task, rows in sets.items()}
+            ready = {task: self._ready(task, rows, self.args) for task, rows in sets.items()}
+            for task, rows in sets.items() if what == "test_dataset" else ():
+                _check_all_there(task, rows, ready[task], self.args.max_length)
+            return ready
         return sets
+
+
+def _check_all_there(task: str, rows: Dataset, ready: Dataset, max_length: int | None) -> None:
+    """Raises ValueError if rows were lost, of which predictions are asked."""
+    if lost := len(rows) - len(ready):
+        raise ValueError(
+            f"{lost} of the {len(rows)} rows of task {task!r} have no answer, or lose it with `max_length`={max_length}, so "
+            "predictions would not be of these rows; raise it, or leave those rows out."
+        )

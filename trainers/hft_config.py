@@ -54,17 +54,16 @@ class HFTTrainingConfig(SFTConfig):
         mastery_patience: a task leaves its stage after so many evaluations in a row without a new lowest validation loss.
             None: never. When all tasks of a stage have left, it ends. Both need `eval_dataset` and an `eval_strategy`.
         route_samples: prompts of each task from which the router learns to know it; 0: the router does not learn.
-        route_tasks: the tasks that it learns to know; None: all. Leave out a task whose rows are those of others, as the
-            root of a family: no prompt is its own.
-        task_passes: task -> passes over its rows in an epoch, above 0; 1 for those that it does not name. Of half a pass the
-            next epoch takes the other half.
+        route_tasks: the tasks that it learns to know; None: all but `mixtures`.
+        task_passes: task -> passes over its rows in an epoch, above 0; 1 for those that neither it nor `mixtures` names. Of
+            half a pass the next epoch takes the other half.
         task_learning_rates: task -> the learning rate of its node, where it is not `learning_rate`; above 0. That of its
             gates changes by the same factor. What tasks learn together, their page, has `learning_rate`.
-        page_tasks: the tasks that write their stage's memory page; None: all. Leave out a task whose rows are those of
-            others, as the root of a family, and those that stand on it: what they share is in the root already.
-        mixtures: task -> tasks that stand on it, whose rows are its rows, unless it has some of its own: the root of a
-            family learns from all of them, and they refine what it has learnt. The router does not learn to know it, and
-            neither it nor its tasks write memory pages, unless `route_tasks` or `page_tasks` name them.
+        page_tasks: the tasks that write their stage's memory page; None: all but `mixtures` and their tasks, as what these
+            share is in the root already.
+        mixtures: task -> tasks that stand on it, whose rows are its rows: the root of a family learns from all of them, and
+            they refine what it has learnt. (Rows that `train_dataset` gives it take the place of theirs; they share epochs
+            all the same.)
         root_share: of each epoch over a mixture's rows, how much it takes; its tasks take the rest, each on its own node.
             Above 0, below 1. `task_passes` says it of each task by itself.
         refining_rate: the tasks of a mixture learn at so much of `learning_rate`. Above 0. `task_learning_rates` says it of

@@ -105,6 +105,8 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         self._test_sets = dict(test_sets or {})
         check_sets(self._test_sets, self._task_names)
         eval_sets = split_by_task(eval_dataset, self._task_names, "eval_dataset") if eval_dataset is not None else {}
+        some = {root: its for root, its in mixtures.items() if eval_sets.keys() >= set(its)}
+        eval_sets = with_mixtures(some, eval_sets, "eval_dataset")
         if sealed := [task for task in eval_sets if task not in open_tasks]:
             logger.warning(
                 f"The `eval_dataset` of {', '.join(sealed)} is not looked at in training: sealed tasks stay."
@@ -113,8 +115,6 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
             (args.has_mastery(), "`mastery_patience` or `mastery_accuracy`"),
             (args.rank_tolerance is not None, "`rank_tolerance`"),
         ):
-            if wanted:
-                eval_sets = with_mixtures(mixtures, eval_sets, "eval_dataset")
             for task in self._train_sets if wanted else ():
                 if task not in eval_sets:
                     raise ValueError(f"{names} is set, but `eval_dataset` has no rows of the task {task!r}.")
@@ -133,6 +133,7 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         # TRL casts whatever is trainable on a 4-bit model to bfloat16; each stage makes its own trainable.
         model.set_trainable([])
         self._prepared: dict[str, Dataset] = {}
+        self._is_in_stage = False
         self._last: tuple[Any, Any] = (None, None)  # the newest stage's optimizer and schedule
         train_set = next(iter(self._train_sets.values()))  # TRL looks at one row of it
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
@@ -235,16 +236,18 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
             self._signature_columns = [*self._signature_columns, TASK_ID]
 
     def get_train_dataloader(self) -> DataLoader:
-        """As SFTTrainer's, of the stage's rows; before `train`, of the first stage's, to look at them."""
-        if self.stage is not None:
+        """As SFTTrainer's, of the stage's rows; outside `train`, of the next stage's, or the last one's, to look at them."""
+        if self._is_in_stage:
             return super().get_train_dataloader()
-        all_rows = self.train_dataset
-        self.stage = open_stages(self.model.hierarchy, self.model.config.sealed_tasks())[0]
+        self._take_rows()
+        all_rows, before = self.train_dataset, self.stage
+        stages = open_stages(self.model.hierarchy, self.model.config.sealed_tasks())
+        self.stage = stages[0] if stages else before
         self.train_dataset = self._rows_of(self.stage)
         try:
             return super().get_train_dataloader()
         finally:
-            self.stage, self.train_dataset = None, all_rows
+            self.stage, self.train_dataset = before, all_rows
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> BlockSampler:
         block = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size

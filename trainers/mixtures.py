@@ -8,6 +8,8 @@ from datasets import Dataset, concatenate_datasets
 
 from hft.hierarchy_hft import Hierarchy, nearest
 
+from .task_data import TASK_ID
+
 
 ROOT_SHARE, REFINING_RATE = 0.9, 0.1
 
@@ -29,8 +31,11 @@ def check_mixtures(mixtures: Any, root_share: Any = ROOT_SHARE, refining_rate: A
     if not isinstance(mixtures, Mapping):
         raise ValueError(f"`mixtures` is {mixtures!r}; give `task: [tasks]`.")
     for task, members in mixtures.items():
-        if not isinstance(members, list) or not members:
+        is_list = isinstance(members, (list, tuple)) and all(isinstance(member, str) for member in members)
+        if not is_list or not members:
             raise ValueError(f"`mixtures[{task!r}]` is {members!r}; give a list of tasks.")
+        if len(set(members)) < len(members):
+            raise ValueError(f"`mixtures[{task!r}]` is {members!r}; name each task once.")
     if not isinstance(root_share, float) or not 0 < root_share < 1:
         raise ValueError(f"`root_share` is {root_share!r}; it must be above 0 and below 1.")
     if type(refining_rate) not in (int, float) or not 0 < refining_rate < math.inf:
@@ -77,5 +82,8 @@ def with_mixtures(mixtures: Mixtures, sets: Mapping[str, Dataset], what: str) ->
                     f"{sets[members[0]].features} and {sets[task].features}; give them the same ones "
                     "(Dataset.select_columns, cast)."
                 )
-        made[root] = concatenate_datasets([sets[task] for task in members]).shuffle(seed=0)
+        rows = concatenate_datasets([sets[task] for task in members]).shuffle(seed=0)
+        made[root] = (
+            rows.remove_columns(TASK_ID) if TASK_ID in rows.column_names else rows
+        )  # no longer of one of these
     return {**sets, **made}

@@ -50,7 +50,7 @@ def find_plan(args: argparse.Namespace) -> None:
         if quantization is None and "device_map" not in recipe.model:
             model.to(device_here())  # as training does; bitsandbytes takes it there by itself
     else:
-        model = load_again(recipe, device_map="auto")
+        model = load_again(recipe, device_map="auto", attn_implementation="auto")
     data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
     found = plan_hierarchy(
         model, data, processing_class=tokenizer, settings=settings,

@@ -86,8 +86,10 @@ def plan_costs(
         rows: new task -> the rows that it trains on; those of a family's root are its tasks'.
         tokenizer: the model's.
     """
-    recipe = dataclasses.replace(recipe, hierarchy=plan.parents, mixtures=dict(plan.families))
-    onto = copy.deepcopy(model.config)  # as it is before steps are timed
+    onto = copy.deepcopy(model.config)  # as it is before steps are timed, and without what has begun to train
+    onto.tasks = [task for task in onto.tasks if task["sealed"]]
+    parents = {task: ups for task, ups in plan.parents.items() if task not in model.config.open_tasks()}
+    recipe = dataclasses.replace(recipe, hierarchy=parents, mixtures=dict(plan.families))
     training = HFTTrainingConfig(**{**recipe.training_arguments(), "report_to": "none"})
     hierarchy, rank = plan.hierarchy(), recipe.model.get("rank", onto.rank)
     rank_of = {**dict.fromkeys(hierarchy.names, rank), **{task["name"]: task["rank"] for task in onto.tasks}}

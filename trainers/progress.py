@@ -8,6 +8,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .curriculum import Mastery, Stage
 
 
+# What the Trainer logs of an evaluation besides metrics of people's own.
+_NOT_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+
+
 def _summary(stage: Stage | None, logs: dict[str, Any], steps: int) -> str:
     """What the Trainer logs at the end of a stage, as a sentence."""
     return f"{stage}: {steps} steps in {logs['train_runtime']:.0f} s, mean loss {logs['train_loss']:.3f}"
@@ -34,12 +38,11 @@ def _in_words(logs: dict[str, Any], state: Any, stage: Stage | None, mastery: Ma
         return None
     right = logs.get("eval_mean_token_accuracy")
     tokens = "" if right is None else f", {100 * right:.0f} % of its tokens right"
-    prefix, known = (
-        f"eval_{task}_",
-        ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time"),
-    )
+    prefix = f"eval_{task}_"
     more = {name.removeprefix(prefix): its for name, its in logs.items() if name.startswith(prefix)}
-    metrics = [f", {name} {its:.3g}" for name, its in more.items() if name not in known and isinstance(its, float)]
+    metrics = [
+        f", {name} {its:.3g}" for name, its in more.items() if name not in _NOT_METRICS and isinstance(its, float)
+    ]
     return f"{where}{task} on validation rows: loss {logs[f'eval_{task}_loss']:.3f}{tokens}{''.join(metrics)}"
 
 

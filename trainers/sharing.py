@@ -43,6 +43,13 @@ class HFTSharing:
         elsewhere = None if has_record else self.model.config.name_or_path
         source, goes_on = Path(elsewhere) if elsewhere else folder, resumes and has_record
         self.record = RunRecord.load(source) if goes_on or sealed else RunRecord()
+        for root, members in (self.args.mixtures or {}).items():
+            learnt_from = (self.record.budget.get("mixtures") or {}).get(root, ())
+            if new := [task for task in members if task not in (*sealed, *learnt_from)] if root in sealed else []:
+                raise ValueError(
+                    f"`mixtures[{root!r}]` names {new[0]!r}, from whose rows {root!r} has not learnt, and it is sealed; "
+                    f"take {new[0]!r} out of `mixtures` (it stands on {root!r} all the same)."
+                )
         if not goes_on:
             self.record = self.record.past_of(sealed)
         # Of a run that went back to an earlier checkpoint, later stages are no longer there.
@@ -51,7 +58,7 @@ class HFTSharing:
         args = self.args.to_dict()  # enums as text
         unused = () if args["mixtures"] else ("root_share", "refining_rate")
         budget = {name: args[name] for name in BUDGET if args[name] is not None and name not in unused}
-        for name in ("page_tasks", "task_learning_rates", "mixtures", "refining_rate"):
+        for name in ("page_tasks", "task_learning_rates", "mixtures", "root_share", "refining_rate"):
             now, before = budget.get(name), self.record.budget.get(name)
             if self.record.budget and now != before:
                 raise ValueError(

@@ -17,7 +17,7 @@ from hft.trimmed_hft import HFTTrim
 from .checkpoints import RunFolder, last_checkpoint, step_in
 from .curriculum import Mastery, Stage, open_stages
 from .routes import learn_routes
-from .task_data import TASK_ID, alone, is_tagged, learnable
+from .task_data import TASK_ID, alone, is_tagged
 
 
 logger = logging.get_logger(__name__)
@@ -126,10 +126,11 @@ class HFTStages:
             }
         self._begin_stage_record(stage)
         all_rows, self.train_dataset = self.train_dataset, self._rows_of(stage)
+        self._is_in_stage = True
         all_eval_sets = self.eval_dataset
         if isinstance(all_eval_sets, dict):
             self.eval_dataset = {task: rows for task, rows in all_eval_sets.items() if task in stage.tasks}
-        self.optimizer, self.lr_scheduler = None, None
+        self._last = self.optimizer, self.lr_scheduler = None, None
         self.model_wrapped = self.model
         forward = self.model.forward  # accelerate wraps it for mixed precision at each start
         changed = {name: getattr(self.args, name) for name in ("output_dir", "push_to_hub", "eval_on_start")}
@@ -137,7 +138,8 @@ class HFTStages:
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
         try:
             output = self._learn(checkpoint, **kwargs)
-            is_stopped = self.state.global_step < self.state.max_steps and not self.mastery.all_mastered()
+            wanted = min(self.state.max_steps, self._num_steps())  # of batches of people's own there may be fewer
+            is_stopped = self.state.global_step < wanted and not self.mastery.all_mastered()
             if is_stopped:
                 self._keep_checkpoint()
             elif self.optimizer is not None:
@@ -146,7 +148,7 @@ class HFTStages:
             for name, value in changed.items():
                 setattr(self.args, name, value)
             self.train_dataset, self.eval_dataset = all_rows, all_eval_sets
-            self._last = self.optimizer, self.lr_scheduler
+            self._last, self._is_in_stage = (self.optimizer, self.lr_scheduler), False
             self.model.forward = forward
             vars(self.model).pop("_original_forward", None)
             if not self.is_fsdp_enabled:  # else the next stage's start would pass by what it wraps
@@ -189,9 +191,11 @@ class HFTStages:
             self.mastery.observe_log(logs)
         if state.global_step >= self._num_steps() or self.mastery.all_mastered():
             self._load_from_checkpoint(checkpoint)
-            if self.args.optim.value.startswith("schedule_free"):
-                self.create_optimizer_and_scheduler(self._num_steps())
+            self.create_optimizer_and_scheduler(self._num_steps())
+            if hasattr(self.optimizer, "eval"):  # a schedule-free one's weights to keep come from its state
                 self._load_optimizer_and_scheduler(checkpoint)
+            else:
+                self.optimizer, self.lr_scheduler = None, None
             self.state = state
             output = TrainOutput(state.global_step, 0.0, {"train_runtime": 0.0})
         else:
@@ -205,29 +209,48 @@ class HFTStages:
         Raises:
             ValueError: an optimizer, or rows that are not those of the trainer.
         """
-        if (self.optimizer, self.lr_scheduler) != self._last:
+        for now, last in zip((self.optimizer, self.lr_scheduler), self._last, strict=True):
+            if now is None or now is last:
+                continue
             raise ValueError(
                 "HFTTrainer takes no `optimizer` or `lr_scheduler`: each stage makes its own; choose it with `args.optim`."
             )
         self._wrap_collator()
-        if self.train_dataset is self._joined:
+        self._take_rows()
+
+    def _take_rows(self) -> None:
+        """The rows that `train_dataset` was set to, in place of those that the trainer was made with; the router's, too.
+
+        Raises:
+            ValueError: rows that do not say whose they are, of other tasks, or of a task none with an answer.
+        """
+        if self.train_dataset is self._joined or self._is_in_stage:
             return
         if not is_tagged(self.train_dataset):
             raise ValueError(
                 f"`train_dataset` was set to rows without {TASK_ID!r}, which says whose they are; change the trainer's own "
                 "(map, filter), or make a new trainer."
             )
-        places: dict[str, list[int]] = {task: [] for task in self._prepared}
-        for place, task_id in enumerate(self.train_dataset.with_format(None)[TASK_ID]):
-            places[self._task_names[task_id]].append(place)
-        if missing := [task for task, its in places.items() if not its]:
-            raise ValueError(
-                f"`train_dataset` was set to rows of which none is of task {missing[0]!r}; it needs some."
-            )
-        sets = {task: self.train_dataset.select(its) for task, its in places.items()}
-        self.train_dataset = self._join(
-            {task: learnable(task, rows, rows, self.args.max_length, True) for task, rows in sets.items()}
-        )
+        rows = self.train_dataset.with_format(None)
+        places: dict[int, list[int]] = {self._task_names.index(task): [] for task in self._prepared}
+        for place, (task_id, labels) in enumerate(zip(rows[TASK_ID], rows["labels"], strict=True)):
+            if task_id not in places:
+                raise ValueError(
+                    f"`train_dataset` was set to rows with the {TASK_ID!r} {task_id}, which is none of this trainer's tasks "
+                    f"({', '.join(self._prepared)}); change the trainer's own (map, filter), or make a new trainer."
+                )
+            if any(label != -100 for label in labels):
+                places[task_id].append(place)
+        for task_id, its in places.items():
+            if not its:
+                raise ValueError(
+                    f"`train_dataset` was set to rows of which none has an answer of task {self._task_names[task_id]!r}."
+                )
+        sets = {self._task_names[task_id]: rows.select(its) for task_id, its in places.items()}
+        if lost := len(rows) - sum(map(len, sets.values())):
+            logger.warning(f"{lost} of the {len(rows)} rows that `train_dataset` was set to hold no answer: left out.")
+        self.train_dataset = self._join(sets)
+        self._train_sets = {task: Dataset.from_list(alone(its, 10**9)) for task, its in sets.items()}
 
     def _keep_checkpoint(self) -> None:
         """What a stage that was stopped goes on from, if it was not saved at this step."""

@@ -155,8 +155,8 @@ def time_steps(
         long = _enough(_longest(everything, tokenizer, config), num_steps * size, tokenizer, config)
         short = _enough(everything, num_steps * size, tokenizer, config)
         data = {task: Dataset.from_list(short if task == "timed-short" else long) for task in TIMED}
-        for task in model.config.open_tasks():  # which would train, too
-            model.remove_task(task, cascade=True)
+        while open_tasks := model.config.open_tasks():  # which would train, too
+            model.remove_task(open_tasks[0], cascade=True)
         for task, parents in TIMED.items():
             model.add_task(task, parents)
         trainer = _TimedTrainer(model, config, train_dataset=data, processing_class=tokenizer)

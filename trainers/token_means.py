@@ -11,7 +11,7 @@ class TokenMeans:
         self._sums: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
 
     def clear(self, mode: str) -> None:
-        """Forgets what there is."""
+        """Forgets one mode's sums."""
         self._sums[mode] = {}
 
     def add(self, mode: str, name: str, total: float, count: float) -> None:

@@ -45,12 +45,13 @@ def check_trackers(report_to: Iterable[str]) -> None:
 def begin_stage(callbacks: Iterable[TrainerCallback]) -> None:
     """Gives each stage a run of its own in TensorBoard, since each counts its steps from 0."""
     for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback) and "TENSORBOARD_LOGGING_DIR" not in os.environ:
-            if callback.tb_writer is not None and callback.logging_dir is None:  # people's own: all stages write to it
-                callback._SummaryWriter = functools.partial(_the_same, callback.tb_writer)
-                callback.logging_dir = callback.tb_writer.log_dir
-            if isinstance(callback._SummaryWriter, functools.partial):
-                continue
+        if not isinstance(callback, TensorBoardCallback) or isinstance(callback._SummaryWriter, functools.partial):
+            continue
+        its_own = callback.logging_dir is not None and "TENSORBOARD_LOGGING_DIR" not in os.environ
+        if callback.tb_writer is not None and not its_own:  # people's own, or where they say: all stages write there
+            callback._SummaryWriter = functools.partial(_the_same, callback.tb_writer)
+            callback.logging_dir = callback.tb_writer.log_dir
+        elif its_own:
             if callback.tb_writer is not None:
                 callback.tb_writer.close()
             callback.tb_writer, callback.logging_dir = None, None
