@@ -136,6 +136,7 @@ def test_training_compiles_once_and_learns_the_same(backbones, tokenizer, tmp_pa
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_nf4_trains_compiled(backbones, tokenizer, tmp_path):
     pytest.importorskip("bitsandbytes")
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")

@@ -39,7 +39,14 @@ SHAPES = {  # of the backbones' own config.json
 ROOM = 0.9  # GiB, for CUDA's context, buffers of kernels, and what the allocator cannot use
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+LARGE = [path for path in RECIPES if not path.stem.endswith(("-8gb", "-12gb"))]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path in LARGE)) for path in RECIPES],
+    ids=lambda path: path.stem,
+)
 def test_a_cards_recipe_says_what_it_takes_and_fits(path):
     recipe = read_recipe(path)
     estimate = estimate_recipe(recipe, AutoConfig.for_model(**SHAPES[recipe.backbone]))

@@ -65,6 +65,7 @@ def test_a_model_there_is_as_here_and_waits_for_nothing(backbones, tmp_path):
     on_the_device("model", str(backbones["llama"]), tmp_path)
 
 
+@pytest.mark.slow
 def test_it_learns_there_what_it_learns_here(backbones, tokenizer, tmp_path):
     base = str(backbones["llama"])
     on_the_device("trainer", base, tmp_path, ACCELERATE_TORCH_DEVICE="card:0")
