@@ -188,6 +188,28 @@ def test_the_qualitys_sentences(figures):
     )
 
 
+def test_the_sentence_on_tasks_one_by_one():
+    its = {
+        (cell["method"], cell["learning_rate"], cell["seed"]): cell
+        for cell in read_cells("quality.jsonl")
+        if cell["name"] == "quality-small-family"
+    }
+    in_turn = (("sequential", 1e-3), ("sequential_replay", 1e-3), ("olora", 1e-3), ("single", 2e-3))
+    averages = [its[method, rate, 0]["test"]["ap"] for method, rate in (("hft_arriving", 2e-3), *in_turn)]
+    words = (
+        "HFT is at {:.1f} on test rows; with this seed sequential LoRA is at {:.1f}, with replay at {:.1f}, "
+        "O-LoRA at {:.1f}, one LoRA a task at {:.1f}."
+    )
+    assert words.format(*averages) in PROSE
+    arriving = its["hft_arriving", 2e-3, 0]
+    tree = arriving["notes"]["tree"]
+    for task, (parent, *_) in ((task, ups) for task, ups in tree.items() if ups):
+        assert f"{task} stands on {parent}" in PROSE
+    assert ", ".join(task for task, ups in tree.items() if not ups) + " found nobody" in PROSE
+    assert arriving["test"]["forgetting"] == 0
+    assert [key[2] for key in its if key[0] == "hft_arriving"] == [0]  # else the sentence is of one seed no longer
+
+
 def test_the_four_tasks_with_few_rows():
     cells = {
         cell["method"]: cell for cell in read_cells("quality.jsonl") if cell["name"] == "quality-small-low_resource"
