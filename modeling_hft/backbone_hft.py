@@ -32,7 +32,7 @@ def decoder_name(backbone: PreTrainedModel) -> str:
 
 def check_dtype(key: str, dtype: Any, auto: bool = True) -> None:
     """Raises ValueError for what is no floating-point dtype, its name, None, or, where that may be, "auto"."""
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
     is_known = dtype is None or (auto and dtype == "auto")
     if not is_known and not (isinstance(found, torch.dtype) and found.is_floating_point):
         raise ValueError(f"`{key}` is {dtype!r}; it must be a floating-point type of torch, such as bfloat16.")

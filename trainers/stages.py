@@ -209,9 +209,7 @@ class HFTStages:
         Raises:
             ValueError: an optimizer, or rows that are not those of the trainer.
         """
-        for now, last in zip((self.optimizer, self.lr_scheduler), self._last, strict=True):
-            if now is None or now is last:
-                continue
+        if any(its is not None and its not in self._last for its in (self.optimizer, self.lr_scheduler)):
             raise ValueError(
                 "HFTTrainer takes no `optimizer` or `lr_scheduler`: each stage makes its own; choose it with `args.optim`."
             )
