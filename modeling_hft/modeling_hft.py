@@ -229,9 +229,9 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         for i in ids:
             if not isinstance(i, numbers.Integral) or isinstance(i, bool):
                 raise ValueError(f"`task` holds {i!r}; give whole ids, or names.")
-            if not -1 <= i < len(known) - 1:
+            if not -1 <= int(i) < len(known) - 1:
                 raise ValueError(f"`task` holds the id {i}; ids go from -1 (the backbone) to {len(known) - 2}.")
-        return [known[i] for i in ids]
+        return [known[int(i)] for i in ids]
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any

@@ -67,7 +67,8 @@ def decode(backbone: str, rounds: int) -> dict:
     """Seconds a token in all ways that HFT serves a task, over the backbone's."""
     model, task = chain(backbone, 4, is_sealed=True)
     wide, _ = chain(backbone, 4, is_sealed=True, quantization_config=None, dtype=torch.bfloat16)
-    model.eval(), wide.eval()
+    for one in (model, wide):
+        one.eval()
     for i in range(4):
         model.add_routes(f"t{i}", (prompts(model, 8, 20) + i).tolist())
     model.hft_router.config.confidence = 0.0

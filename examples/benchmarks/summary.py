@@ -134,8 +134,10 @@ def quality() -> dict[str, float]:
                     _put(
                         figures, f"{prefix}.unseen_{task}_{method}", [one["unseen"][task]["accuracy"] for one in able]
                     )
-        pairs = [*itertools.product(("hft", *HIERARCHIES, *ARRIVING), ("joint", "single"))]
-        pairs += itertools.product(ARRIVING, ("sequential", "sequential_replay", "olora"))  # of the same kind
+        pairs = [
+            *itertools.product(("hft", *HIERARCHIES, *ARRIVING), ("joint", "single")),
+            *itertools.product(ARRIVING, ("sequential", "sequential_replay", "olora")),  # of the same kind
+        ]
         for ours, other in pairs:
             if seeds := of.get(ours, {}).keys() & of.get(other, {}).keys():
                 gaps = [of[ours][seed]["test"]["ap"] - of[other][seed]["test"]["ap"] for seed in seeds]
