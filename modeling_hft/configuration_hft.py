@@ -3,7 +3,7 @@
 import copy
 import numbers
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -119,8 +119,12 @@ class HFTRouterConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
 
-# What `from_pretrained` takes for a decoder's config.
-BACKBONE_KEYS = ("use_cache", "output_hidden_states", "output_attentions")
+# What `from_pretrained` takes for a decoder's config, whether that says them or not.
+_BACKBONE_KEYS = {"use_cache", "output_hidden_states", "output_attentions"}
+_DTYPES = ("float64", "float32", "bfloat16", "float16")  # of sealed tasks and pages
+# Keys of a decoder's config that are the whole model's, too, or no setting.
+_BOTH = {"dtype", "torch_dtype", "quantization_config", "tie_word_embeddings", "architectures", "auto_map", "model_type",
+         "name_or_path", "transformers_version"}  # fmt: skip
 
 
 @strict
@@ -188,6 +192,17 @@ class HFTConfig(PreTrainedConfig):
         self.tasks = [copy.deepcopy({**defaults, **task}) for task in self.tasks or []]
         self.pages = copy.deepcopy(self.pages or [])
         self.left_out = copy.deepcopy(self.left_out or {})
+        for kind, entries, key in (
+            ("tasks", self.tasks, "name"),
+            ("pages", self.pages, "id"),
+            ("pages", self.pages, "slots"),
+        ):
+            if bare := [entry for entry in entries if key not in entry]:
+                raise ValueError(f"An entry of `{kind}` lacks {key!r}: {bare[0]}. Was config.json edited, or cut?")
+        for entry in (*self.tasks, *self.pages):
+            if entry.get("dtype", "float32") not in _DTYPES:
+                what = entry.get("name", entry.get("id"))
+                raise ValueError(f"`dtype` of {what!r} is {entry['dtype']!r}. {nearest(str(entry['dtype']), _DTYPES)}")
         names = [task["name"] for task in self.tasks]
         for name in names:
             if names.count(name) > 1:
@@ -202,12 +217,23 @@ class HFTConfig(PreTrainedConfig):
                 for other in task[kind]:
                     if other not in known:
                         raise ValueError(f"Task {task['name']!r} reads {other!r} in `{kind}`. {nearest(other, known)}")
+                    if task[kind].count(other) > 1:
+                        raise ValueError(f"Task {task['name']!r} reads {other!r} twice in `{kind}`; name it once.")
         if isinstance(self.text_config, PreTrainedConfig):
             # A copy: transformers writes into it, too, as the attention, which a model may be running by.
             self.text_config = copy.deepcopy(self.text_config)
         super().__post_init__(**kwargs)
         self.tie_word_embeddings = self.text_config.tie_word_embeddings
-        self.hierarchy()  # raises if the tasks are no hierarchy
+        path_of = self.hierarchy().path  # raises if the tasks are no hierarchy
+        for task in self.tasks:
+            if twice := [node for node in task["borrows"] if node in path_of(task["name"])]:
+                raise ValueError(
+                    f"Task {task['name']!r} borrows {twice[0]!r}, which is on its path already; leave it out."
+                )
+            if task["sealed"] and (open_ups := [up for up in task["parents"] if up in self.open_tasks()]):
+                raise ValueError(
+                    f"Task {task['name']!r} is sealed, and its parent {open_ups[0]!r} is not; parents are first."
+                )
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
@@ -216,9 +242,10 @@ class HFTConfig(PreTrainedConfig):
         Names in `tasks=[...]` choose a part; another `backbone` has no known commit; what says how a decoder runs is for
         the backbone's own config.
         """
-        own = {name: kwargs.pop(name) for name in BACKBONE_KEYS if name in kwargs}
-        if own and isinstance(config_dict.get("text_config"), dict):
-            config_dict = {**config_dict, "text_config": {**config_dict["text_config"], **own}}
+        text_config = config_dict.get("text_config")
+        own = {name: kwargs.pop(name) for name in of_backbone(kwargs, text_config or {})}
+        if own and isinstance(text_config, dict):
+            config_dict = {**config_dict, "text_config": {**text_config, **own}}
         if kwargs.get("backbone") is not None:
             config_dict = {**config_dict, "backbone_revision": None}
             kwargs["backbone"] = os.fspath(kwargs["backbone"])
@@ -304,6 +331,13 @@ class HFTConfig(PreTrainedConfig):
             if page["id"] == page_id:
                 return page
         raise ValueError(f"Unknown memory page {page_id!r}. {nearest(page_id, [page['id'] for page in self.pages])}")
+
+
+def of_backbone(names: Iterable[str], text_config: Mapping[str, Any] | PreTrainedConfig) -> list[str]:
+    """Which arguments of `from_pretrained` are settings of the backbone's own config."""
+    its = text_config.to_dict() if isinstance(text_config, PreTrainedConfig) else text_config
+    known = {key for key in its if not key.startswith("_")} - _BOTH - HFTConfig.__annotations__.keys()
+    return [name for name in names if name in known | _BACKBONE_KEYS]
 
 
 def check_rank(rank: Any, task: str | None = None) -> int:

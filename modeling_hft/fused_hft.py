@@ -4,12 +4,12 @@ B batch, T tokens, I/O in and out features, R rank of a whole path: the sum over
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTNodes
@@ -55,7 +55,7 @@ class HFTFused:
         """
         if path.task_of_row_B is None:
             (task,) = path.tasks
-            if task.kept is None and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if task.kept is None and torch.is_grad_enabled() and not _is_traced():
                 factors = [factor for pair in self._pairs(task) for factor in pair]
                 return _PathProduct.apply(x_BTI, task.gates, task, self.nodes.layer, self.memory is not None, *factors)
             if task.wide is not None and _are_few_on_cpu(x_BTI):
@@ -159,8 +159,18 @@ def _are_few_on_cpu(x_BTI: torch.Tensor) -> bool:
 
 def _concatenated(pairs: Sequence[Pair], like: torch.Tensor) -> Pair:
     """Sources as one pair: down [R, I] and up [O, R], in the dtype and on the device of `like`."""
+    if pairs[0][0].is_meta and not like.is_meta:
+        raise ValueError(
+            "What HFT owns (hft_nodes, hft_memory, hft_gates) was offloaded, and nothing brings it back in time; offload "
+            "parts of `model.backbone` instead."
+        )
     downs, ups = ([factor.to(like) for factor in factors] for factors in zip(*pairs, strict=True))
     return (downs[0], ups[0]) if len(pairs) == 1 else (torch.cat(downs), torch.cat(ups, dim=1))
+
+
+def _is_traced() -> bool:
+    """Whether something stronger than autograd looks at a pass, and needs plain operations: a compiler, or `torch.func`."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 class _PathProduct(torch.autograd.Function):
@@ -168,7 +178,8 @@ class _PathProduct(torch.autograd.Function):
 
     Autograd by itself would compute the gradients of all concatenated factors, those of sealed ancestors and pages among
     them, which on a long path are most of it, and drop them. A gate needs no factor's gradient: its own is a sum over the
-    rank axis. Factors that train and lie side by side get their gradients by one product.
+    rank axis. Factors that train and lie side by side get their gradients by one product. Where gradients are to be
+    differentiated again (`create_graph`), autograd does all of it.
     """
 
     @staticmethod
@@ -186,19 +197,21 @@ class _PathProduct(torch.autograd.Function):
         g_R = task.column_gates(layer, with_pages).to(x_BTI.device)
         scaled_OR = torch.mul(up_OR, g_R, out=torch.empty_like(up_OR))
         h_BTR = F.linear(x_BTI, down_RI)
-        ctx.save_for_backward(x_BTI, h_BTR, g_R, down_RI, up_OR if ctx.needs_input_grad[1] else scaled_OR)
+        made = (h_BTR, g_R, down_RI, up_OR if ctx.needs_input_grad[1] else scaled_OR)
+        ctx.save_for_backward(*made, x_BTI, gates_LN, *factors)
         ctx.task, ctx.layer, ctx.with_pages = task, layer, with_pages
         ctx.ranks = [len(down) for down in factors[::2]]
         ctx.dtypes = [factor.dtype for factor in factors]
         return F.linear(h_BTR, scaled_OR)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy_BTO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_BTI, h_BTR, g_R, down_RI, up_OR = ctx.saved_tensors
+        h_BTR, g_R, down_RI, up_OR, x_BTI, gates_LN, *factors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx, dy_BTO, x_BTI, gates_LN, factors)
         needs_x, needs_gates, _, _, _, *needs = ctx.needs_input_grad
-        dy_NO = dy_BTO.flatten(0, -2)  # N: all leading axes
-        x_NI, h_NR = (saved.flatten(0, -2).to(dy_NO.dtype) for saved in (x_BTI, h_BTR))
+        dy_NO = dy_BTO.reshape(-1, dy_BTO.shape[-1])  # N: all leading axes
+        x_NI, h_NR = (saved.reshape(-1, saved.shape[-1]).to(dy_NO.dtype) for saved in (x_BTI, h_BTR))
         dh_NR, dgates_LN = dy_NO @ up_OR.to(dy_NO.dtype), None
         if needs_gates:
             dgates_LN = torch.zeros_like(ctx.task.gates)
@@ -218,6 +231,23 @@ class _PathProduct(torch.autograd.Function):
             for source, part_OR in zip(sources, dup_OR.split([ctx.ranks[i] for i in sources], dim=1), strict=True):
                 gradients[2 * source + 1] = part_OR.to(ctx.dtypes[2 * source + 1])
         return dx_BTI, dgates_LN, None, None, None, *gradients
+
+
+def _differentiable_gradients(
+    ctx: Any, dy_BTO: torch.Tensor, x_BTI: torch.Tensor, gates_LN: torch.Tensor, factors: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, ...]:
+    """What `_PathProduct.backward` gives, as a function of all that it depends on."""
+    # As views: the gates of earlier layers are the same tensor, which `x` depends on, too.
+    x_BTI, gates_LN, *factors = (given.view_as(given) for given in (x_BTI, gates_LN, *factors))
+    task = replace(ctx.task, gates=gates_LN)
+    down_RI, up_OR = _concatenated(list(zip(factors[::2], factors[1::2], strict=True)), x_BTI)
+    g_R = task.column_gates(ctx.layer, ctx.with_pages).to(x_BTI.device)
+    y_BTO = F.linear(F.linear(x_BTI, down_RI), (up_OR * g_R).to(x_BTI.dtype))
+    inputs = [x_BTI, gates_LN, None, None, None, *factors]
+    places = [place for place, is_needed in enumerate(ctx.needs_input_grad) if is_needed]
+    found = torch.autograd.grad(y_BTO, [inputs[place] for place in places], dy_BTO, create_graph=True)
+    gradients = dict(zip(places, found, strict=True))
+    return tuple(gradients.get(place) for place in range(len(inputs)))
 
 
 def _runs(needs: Sequence[bool], ranks: Sequence[int], dtypes: Sequence[torch.dtype]) -> list[tuple[list[int], slice]]:

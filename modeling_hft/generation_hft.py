@@ -24,6 +24,13 @@ _SIGNATURE = inspect.signature(GenerationMixin.generate)
 Task = str | Sequence[str | None] | torch.Tensor
 
 
+def check_is_task(kwargs: Mapping[str, Any]) -> None:
+    """Raises TypeError for another word for `task`, which a decoder would pass over, and run without any."""
+    for name in ("tasks", "task_name", "task_id", "task_ids"):
+        if name in kwargs:
+            raise TypeError(f"`{name}` is no argument of a pass: name its task, or one a row, by `task`.")
+
+
 class HFTGenerationMixin(GenerationMixin):
     """The part of `HFTForCausalLM` that generates. `super()` is transformers' `GenerationMixin`."""
 
@@ -90,6 +97,12 @@ class HFTGenerationMixin(GenerationMixin):
                 f"`attention_mask` has the shape {list(mask.shape)} for {list(prompts.shape)} tokens, and the router "
                 "needs whole prompts; to go on from a cache, name the task that made it: generate(..., task=...)."
             )
+        for name in ("past_key_values", "cache"):
+            if (cache := kwargs.get(name)) is not None and (length := cache.get_seq_length()):
+                raise ValueError(
+                    f"`{name}` holds {length} tokens as some task's path computed them, and the router may find another; "
+                    "name that task: generate(..., task=...) (`return_route=True` tells it), or leave the cache out."
+                )
         routes = self.route(prompts, self._mask_of_pads(prompts, kwargs) if mask is None else mask)
         for i, route in enumerate(routes):
             logger.info(f"Prompt {i} is answered by {route.task}: {route.reason}.")

@@ -14,6 +14,7 @@ BACKBONE = "backbone"  # the reserved word for "no task": generate(..., task="ba
 
 # A task's name is part of a parameter's name and of a file's name, on file systems that ignore case too.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_DEVICE = re.compile(r"(con|prn|aux|nul|(com|lpt)[0-9])", re.IGNORECASE)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -174,5 +175,7 @@ def _check_name(task: str) -> None:
             f"{task!r} cannot be a task's name: use 1 to 64 letters, digits, '_' or '-', beginning with a letter or "
             "digit (the name becomes a file's name)."
         )
+    if _DEVICE.fullmatch(task):
+        raise ValueError(f"{task!r} cannot be a task's name: Windows has no files of that name.")
     if task.lower() == BACKBONE:
         raise ValueError(f"{task!r} cannot be a task's name: the word is reserved for the plain backbone.")

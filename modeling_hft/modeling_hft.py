@@ -28,7 +28,7 @@ from .configuration_hft import HFTConfig
 from .folded_hft import HFTFolding
 from .fused_hft import HFTFused
 from .gates_hft import HFTGates
-from .generation_hft import HFTGenerationMixin, Task, num_rows_of
+from .generation_hft import HFTGenerationMixin, Task, check_is_task, num_rows_of
 from .hierarchy_hft import BACKBONE, Hierarchy, nearest
 from .kept_hft import HFTKept
 from .memory_hft import HFTMemory
@@ -225,8 +225,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
 
     def _names_of(self, ids: list[Any]) -> list[str | None]:
         known: list[str | None] = [*self.config.task_names(), None]  # so -1 is the backbone
-        ids = [-1 if i is None else i for i in ids]
-        for i in ids:
+        for i in (ids := [-1 if i is None else i for i in ids]):
             if not isinstance(i, numbers.Integral) or isinstance(i, bool):
                 raise ValueError(f"`task` holds {i!r}; give whole ids, or names.")
             if not -1 <= int(i) < len(known) - 1:
@@ -330,12 +329,12 @@ class HFTModel(HFTPreTrainedModel):
             input_ids: [B, T]; or `inputs_embeds` [B, T, D].
             attention_mask: [B, T].
             task: a name, a name a row, or ids [B]; None for the task that is folded or active, else the plain backbone.
-            kwargs: as for the backbone's decoder.
+            kwargs: as for the backbone's decoder; another word for `task` is a TypeError.
         """
+        check_is_task(kwargs)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         with self._one_pass(task, num_rows_of(input_ids, inputs_embeds)):
-            return self.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-            )
+            return self.base_model(**given, **kwargs)
 
 
 class HFTForCausalLM(HFTPreTrainedModel, HFTGenerationMixin):
@@ -365,11 +364,12 @@ class HFTForCausalLM(HFTPreTrainedModel, HFTGenerationMixin):
             labels: [B, T], -100 where there is no loss.
             task: a name, a name a row, or ids [B] (places in `config.tasks`, -1 for the backbone); None for the task that is
                 folded or active, else the plain backbone.
-            kwargs: as for the backbone.
+            kwargs: as for the backbone; another word for `task` is a TypeError.
 
         Returns:
             What the backbone returns: logits [B, T, V], the loss if there are labels, the cache.
         """
+        check_is_task(kwargs)
         given = inputs_embeds if input_ids is None else input_ids
         if given is not None and isinstance(logits_to_keep, int) and logits_to_keep > 0 and self.device.type == "cpu":
             # As an index, which copies these positions: of a slice, a CPU's matmul copies the head's weights once a row.

@@ -9,7 +9,8 @@ import math
 import re
 import statistics
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -111,7 +112,8 @@ class HFTRouting:
         caught: list[torch.Tensor] = []
         asks = threading.get_ident()
 
-        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Another thread that has met the hook calls it without `kwargs` once it is removed.
+        def stop(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any] = MappingProxyType({})) -> None:
             if threading.get_ident() != asks:
                 return  # another thread's pass goes on
             caught.append(args[0] if args else kwargs["hidden_states"])

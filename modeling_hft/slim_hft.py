@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.utils import cached_file
 
 from .configuration_hft import HFTConfig
 from .files_hft import (
@@ -41,6 +42,7 @@ class HFTSlimFiles:
     ) -> None:
         """Fills nodes, gates and memory pages, given by their entries, from the slim files of a folder or repository; all
         of them, or none."""
+        tasks = list(tasks)
         names = [task["name"] for task in tasks]
         parts = {task_file(task): self._node_tensors(task) for task in names}
         parts.update({page_file(page["id"]): self._page_tensors(page["id"]) for page in pages})
@@ -57,12 +59,27 @@ class HFTSlimFiles:
                         f"'{repo}' holds {name!r} in {file} with shape {list(tensor.shape)}, and this model needs "
                         f"{list(parameter.shape)}. Is it another backbone?"
                     )
+        self._check_lineage(repo, tasks, **download)
         for file, own in parts.items():
             for name, parameter in own.items():
                 if file == SHARED_FILE:
                     parameter.copy_(read[file][name])  # a view
                 else:
                     parameter.data = read[file][name].to(parameter.device)  # takes the dtype of the file
+
+    def _check_lineage(self, repo: str | os.PathLike, tasks: Iterable[Mapping[str, Any]], **download: Any) -> None:
+        """Raises ValueError if the file of a sealed task is not the one that was sealed, on the parents that it had."""
+        entries = {entry["name"]: entry for entry in (*self.config.tasks, *tasks)}
+        for task in tasks:
+            parents = [entries[name] for name in task["parents"]]
+            if not task["sealed"] or any("hash" not in entry for entry in (task, *parents)):
+                continue
+            file = task_file(task["name"])
+            if lineage(Path(cached_file(repo, file, **download)), parents) != task["hash"]:
+                raise ValueError(
+                    f"{file} in '{repo}' is not what was sealed as task {task['name']!r} (another SHA-256 than config.json "
+                    "says): a file, or a list of parents, of another model or version. Copy or download it again."
+                )
 
     def _read_router(self, repo: str | os.PathLike, tasks: Sequence[str], **download: Any) -> None:
         """Takes over what the router of a saved model, in either form, knows: these tasks, by its config."""
@@ -282,6 +299,12 @@ def holds_slim(folder: str | os.PathLike) -> bool:
     """Whether there is a slim HFT model in a folder."""
     saved = _config_in(folder)
     return saved.get("model_type") == HFTConfig.model_type and bool(saved.get("slim", True))
+
+
+def holds_full(folder: str | os.PathLike) -> bool:
+    """Whether there is an HFT model in the full form in a folder."""
+    saved = _config_in(folder)
+    return saved.get("model_type") == HFTConfig.model_type and not saved.get("slim", True)
 
 
 def _config_in(folder: str | os.PathLike) -> dict[str, Any]:

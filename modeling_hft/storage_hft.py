@@ -16,12 +16,12 @@ from transformers.utils.hub import resolve_revision
 
 from .attention_hft import best_attention, goes_to_gpu
 from .backbone_hft import check_dtype, check_is_decoder, decoder_of, key_mapping_of, without_weights
-from .configuration_hft import BACKBONE_KEYS, HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig, check_keys
+from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig, check_keys, of_backbone
 from .files_hft import SHARED_FILE, disk_errors, finish_writing, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
-from .slim_hft import HFTSlimFiles, check_keeps_others, holds_slim, read_config
-from .upload_hft import check_shareable, upload
+from .slim_hft import HFTSlimFiles, check_keeps_others, holds_full, holds_slim, read_config
+from .upload_hft import check_shareable, is_hub_id, upload
 
 
 AUTO_MAP = {
@@ -35,6 +35,7 @@ _SAVE_ARGUMENTS = {
     *("repo_id", "commit_message", "private", "token", "revision"),
     *("max_shard_size", "variant", "safe_serialization", "save_peft_format"),
 }
+_NO_MATTER = {"save_function", "save_original_format"}  # of `PreTrainedModel`'s, for files in other forms than HFT's
 # What tells where a repository's files come from; everything else says how to load the model.
 _DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -133,7 +134,7 @@ class HFTStorage(HFTSlimFiles):
                 goes_to_gpu(kwargs.get("device_map"), quantization is not None),
                 getattr(torch, dtype) if isinstance(dtype, str) else dtype,
             )
-        for name in kwargs.keys() & set(BACKBONE_KEYS):
+        for name in of_backbone(kwargs, text_config):
             setattr(text_config, name, kwargs.pop(name))
         try:
             model, info = super().from_pretrained(repo, *model_args, **{**kwargs, "output_loading_info": True})
@@ -250,15 +251,17 @@ class HFTStorage(HFTSlimFiles):
             state_dict: the tensors of a full model if they are not the model's own; the slim form takes the model's own.
             push_to_hub: also upload, to `repo_id` or the folder's name.
             slim: tasks only, one file each, and the name of the backbone (`True`), or everything.
-            kwargs: as for `PreTrainedModel.save_pretrained`.
+            kwargs: as for `PreTrainedModel.save_pretrained`; `save_function` and `save_original_format` change nothing.
 
         Raises:
             OSError: if the folder cannot be written.
             ValueError: a slim form that could not name its backbone, or is to be a variant; the backbone's own folder; a
-                variant in the folder of a slim model; or a part of a model in the place of the whole.
+                variant in the folder of a slim model; a part of a model in the place of the whole; or a slim form in the
+                place of a full one whose backbone is nowhere else.
             TypeError: an unknown argument.
         """
         self._check_unmerged()
+        kwargs = {name: value for name, value in kwargs.items() if name not in _NO_MATTER}
         if unknown := kwargs.keys() - _SAVE_ARGUMENTS:
             odd = min(unknown)
             raise TypeError(
@@ -282,6 +285,11 @@ class HFTStorage(HFTSlimFiles):
                 f"'{save_directory}' is the backbone's own folder, which would be overwritten; choose another."
             )
         check_keeps_others(self.config, save_directory)
+        if slim and holds_full(save_directory) and not self._finds_backbone():
+            raise ValueError(
+                f"'{save_directory}' holds a model in the full form, backbone included, and '{self.config.backbone}', where "
+                "the slim form would look for the backbone, is not there; save with slim=False, or to another folder."
+            )
         if kwargs.get("variant") and holds_slim(save_directory):
             raise ValueError(
                 f"'{save_directory}' holds a slim model, whose config.json a variant of the full form would overwrite; "
@@ -301,6 +309,10 @@ class HFTStorage(HFTSlimFiles):
                 self._write_config_and_code(folder, slim)
         if push_to_hub:
             self.push_to_hub(repo_id, **hub)
+
+    def _finds_backbone(self) -> bool:
+        """Whether the backbone that the config names is there, as far as that can be told without a network."""
+        return os.path.isdir(self.config.backbone) or is_hub_id(self.config.backbone)
 
     def push_to_hub(
         self,

@@ -1,12 +1,28 @@
 """Sharing a slim model: what can be shared, and all its files in one commit."""
 
+import json
 import os
+from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers.utils import logging
 
 from .configuration_hft import HFTConfig
-from .files_hft import WRITING, WRITTEN
+from .files_hft import ROUTER_FILE, SHARED_FILE
 from .slim_hft import files_left, read_config
+
+
+logger = logging.get_logger(__name__)
+
+# A model's files: not what else people keep beside it, as exports, data or notes.
+_SHARED = [
+    *("config.json", "generation_config.json", "*_hft.py", SHARED_FILE, ROUTER_FILE),
+    *("tasks/*.safetensors", "pages/*.safetensors"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja"),
+    *("README.md", "report.html", "pictures/*", "run.json"),
+]
 
 
 def check_shareable(config: HFTConfig) -> None:
@@ -17,11 +33,22 @@ def check_shareable(config: HFTConfig) -> None:
             f"This is a part of a model (without {', '.join(sorted(config.left_out))}): "
             "unite it with the whole (`hft merge`), or load the whole and use remove_task, and push that."
         )
-    if config.backbone is None or os.path.isdir(config.backbone):
+    if config.backbone is None or not is_hub_id(config.backbone):
         raise ValueError(
             f"The backbone is '{config.backbone}', a folder of this machine: others could not load the model. Build it on a "
             "Hub id, or set `backbone` in its config to the id that the folder came from."
         )
+
+
+def is_hub_id(backbone: str) -> bool:
+    """Whether a backbone's name can only be that of a repository on the Hub: not a folder's, here or elsewhere."""
+    if os.path.isdir(backbone):
+        return False
+    try:
+        validate_repo_id(backbone)
+    except HFValidationError:  # a path
+        return False
+    return True
 
 
 def upload(
@@ -32,15 +59,35 @@ def upload(
     token: str | bool | None = None,
     revision: str | None = None,
 ) -> CommitInfo:
-    """Makes a folder's files the newest commit of a model repository; arguments as for `push_to_hub`."""
+    """Makes a folder's model the newest commit of a model repository; arguments as for `push_to_hub`.
+
+    What else lies in the folder stays there. Tasks that the repository has and the folder lacks go, with a warning.
+    """
     api = HfApi(token=token)
-    removed = [path.as_posix() for path in files_left(folder, read_config(os.fspath(folder)))]
+    config = read_config(os.fspath(folder))
+    removed = [path.as_posix() for path in files_left(folder, config)]
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if gone := sorted(_tasks_there(repo_id, token, revision) - set(config.task_names())):
+        logger.warning(
+            f"{repo_id} has {', '.join(gone)}, which '{folder}' has not, and which its newest commit lacks from now on. If "
+            "they are not to go: load the commit before (`revision`), and unite the two with `hft merge`."
+        )
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=commit_message,
         revision=revision,
-        ignore_patterns=["stage-*", f"{WRITING}*", f"{WRITTEN}*", *removed],
+        allow_patterns=_SHARED,
+        ignore_patterns=removed,
         delete_patterns=["tasks/*.safetensors", "pages/*.safetensors"],  # of tasks that were removed
     )
+
+
+def _tasks_there(repo_id: str, token: str | bool | None, revision: str | None) -> set[str]:
+    """The tasks of the model that a repository holds."""
+    try:
+        file = hf_hub_download(repo_id, "config.json", revision=revision, token=token)
+    except EntryNotFoundError:  # a new repository
+        return set()
+    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    return {task["name"] for task in config.get("tasks") or []} if config.get("model_type") == "hft" else set()

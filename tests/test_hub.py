@@ -205,6 +205,7 @@ def test_the_command_and_the_trainer(hub, tmp_path):
     from hft.trainers.cli import main
     model.save_pretrained(sys.argv[1])
     open(sys.argv[1] + "/tasks/gone.safetensors", "w").close()  # of a task that was removed
+    open(sys.argv[1] + "/my-notes.txt", "w").close()  # what else people keep there
     assert main(["push", sys.argv[1], "me/by-command", "--private", "--message", "hello"]) == 0
     model.add_task("t")
     args = HFTTrainingConfig(output_dir=sys.argv[2], max_steps=1, push_to_hub=True, hub_model_id="me/by-trainer", bf16=False,
@@ -228,6 +229,7 @@ def test_the_command_and_the_trainer(hub, tmp_path):
         "tasks/a.safetensors",
         "tasks/b.safetensors",
     }
+    assert "my-notes.txt" not in files(folder)
     assert hub.messages[commit] == "hello" and hub.private["me/by-command"]
     _, folder = last(hub, "me/by-trainer")
     names = files(folder)
