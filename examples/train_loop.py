@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, get_linear_schedule_with_warmup
 
 import hft
 from hft.trainers.curriculum import BlockSampler, open_stages
+from hft.trainers.row_tokens import tokenize_rows
 
 
 def toy_rows(task: str, count: int = 64) -> list[dict[str, str]]:
@@ -22,13 +23,6 @@ def toy_rows(task: str, count: int = 64) -> list[dict[str, str]]:
     sign, compute = {"sums": ("+", add), "differences": ("-", sub), "products": ("*", mul)}[task]
     pairs = [(i % 10, i * 7 % 10) for i in range(count)]
     return [{"prompt": f"{a} {sign} {b} =", "completion": f" {compute(a, b)}"} for a, b in pairs]
-
-
-def tokenize(row: dict[str, str], tokenizer) -> dict[str, list[int]]:
-    """The whole text, with labels on the answer and the end-of-text token only."""
-    prompt = tokenizer(row["prompt"])["input_ids"]
-    whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
-    return {"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]}
 
 
 def collate(rows: list[dict[str, list[int]]], pad: int) -> dict[str, torch.Tensor]:
@@ -117,7 +111,7 @@ def main() -> None:
     hierarchy = {"sums": [], "differences": [], "products": ["sums"]}
     tokenizer = AutoTokenizer.from_pretrained(args.backbone)
     model = hft.HFTForCausalLM.from_backbone(args.backbone, hierarchy)
-    rows = {task: [tokenize(row, tokenizer) for row in toy_rows(task)] for task in hierarchy}
+    rows = {task: tokenize_rows(toy_rows(task), tokenizer) for task in hierarchy}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     train(model, rows, pad, max_steps=args.max_steps)
     model.save_pretrained(args.out)

@@ -13,7 +13,7 @@ from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.plan_costs import _measure, duration, plan_costs
 from hft.trainers.planner import Plan, TaskProbe
 from hft.trainers.recipes import Recipe
-from hft.trainers.task_data import tokenize_rows
+from hft.trainers.row_tokens import tokenize_rows
 from hft.trainers.time_estimate import (
     CHILD,
     STEP_KEYS,

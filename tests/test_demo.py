@@ -12,7 +12,7 @@ import pytest
 from hft import Hierarchy
 from hft.trainers import demo_backbone
 from hft.trainers.compute_dtype import is_bfloat16_slow
-from hft.trainers.demo import _RELOAD, NUM_TEST, TASKS, TEST_SEED, TRAIN_SEED, clear, make_rows
+from hft.trainers.demo import _RELOAD, NUM_TEST, TASKS, TEST_SEED, TRAIN_SEED, clear, make_all_rows, make_rows
 from hft.trainers.metrics import find_metric
 
 
@@ -43,6 +43,19 @@ def test_questions_are_distinct_and_held_out_and_scored_by_their_family(name):
         assert score(f" {answer}\n", row) == 1.0
         assert score("", row) == 0.0
         assert score(f"The answer is {answer}, I think", row) == 0.0
+
+
+def test_no_test_question_was_learnt_on_its_path():
+    train, test = make_all_rows()
+    asked = {
+        split: {name: {row["prompt"][-1]["content"] for row in its} for name, its in rows.items()}
+        for split, rows in (("train", train), ("test", test))
+    }
+    tree = Hierarchy({name: task.parents for name, task in TASKS.items()})
+    for name in TASKS:
+        assert len(test[name]) >= 0.8 * NUM_TEST
+        for node in tree.path(name):
+            assert not asked["test"][name] & asked["train"][node]
 
 
 def test_a_demo_may_be_run_again_and_takes_nothing_elses_place(tmp_path):

@@ -8,17 +8,16 @@ import hft
 from hft.trainers.curriculum import BlockSampler, Stage, open_stages
 from hft.trainers.evaluation import (
     EvalSet,
-    answer_ids,
     generate_answers,
     mean_and_error,
     option_likelihoods,
-    prompt_ids,
     routes_of,
     score_options,
     score_task,
 )
 from hft.trainers.metrics import OPTIONS, exact_match, find_metric, metric_name, rouge_l
-from hft.trainers.task_data import OneTaskCollator, split_by_task, tokenize_rows
+from hft.trainers.row_tokens import prompt_and_answers, tokenize_rows
+from hft.trainers.task_data import OneTaskCollator, split_by_task
 from hft.trainers.transfer import average_performance, backward_transfer, forgetting, format_matrix, forward_transfer
 
 from .tiny import grow
@@ -117,14 +116,13 @@ def test_an_option_ends_as_the_chat_template_ends_an_answer(model, tokenizer):
     ]
     for row, learnt in zip(rows, tokenize_rows(rows, other), strict=True):
         labels = [label for label in learnt["labels"] if label != -100]
-        (found,) = answer_ids(other, row["prompt"], [row["completion"][0]["content"]])
+        _, (found,) = prompt_and_answers(other, row["prompt"], [row["completion"][0]["content"]])
         assert found[-1] == turn and labels[: len(found)] == found and turn not in found[:-1]
-    assert answer_ids(other, "plain", ["so"])[0][-1] == other.eos_token_id != turn
-    whole = [prompt_ids(other, row["prompt"]) for row in rows]
+    assert prompt_and_answers(other, "plain", ["so"])[1][0][-1] == other.eos_token_id != turn
+    whole = [prompt_and_answers(other, row["prompt"], row["options"]) for row in rows]
     found = option_likelihoods(model, other, rows, "a")
-    for ids, its in zip(whole, found, strict=True):
-        for option, likelihood in zip(rows[0]["options"], its, strict=True):
-            (tail,) = answer_ids(other, rows[0]["prompt"], [option])
+    for (ids, tails), its in zip(whole, found, strict=True):
+        for tail, likelihood in zip(tails, its, strict=True):
             with torch.no_grad():
                 log_TV = model(torch.tensor([ids + tail]), task="a").logits[0].log_softmax(-1)
             expected = sum(log_TV[len(ids) - 1 + place, token].item() for place, token in enumerate(tail))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
+from hft.trainers.row_tokens import tokenize_rows
 
 from .tiny import snapshot
 
@@ -96,7 +97,7 @@ def test_the_flat_loop_and_the_trainer_learn_the_same(backbones, tokenizer, tmp_
         return hft.HFTForCausalLM.from_backbone(backbones["llama"], hierarchy, rank=3)
 
     by_loop = model()
-    tokens = {task: [loop["tokenize"](row, tokenizer) for row in made] for task, made in rows.items()}
+    tokens = {task: tokenize_rows(made, tokenizer) for task, made in rows.items()}
     loop["train"](by_loop, tokens, tokenizer.pad_token_id, epochs=2, batch_size=2, accumulation=2)
 
     by_trainer = model()

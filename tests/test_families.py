@@ -255,6 +255,7 @@ def test_a_family_is_printed_drawn_written_trained_and_planned_again(command, da
     assert main(again) == 0
     found = read_recipe(tmp_path / "2.yaml")
     assert found.mixtures == recipe.mixtures and found.training_arguments() == recipe.training_arguments()
+    (tmp_path / "2.yaml").unlink()
     assert main([*again, "--no_families"]) == 0
     assert read_recipe(tmp_path / "2.yaml").mixtures == {} and root not in read_recipe(tmp_path / "2.yaml").hierarchy
 

@@ -12,10 +12,10 @@ from datasets import ClassLabel, Dataset, concatenate_datasets
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
-from hft.trainers.evaluation import EvalSet, answer_ids, prompt_ids, routes_of, score_task
-from hft.trainers.metrics import template_arguments
+from hft.trainers.evaluation import EvalSet, routes_of, score_task
 from hft.trainers.routes import prompts_of
-from hft.trainers.task_data import learnable, tokenize_rows
+from hft.trainers.row_tokens import prompt_and_answers, prompt_ids, template_arguments, tokenize_rows
+from hft.trainers.task_data import learnable
 
 from .test_trainer import make, rows
 from .tiny import fill
@@ -206,7 +206,7 @@ def test_tools_and_template_arguments_are_part_of_the_prompt(backbones, with_too
         asked.clear()
         template = template_arguments(row)
         assert prompt_ids(with_tools, row["prompt"], **template) == prompt
-        assert prompt + answer_ids(with_tools, row["prompt"], ["you"], **template)[0] == ids
+        assert prompt_and_answers(with_tools, row["prompt"], ["you"], **template) == (prompt, [ids[len(prompt) :]])
 
 
 def test_a_conversation_that_ends_with_a_question_is_all_prompt(tokenizer):

@@ -26,6 +26,27 @@ def test_a_score_or_a_plateau_is_mastery():
     assert mastery.all_mastered() and mastery.mastered == {"a": 10, "b": 25}
 
 
+def test_an_evaluation_without_a_step_of_the_task_says_nothing():
+    turns = {4: 0, 8: 0, 12: 1, 16: 1, 20: 2}
+    mastery = Mastery(["a"], patience=2, turns_until=lambda task, step: turns[step])
+    found = [mastery.observe("a", step, loss=1.0, accuracy=0.0) for step in turns]
+    assert found[:4] == [""] * 4 and found[4].startswith("no lower validation loss")
+
+
+def test_a_small_task_is_not_sealed_before_it_has_had_its_turns(backbones, tokenizer, tmp_path):
+    """Of 22 blocks 2 are the small task's, so most evaluations find it as it was."""
+    sets = {"large": rows(0, 40), "small": rows(50, 4)}
+    options = {"mastery_patience": 2, "eval_steps": 1, "save_steps": 22, "num_train_epochs": 1, "learning_rate": 1e-4}
+    trainer = make(backbones, tokenizer, tmp_path, {"large": [], "small": []}, sets, sets, cls=Watching,
+                   memory={"read": "off"}, **{**OPTIONS, **options})  # fmt: skip
+    trainer.train()
+    assert ("small", False) in trainer.taken
+    assert trainer.mastery.mastered.get("small", 99) > trainer.taken.index(("small", False))
+    assert any(
+        bits(up) != bits(up * 0) for name, up in trainer.model.task_parameters("small").items() if ".B_" in name
+    )
+
+
 def test_saved_steps_are_counted_from_the_plan():
     sampler = BlockSampler({"a": 5, "b": 9}, block_size=4, seed=1)  # 2 and 3 blocks an epoch
     plan = sampler.turns(0) + sampler.turns(1)

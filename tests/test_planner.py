@@ -22,7 +22,7 @@ from hft.trainers.pilots import ProbeSettings, pilot, take_sample
 from hft.trainers.planner import TaskProbe, make_plan
 from hft.trainers.probes import nearest_tasks
 from hft.trainers.recipes import read_recipe
-from hft.trainers.task_data import tokenize_rows
+from hft.trainers.row_tokens import tokenize_rows
 
 from .tiny import snapshot
 
@@ -381,6 +381,7 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     recipe = read_recipe(tmp_path / "plan.yaml")
     assert recipe.data == str(data) and recipe.model["rank"] == 2 and recipe.hierarchy == tree
     first = (tmp_path / "plan.yaml").read_text()
+    (tmp_path / "plan.yaml").unlink()
     assert main(command) == 0  # the same plan and reasons again; only the times of steps differ
     assert without_costs((tmp_path / "plan.yaml").read_text()) == without_costs(first)
 
@@ -397,7 +398,9 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     assert re.search(r"What it would take:\n.*\nagain  +\d+ .*\nstages .*\nin all .*\nPeak of a step", shown)
     assert all(re.search(rf"(on|not) {old} \(", shown) for old in tree) and "\nsame:" not in shown
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-    assert main([*extend[:-1], "same"]) == 2
+    assert main(extend) == 2
+    assert f"'{more}' is here already and may have been edited" in capsys.readouterr().err
+    assert main([*extend[:-1], "same", "--yaml", str(tmp_path / "other.yaml")]) == 2
     assert "The task 'same' is in the model already" in capsys.readouterr().err
     recipe = read_recipe(more)
     assert (recipe.from_model, recipe.backbone, list(recipe.hierarchy)) == (str(tmp_path / "run"), None, ["again"])
@@ -408,6 +411,7 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     assert hft.HFTForCausalLM.from_pretrained(tmp_path / "run").config.sealed_tasks()[-1] == "again"
     capsys.readouterr()
     write(data / "third", rows_of("same", 40))  # without a recipe: the model's own folder grows, and is held as it was
+    more.unlink()
     plain = [*command[:3], *command[5:-3], "--model", str(tmp_path / "run"), "--yaml", str(more)]
     assert main(plain) == 0
     recipe = read_recipe(more)

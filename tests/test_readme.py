@@ -17,7 +17,7 @@ from hft.trainers.transfer import format_matrix
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples/benchmarks"))
 from hft_methods import CL14  # noqa: E402
-from summary import ablation_cells, is_one_root, mean_loss  # noqa: E402
+from summary import ablation_cells, is_one_root, mean_loss, read  # noqa: E402
 from table import mean_se, own_hierarchy  # noqa: E402
 from table import test_scores as scores_of  # noqa: E402
 
@@ -101,6 +101,10 @@ def test_the_qualitys_sentences(figures):
     assert own_hierarchy({(cell["setting"], cell["seed"]): cell for cell in small}) == "hft_root_no_memory"
     first = {cell["setting"]: cell["value"] for cell in small if cell["seed"] == 0}
     assert of["hft_minus_single"] > 0 > of["hft_minus_joint"]
+    t = of["hft_minus_single"] / of["hft_minus_single_se"]
+    assert f"p is {1 - t / (t * t + 2) ** 0.5:.2f})" in PROSE  # Student's t with two degrees of freedom, two-sided
+    copa = (f"{of['unseen_copa_joint']:.1f} ± {of['unseen_copa_joint_se']:.1f}", f"{of['unseen_copa_hft']:.1f}")
+    assert f"On copa, on which nothing was trained, joint LoRA loses nothing ({copa[0]} and {copa[1]})" in PROSE
     assert f"HFT is {gap('hft_minus_joint')} points below joint LoRA (goal: 1.0 above)" in PROSE
     assert f"and {gap('hft_minus_single')} above one LoRA a task (goal: 2.0)." in PROSE
     hft, joint = (
@@ -207,7 +211,9 @@ def test_the_sentence_on_tasks_one_by_one():
         assert f"{task} stands on {parent}" in PROSE
     assert ", ".join(task for task, ups in tree.items() if not ups) + " found nobody" in PROSE
     assert arriving["test"]["forgetting"] == 0
-    assert [key[2] for key in its if key[0] == "hft_arriving"] == [0]  # else the sentence is of one seed no longer
+    better, worse = (its["hft_arriving", rate, 0]["value"] for rate in (2e-3, 1e-3))
+    assert better > worse and f"at 2e-3, with {better:.1f} on validation rows; {worse:.1f} at 1e-3)" in PROSE
+    assert {key[2] for key in its if key[0] == "hft_arriving"} == {0}  # else the sentence is of one seed no longer
 
 
 def test_the_four_tasks_with_few_rows():
@@ -270,7 +276,7 @@ def test_no_hierarchy_against_a_root():
 
 
 def test_the_fourteen_tasks():
-    cells = {cell["method"]: cell for cell in read_cells("quality.jsonl") if cell["name"] == "quality-small-cl14"}
+    cells = {cell["method"]: cell for cell in read("quality-small-cl14").values()}
     hft, joint = cells["hft_families_thirds"], cells["joint"]
     scores = f"HFT {hft['test']['ap']:.1f} with ids and {hft['test']['routed']['ap']:.1f} routed"
     assert f"{scores}, forgetting {hft['test']['forgetting']:.1f}; joint LoRA {joint['test']['ap']:.1f}." in PROSE
@@ -635,12 +641,13 @@ def test_how_tasks_refine():
 
 def test_the_routers_numbers():
     for cell in read_cells("routing.jsonl"):
-        numbers = " | ".join(f"{cell[key]:.1f} %" for key in ("value", "likeliest", "false_activation"))
+        found = cell["confusion"]
+        right = sum(its.get(task, 0) for task, its in found.items())
+        over_rows = 100 * right / sum(sum(its.values()) for its in found.values())  # as `likeliest` is
+        numbers = " | ".join(f"{its:.1f} %" for its in (over_rows, cell["likeliest"], cell["false_activation"]))
         assert f" | {numbers} |" in README, cell["setting"]
-    cells = read_cells("quality.jsonl")
-    test = next(cell for cell in cells if (cell["name"], cell["method"]) == ("quality-short-cl14", "hft_chains"))[
-        "test"
-    ]
+    (cell,) = read("quality-short-cl14").values()
+    test = cell["test"]
     assert f"was {test['ap']:.1f} with the task given and {test['routed']['ap']:.1f} routed" in PROSE
 
 

@@ -23,7 +23,7 @@ from hft.trainers.metrics import find_metric
 from hft.trainers.recipe_data import load_task, to_chat
 from hft.trainers.recipe_data import test_set as find_test_set  # else pytest takes it for a test
 from hft.trainers.recipes import read_recipe, read_value
-from hft.trainers.task_data import tokenize_rows
+from hft.trainers.row_tokens import tokenize_rows
 from hft.trainers.task_files import find_split, read_rows, tasks_in
 
 from .tiny import grow
@@ -453,6 +453,8 @@ def test_rows_stay_as_they_are_written_plain_or_gzipped(tmp_path):
     plain.write_text(text)
     found = read_rows(find_split(tmp_path, "date", "train"), "date")
     assert found.to_list() == [{**rows[0], "more": None}, {**rows[1], "seed": None}]
+    plain.write_bytes(text.encode("utf-8-sig"))  # as on Windows
+    assert read_rows(plain, "date").to_list() == found.to_list()
     assert tasks_in(tmp_path) == ["date"]
     packed.write_bytes(gzip.compress(text.encode()))
     with pytest.raises(
@@ -476,11 +478,20 @@ def test_rows_stay_as_they_are_written_plain_or_gzipped(tmp_path):
         ("[1]\n", "Line 1 of '{}' (task 'mnli') cannot be read: it must be an object, {{instruction, options"),
         ("\n\n", "'{}' (task 'mnli') is empty"),
         (None, "'{}' (task 'mnli') cannot be read: Not a gzipped file"),
+        (
+            '{"instruction": "a", "options": ["c"], "input": "b", "output": "c"}\n' * 300 + "\xfc",
+            "Line 301 of '{}' (task 'mnli') cannot be read: 'utf-8' codec can't decode byte 0xfc",
+        ),
+        (
+            '{"instruction": "a", "options": ["c", "c"], "input": "b", "output": "c"}',
+            "cannot be read: 'options' is ['c', 'c']; each option stands once",
+        ),
+        ('{"instruction": "\\ud800", "options": [], "input": "b", "output": "c"}', "with half of a surrogate pair"),
     ],
 )
 def test_lines_that_are_no_rows_are_named(backbones, data, tmp_path, capsys, text, message):
     file = data / "mnli" / "train.jsonl.gz"
-    file.write_bytes(b"plain" if text is None else gzip.compress(text.encode()))
+    file.write_bytes(b"plain" if text is None else gzip.compress(text.encode("latin-1")))
     assert main(tiny_run(backbones, data, tmp_path)) == 2
     assert message.format(file) in capsys.readouterr().err
 
@@ -542,6 +553,19 @@ def test_names_may_be_numbers(tmp_path):
     assert read_recipe(tmp_path / "r.yaml").hierarchy == {"1": [], "2": ["1"]}
 
 
+def test_names_keep_their_letters(tmp_path):
+    (tmp_path / "r.yaml").write_text("backbone: x\nhierarchy: {no: [], 007: [no], on: [007]}\npage_tasks: [on]\n")
+    recipe = read_recipe(tmp_path / "r.yaml")
+    assert recipe.hierarchy == {"no": [], "007": ["no"], "on": ["007"]}
+    assert recipe.training["page_tasks"] == ["on"]
+    (tmp_path / "r.yaml").write_bytes("backbone: größe\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"r.yaml' is no YAML: 'utf-8' codec can't decode byte 0xf6"):
+        read_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("backbone: x\nhierarchy: {[a]: []}\n")
+    with pytest.raises(ValueError, match="A key in line 2 is no word"):
+        read_recipe(tmp_path / "r.yaml")
+
+
 def test_few_rows_of_a_sorted_file_are_a_random_choice_with_all_that_scoring_needs(tokenizer, tmp_path):
     rows = [
         {"instruction": "i", "options": ["no", "yes"], "input": str(i), "output": ["no", "yes"][i // 50], "entry": i}
@@ -563,7 +587,7 @@ def test_few_rows_of_a_sorted_file_are_a_random_choice_with_all_that_scoring_nee
 def test_a_long_passage_is_cut_and_nothing_else(tokenizer):
     row = {"instruction": "Which?", "options": ["a", "b"], "input": "x" * 500, "output": "a"}
     content = to_chat(row, tokenizer, 20)["prompt"][0]["content"]
-    assert content == "Which?\nOptions: a, b\n" + "x" * 20
+    assert content == "Which?\nOptions: a, b\n" + "x" * 10 + " " + "x" * 10
 
 
 @pytest.mark.skipif(not CL14.exists(), reason="the data of the benchmark is not here")

@@ -18,7 +18,7 @@ from hft.trainers.cli import main
 from hft.trainers.evaluation import EvalSet, score_options
 from hft.trainers.interference import advice, contributions, cross_scores, switched_off
 from hft.trainers.metrics import OPTIONS
-from hft.trainers.model_card import name_repository, write_model_card
+from hft.trainers.model_card import naming_repository, write_model_card
 from hft.trainers.report import write_report
 from hft.trainers.run_record import RunRecord, as_score
 from tests.tiny import grow, snapshot
@@ -112,6 +112,7 @@ def test_a_source_is_switched_off_and_on_again_to_the_bit(backbones, tokenizer):
     for source in found.values():
         assert source["drop"] == pytest.approx(whole_score["score"] - source["score"], abs=2e-3)
     cross = cross_scores(model, tokenizer, {"a": EvalSet(rows_of("a"), OPTIONS), "b": data})
+    assert {"drop", "drop_se"} <= cross["b"]["a"].keys()
     assert cross["b"]["b"] == whole_score and set(cross["a"]) == {"a", "b"}
 
 
@@ -123,7 +124,7 @@ def test_advice_in_words():
         "yelp": {"sst2": source(4.1, 1.0), "page:1": source(0.0, 0.0, 0.0), "yelp": source(30.0, 2.0)},
         "copa": {"rte": source(0.5, 1.0), "page:1": source(-6.0, 2.0)},
     }
-    cross = {"yelp": {"yelp": {"score": 60.0, "se": 2.0}, "copa": {"score": 20.0, "se": 2.0}}}
+    cross = {"yelp": {"yelp": {"score": 60.0}, "copa": {"score": 20.0, "drop": 40.0, "drop_se": 2.0}}}
     assert advice({"yelp": ["sst2"], "copa": ["rte"]}, sources, cross) == [
         "yelp rests on sst2: without it, it loses 4.1 ± 1.0 points.",
         "yelp lets nothing of memory page:1 in.",
@@ -131,6 +132,8 @@ def test_advice_in_words():
         "memory page:1 is in the way of copa, which gains 6.0 ± 2.0 points without it: refresh its gates (`hft refresh`).",
         "yelp falls from 60.0 to 20.0 on the path of copa: trained into the same weights, the one would hurt the other.",
     ]
+    cross["yelp"]["copa"]["drop_se"] = 21.0  # of the differences row by row
+    assert len(advice({"yelp": ["sst2"], "copa": ["rte"]}, sources, cross)) == 4
     two = {"d": {"b": source(20.0, 1.0), "c": source(0.1, 1.0)}}
     assert advice({"d": ["b", "c"]}, two, {})[1].endswith("its parent c (+0.1 ± 1.0 points): it could do without.")
 
@@ -232,13 +235,21 @@ def test_the_card_is_a_card_whatever_came_from_where(run, tmp_path, monkeypatch)
     results = {its.dataset_name: its for its in ModelCard.load(file).data.eval_results}
     assert results.keys() == record.last_scores().keys() and results[second].dataset_type == second
 
-    assert "<this repository>" in file.read_text()
-    name_repository(tmp_path, "me/mine")
-    text = file.read_text()
-    assert "<this repository>" not in text and text.count('"me/mine"') == 4 and "- name: mine\n" in text
-    name_repository(tmp_path, "me/other")
-    assert file.read_text() == text  # it has a name
-    name_repository(tmp_path / "nowhere", "me/other")
+    before = file.read_text()
+    assert "<this repository>" in before
+    with pytest.raises(OSError, match="the hub"), naming_repository(tmp_path, "me/mine"):
+        text = file.read_text()
+        assert "<this repository>" not in text and text.count('"me/mine"') == 4 and "- name: mine\n" in text
+        with naming_repository(tmp_path, "me/other"):
+            assert file.read_text() == text  # it has a name
+        raise OSError("the hub")
+    assert file.read_text() == before
+    with naming_repository(tmp_path / "nowhere", "me/other"):
+        pass
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "README.md").write_text("# my own notes")
+    write_model_card(run.model.config, gates, tmp_path / "own", record)
+    assert (tmp_path / "own" / "README.md").read_text() == "# my own notes"
 
     for broken in (b"---\nlicense: [a\n---\n", b"\xff\xfe", b"---\n- a\n---\n"):
         (tmp_path / "backbone.md").write_bytes(broken)

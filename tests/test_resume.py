@@ -1,6 +1,7 @@
 """Invariant 8 where it is hardest: the router, what is random in a pass, the edges of a stage, other folders."""
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from transformers import BitsAndBytesConfig
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.checkpoints import RunFolder
+from hft.trainers.cli import main
 from hft.trainers.run_record import RunRecord
 
 from .test_mastery import mastering
@@ -156,12 +158,61 @@ def test_of_two_runs_in_one_folder_the_second_is_refused(backbones, tokenizer, t
     trainer = make(backbones, tokenizer, tmp_path, {"a": []}, max_steps=1)
     with (
         RunFolder(tmp_path).held(),
-        pytest.raises(OSError, match=r"Another training on this machine writes to '.*'; wait for its end"),
+        pytest.raises(OSError, match=r"Another command on this machine writes to '.*'; wait for its end"),
     ):
         trainer.train()
     assert not list(tmp_path.iterdir())
     with RunFolder(tmp_path, writes=False).held():  # as another process of the same run
         trainer.train()
+
+
+@pytest.mark.parametrize("command", [["remove", "--task", "a"], ["refresh", "--recipe", "cl14-small"]])
+def test_no_command_changes_a_model_that_is_being_trained(backbones, tokenizer, tmp_path, capsys, command):
+    make(backbones, tokenizer, tmp_path, {"a": []}, max_steps=1).train()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with RunFolder(tmp_path).held():
+        assert main([command[0], str(tmp_path), *command[1:]]) == 1
+    assert "Another command on this machine writes to" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_another_model_is_not_overwritten(backbones, tokenizer, tmp_path):
+    shutil.copytree(backbones["llama"], tmp_path / "plain")
+    before = (tmp_path / "plain" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"holds another model, a plain 'llama', which would be overwritten"):
+        make(backbones, tokenizer, tmp_path / "plain", {"a": []}, max_steps=1).train()
+    assert (tmp_path / "plain" / "model.safetensors").read_bytes() == before
+
+
+def test_a_task_that_was_added_and_stopped_before_its_first_save_is_resumed(backbones, tokenizer, tmp_path):
+    make(backbones, tokenizer, tmp_path, {"a": []}, max_steps=1).train()
+
+    def grown() -> hft.HFTForCausalLM:
+        model = hft.HFTForCausalLM.from_pretrained(tmp_path)
+        model.add_task("b", ["a"])
+        return model
+
+    options = {"output_dir": str(tmp_path), "max_steps": 1, "bf16": False, "report_to": "none"}
+    trainer = HFTTrainer(grown(), HFTTrainingConfig(**options), {"b": rows(3, 4)}, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=True)
+    assert hft.read_gates(tmp_path)[0].sealed_tasks() == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"seed": 7}, "`seed` is 7, and stage 1"), ({}, "Task 'a' has 3 rows, and stage 1, .* was begun with 4")],
+)
+def test_a_stage_goes_on_with_the_rows_and_the_seed_that_it_was_begun_with(
+    backbones, tokenizer, tmp_path, options, message
+):
+    sets = {"a": rows(1, 4)}
+    cut = make(backbones, tokenizer, tmp_path, {"a": []}, sets, cls=dying("_end_stage_record", 1), save_steps=1)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    others = sets if options else {"a": rows(1, 3)}
+    resumed = make(backbones, tokenizer, tmp_path, {"a": []}, others, save_steps=1, **options)
+    with pytest.raises(ValueError, match=message):
+        resumed.train(resume_from_checkpoint=True)
 
 
 def test_a_task_that_was_refreshed_meanwhile_stays_so(backbones, tokenizer, tmp_path):

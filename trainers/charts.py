@@ -79,7 +79,9 @@ def cross_chart(cross: Mapping[str, Mapping[str, float]]) -> Any:
 
 def curves_chart(stages: Sequence[Mapping[str, Any]]) -> Any:
     """The training loss of each task over the optimizer steps, one panel a stage."""
-    figure = new_figure(max(4.0, 3.4 * len(stages)), 3.0)
+    longest = max((len(task) for stage in stages for task in stage["tasks"]), default=0)
+    wide = max(3.4, 1.4 + 0.07 * longest)  # inches a panel; what tells the curves apart stands below it
+    figure = new_figure(max(4.0, wide * len(stages)), 3.0 + 0.2 * max(len(stage["tasks"]) for stage in stages))
     panels = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
     for axes, stage in zip(panels, stages, strict=True):
         for place, task in enumerate(stage["tasks"]):
@@ -91,7 +93,7 @@ def curves_chart(stages: Sequence[Mapping[str, Any]]) -> Any:
             ) if points else axes.plot([], [], line, marker=marker, color=grey, label=f"{task} (not logged)")
         axes.set_title(f"Stage {stage['level']}", fontsize=10)
         axes.set_xlabel("optimizer step")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("loss (nats a token)")
     return figure

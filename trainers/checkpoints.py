@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from transformers import PreTrainedModel
@@ -61,6 +62,10 @@ class RunFolder:
             ValueError: if there are others, or the folder holds a model with learnt tasks that this one would overwrite, or
                 a config.json that cannot be read.
         """
+        if (kind := _model_in(self.path).get("model_type", "hft")) != "hft":
+            raise ValueError(
+                f"'{self.path}' holds another model, a plain {kind!r}, which would be overwritten; take another output_dir."
+            )
         go_on = (
             "go on with it by resume_from_checkpoint=True (`hft train --resume`), take another output_dir, or delete"
         )
@@ -115,7 +120,7 @@ class RunFolder:
                     stack.enter_context(FileLock(Path(tempfile.gettempdir()) / f"hft-{name}.lock", timeout=0))
                 except Timeout:
                     raise OSError(
-                        f"Another training on this machine writes to '{self.path}'; wait for its end, or take another "
+                        f"Another command on this machine writes to '{self.path}'; wait for its end, or take another "
                         "output_dir."
                     ) from None
                 except OSError as error:
@@ -141,6 +146,10 @@ class RunFolder:
         for pattern in (".writing-*", f"stage-*/{PREFIX_CHECKPOINT_DIR}-*/.writing-*"):
             for unfinished in self.path.glob(pattern):
                 shutil.rmtree(unfinished, ignore_errors=True)
+
+    def has_begun(self, open_tasks: Collection[str]) -> bool:
+        """Whether a run that learns these tasks has saved anything here: else there is at most the model it began with."""
+        return bool(set(open_tasks) & set(_tasks_in(self.path))) or not _tasks_in(self.path)
 
     def restore(self, model: PreTrainedModel, is_own: bool) -> str | None:
         """Takes the sealed stages over into a model of the same tasks.
@@ -178,8 +187,13 @@ class RunFolder:
 
 def _tasks_in(folder: Path, sealed_only: bool = False) -> list[str]:
     """The tasks of a saved HFT model in a folder: those that it has learnt, or all."""
+    return [task["name"] for task in _model_in(folder).get("tasks") or [] if task["sealed"] or not sealed_only]
+
+
+def _model_in(folder: Path) -> dict[str, Any]:
+    """What the config.json in a folder says; nothing without one."""
     if not (folder / "config.json").is_file():
-        return []
+        return {}
     try:
         saved = json.loads((folder / "config.json").read_text())
     except ValueError as error:
@@ -187,9 +201,7 @@ def _tasks_in(folder: Path, sealed_only: bool = False) -> list[str]:
             f"'{folder}' holds a config.json that is no JSON ({error}), so what is there cannot be told; take another "
             "output_dir, or delete it."
         ) from error
-    if not isinstance(saved, dict) or saved.get("model_type") != "hft":
-        return []
-    return [task["name"] for task in saved["tasks"] if task["sealed"] or not sealed_only]
+    return saved if isinstance(saved, dict) else {}
 
 
 def last_checkpoint(folder: Path) -> str | None:

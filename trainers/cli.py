@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _check_plan(args)
         overrides = _overrides(rest)
         use_memory_well()
-        getattr(commands, args.command)(args, overrides)
+        with _alone(args):
+            getattr(commands, args.command)(args, overrides)
     except (ValueError, FileNotFoundError, StrictDataclassError) as error:
         print(f"hft: error: {error}", file=sys.stderr)
         return 2
@@ -70,6 +72,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nhft: stopped{more}.", file=sys.stderr)
         return 130
     return 0
+
+
+def _alone(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """Around a command that changes a model in its folder: a training there would write over what it has changed."""
+    if args.command not in ("refresh", "remove") or not Path(args.model).is_dir():
+        return nullcontext()
+    from .checkpoints import RunFolder
+
+    return RunFolder(Path(args.model)).held()
 
 
 def _parser() -> argparse.ArgumentParser:

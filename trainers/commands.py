@@ -124,11 +124,12 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
     from hft.files_hft import check_writable
 
+    from .hft_config import HFTTrainingConfig
     from .loading import load_tokenizer
     from .model_card import renew_model_card
     from .recipe_data import load_task
+    from .row_tokens import tokenize_rows
     from .run_record import RunRecord
-    from .task_data import tokenize_rows
 
     check_folder(args.model)
     recipe = _recipe_of(args)
@@ -141,13 +142,19 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
         )
     check_writable(args.model)
     tokenizer = load_tokenizer(args.model)
-    data = {}
+    how = HFTTrainingConfig(**{**recipe.training_arguments(), "bf16": False, "use_cpu": True})
+    data: dict[str, list[list[dict[str, list[int]]]]] = {}
     for task in tasks:
         config.sealed_task(task)
-        data[task] = [
-            tokenize_rows(load_task(recipe, task, split, tokenizer), tokenizer, recipe.training.get("max_length"))
-            for split in ("train", "validation")
-        ]
+        data[task] = []
+        for split in ("train", "validation"):
+            rows = load_task(recipe, task, split, tokenizer)
+            rows = tokenize_rows(rows, tokenizer, how.max_length, how.truncation_mode)
+            data[task].append([row for row in rows if any(label != -100 for label in row["labels"])])
+            if not data[task][-1]:
+                raise ValueError(
+                    f"`max_length`={how.max_length} cuts off all answers of task {task!r} ({split}): raise it."
+                )
     model = hft.HFTForCausalLM.from_pretrained(
         args.model, quantization_config=recipe.quantization_config(), device_map="auto"
     )
@@ -213,14 +220,14 @@ def push(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
     from hft.upload_hft import check_shareable, upload
 
-    from .model_card import name_repository
+    from .model_card import naming_repository
 
     check_folder(args.model)
     config, _gates = hft.read_gates(args.model)
     check_shareable(config)
     repo_id = create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
-    name_repository(args.model, repo_id)
-    commit = upload(args.model, repo_id, args.message, args.private)
+    with naming_repository(args.model, repo_id):
+        commit = upload(args.model, repo_id, args.message, args.private)
     print(f"{len(config.tasks)} tasks are in {commit.repo_url}, commit {commit.oid}")
 
 

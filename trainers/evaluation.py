@@ -11,10 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.hierarchy_hft import BACKBONE
 
-from .metrics import OPTIONS, Metric, Row, exact_match, find_metric, reference, template_arguments
+from .metrics import OPTIONS, Metric, Row, exact_match, find_metric, metric_name, reference, without_thoughts
+from .row_tokens import Messages, opening_length, prompt_and_answers, prompt_ids, template_arguments
 
 
-Messages = Sequence[Mapping[str, str]]
 # Whatever the backbone's generation config says: a penalty on repetition would be one on options that the prompt names.
 GREEDY = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None,
           "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # fmt: skip
@@ -31,7 +31,7 @@ class EvalSet:
         max_new_tokens: where an answer is cut off.
 
     Raises:
-        ValueError: an unknown metric.
+        ValueError: an unknown metric; where it is used, a score that is no number from 0 to 1.
     """
 
     rows: Sequence[Row]
@@ -61,13 +61,14 @@ def generate_answers(
         tokenizer: its tokenizer, with a chat template if prompts are messages.
         prompts: strings, or lists of messages.
         task: whose path to take; `"backbone"` for the plain backbone; None lets the router choose for each prompt.
-        max_new_tokens: where an answer is cut off if no end-of-text token came.
+        max_new_tokens: where an answer is cut off if no end-of-text token came; not counted is what the chat template
+            writes before each, see `opening_length`.
         batch_size: prompts generated at once.
         progress: text before a progress bar; None for no bar.
         templates: what each prompt of messages hands to the chat template besides, see `template_arguments`; None: nothing.
 
     Returns:
-        The answers in the order of the prompts, without special tokens.
+        The answers in the order of the prompts, without special tokens, and without what a reasoning model thinks first.
 
     Raises:
         ValueError: a prompt without tokens.
@@ -80,6 +81,7 @@ def generate_answers(
     ]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    opening = opening_length(tokenizer, prompts[0], **(templates or [{}])[0]) if prompts else 0
     answers = [""] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     was_training = model.training
@@ -100,12 +102,12 @@ def generate_answers(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
                 task=task,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=max_new_tokens + opening,
                 **GREEDY,
             )
             new = with_answer[:, batch["input_ids"].shape[1] :]
             for i, answer in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
-                answers[i] = answer
+                answers[i] = without_thoughts(answer)
             bar.update(len(chosen))
     finally:
         tokenizer.padding_side = side
@@ -128,7 +130,14 @@ def score_task(
     prompts = [row["prompt"] for row in data.rows]
     templates = [template_arguments(row) for row in data.rows]
     answers = generate_answers(model, tokenizer, prompts, task, data.max_new_tokens, batch_size, progress, templates)
-    return [data.score(answer, row) for answer, row in zip(answers, data.rows, strict=True)]
+    scores = [data.score(answer, row) for answer, row in zip(answers, data.rows, strict=True)]
+    for place, score in enumerate(scores):
+        if isinstance(score, str) or not 0 <= score <= 1:  # not a number is neither
+            raise ValueError(
+                f"The metric {metric_name(data.score)!r} gave {score!r} for row {place} (answer {answers[place]!r:.60}, "
+                f"{'routed' if task is None else f'task {task!r}'}); a score is a number from 0 to 1."
+            )
+    return scores
 
 
 def _score_options_on(
@@ -163,41 +172,6 @@ def routes_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: 
     return [route.task for route in model.route_features(model.features_of(prompts))]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, **template: Any) -> list[int]:
-    """A prompt's token ids as `generate` gets them; messages end with the template's call for an answer.
-
-    Args:
-        tokenizer, prompt: see `generate_answers`.
-        template: what messages hand to the chat template besides, see `template_arguments`.
-    """
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    how = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
-    return tokenizer.apply_chat_template(prompt, **how, **template)
-
-
-def answer_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, answers: Sequence[str], **template: Any
-) -> list[list[int]]:
-    """The token ids of each answer to a prompt with what ends it, as a task learns them.
-
-    That is the end of text; after messages, what the chat template puts there, up to its last special token: `<|im_end|>`,
-    `<end_of_turn>`, whatever the tokenizer's own end of text is. Arguments as for `prompt_ids`.
-    """
-    if isinstance(prompt, str):
-        return [
-            [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for answer in answers
-        ]
-    begin, found = len(prompt_ids(tokenizer, prompt, **template)), []
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for answer in answers:
-        messages = [*prompt, {"role": "assistant", "content": answer}]
-        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **template)[begin:]
-        ends = [place for place, token_id in enumerate(ids) if token_id in special]
-        found.append(ids[: ends[-1] + 1] if ends else [*ids, tokenizer.eos_token_id])
-    return found
-
-
 def score_options(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -207,8 +181,8 @@ def score_options(
 ) -> tuple[list[float], list[float]]:
     """Whether the right option is the likeliest, for each row, and how likely it is.
 
-    An option's likelihood is that of its tokens and their end after the prompt, see `answer_ids`. No normalisation by
-    length. The prompt is computed once; each option goes on from its cache.
+    An option's likelihood is that of its tokens and their end after the prompt, see `prompt_and_answers`. No normalisation
+    by length. The prompt is computed once; each option goes on from its cache.
 
     Args:
         model: an HFT model, or any causal language model if `task` is None.
@@ -256,7 +230,7 @@ def option_likelihoods(
     batch_size: int = 32,
     prompts: Sequence[list[int]] | None = None,
 ) -> list[list[float]]:
-    """log p(option and its end | prompt) of each option of each row, in nats; see `answer_ids`.
+    """log p(option and its end | prompt) of each option of each row, in nats; see `prompt_and_answers`.
 
     Args:
         model, tokenizer, rows, task, batch_size: as for `score_options`.
@@ -266,8 +240,9 @@ def option_likelihoods(
         ValueError: a prompt without tokens.
     """
     which = {} if task is None else {"task": task}
+    asked = [prompt_and_answers(tokenizer, row["prompt"], row["options"], **template_arguments(row)) for row in rows]
     if prompts is None:
-        prompts = [prompt_ids(tokenizer, row["prompt"], **template_arguments(row)) for row in rows]
+        prompts = [prompt for prompt, _ in asked]
     for row, ids in zip(rows, prompts, strict=True):
         _check_tokens(row["prompt"], len(ids))
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
@@ -291,9 +266,7 @@ def option_likelihoods(
         )
         cache, first_BV = first.cache, first.logits[:, -1].float().log_softmax(-1)
         cache.activate_past_recording()  # else what left a sliding window could not be brought back
-        options = [
-            answer_ids(tokenizer, rows[i]["prompt"], rows[i]["options"], **template_arguments(rows[i])) for i in chosen
-        ]
+        options = [asked[i][1] for i in chosen]
         num_options = max(map(len, options))
         likelihood = torch.full((len(chosen), num_options), -torch.inf, device="cpu")
         for option in range(num_options):

@@ -50,13 +50,15 @@ class HFTTrainingConfig(SFTConfig):
             gates' learning rate, and never past 0 (the proximal step of an L1 penalty). A gate that its task's gradient does
             not hold ends at exactly 0. 0 switches it off.
         mastery_accuracy: a task leaves its stage when this share of the answer tokens of its validation rows is right, given
-            the tokens before; 0 to 1. None: never.
-        mastery_patience: a task leaves its stage after so many evaluations in a row without a new lowest validation loss.
-            None: never. When all tasks of a stage have left, it ends. Both need `eval_dataset` and an `eval_strategy`.
+            the tokens before; 0 to 1. None: never. What ends each answer counts, too (`<|im_end|>` and a line break in many
+            chat templates), and is soon always right: of answers of one token, 0.95 then means 85 % of them.
+        mastery_patience: a task leaves its stage after so many evaluations in a row, each after a step of its own, without a
+            new lowest validation loss. None: never. When all tasks of a stage have left, it ends. Both need `eval_dataset`
+            and an `eval_strategy`.
         route_samples: prompts of each task from which the router learns to know it; 0: the router does not learn.
         route_tasks: the tasks that it learns to know; None: all but `mixtures`.
         task_passes: task -> passes over its rows in an epoch, above 0; 1 for those that neither it nor `mixtures` names. Of
-            half a pass the next epoch takes the other half.
+            half a pass the next epoch goes on in the other half. Each epoch has a whole number of steps a task.
         task_learning_rates: task -> the learning rate of its node, where it is not `learning_rate`; above 0. That of its
             gates changes by the same factor. What tasks learn together, their page, has `learning_rate`.
         page_tasks: the tasks that write their stage's memory page; None: all but `mixtures` and their tasks, as what these
@@ -69,8 +71,8 @@ class HFTTrainingConfig(SFTConfig):
         refining_rate: the tasks of a mixture learn at so much of `learning_rate`. Above 0. `task_learning_rates` says it of
             each task by itself.
         rank_tolerance: before a stage is sealed, each task's node is cut to the smallest rank that raises its mean loss on
-            128 rows of `eval_dataset` by no more than this, in nats a token; 0 or more. See `HFTForCausalLM.trim`. None: no
-            cuts.
+            128 rows of `eval_dataset` by no more than this, in nats a token (those that end an answer among them); 0 or
+            more. See `HFTForCausalLM.trim`. None: no cuts.
         num_train_epochs, max_steps: of one stage.
         mixed_steps: with `gradient_accumulation_steps`, let the micro-batches of an optimizer step be of different tasks,
             where these write a memory page together. Steps on what they share are then steps for all of them. Other tasks
@@ -78,7 +80,7 @@ class HFTTrainingConfig(SFTConfig):
         per_device_train_batch_size: rows of one micro-batch; they always belong to one task.
     """
 
-    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the nodes."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the nodes and pages."})
     gate_learning_rate: float = field(default=1e-2, metadata={"help": "Learning rate of the gates."})
     gate_shrink: float = field(default=0.0, metadata={"help": "Strength of the gates' pull to exactly 0."})
 
@@ -87,11 +89,15 @@ class HFTTrainingConfig(SFTConfig):
     )
     mastery_patience: int | None = field(default=None, metadata={"help": "Evaluations without progress till it does."})
     route_samples: int = field(default=256, metadata={"help": "Prompts a task that the router learns from; 0: none."})
-    route_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks that the router learns; None: all."})
+    route_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks that the router learns; None: all but mixtures."}
+    )
     task_passes: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Passes over a task's rows in an epoch, where it is not one."}
     )
-    page_tasks: list[str] | None = field(default=None, metadata={"help": "Tasks that write memory pages; None: all."})
+    page_tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks that write memory pages; None: all but mixtures and their tasks."}
+    )
     task_learning_rates: dict[str, float] | str | None = field(
         default=None, metadata={"help": "Learning rate of a task's node, where it is not `learning_rate`."}
     )

@@ -250,11 +250,15 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
             self.stage, self.train_dataset = before, all_rows
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> BlockSampler:
+        self._sampler = self.make_sampler()
+        return self._sampler
+
+    def make_sampler(self) -> BlockSampler:
+        """What orders the stage's rows, as it begins; for those who subclass."""
         block = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         rows = {task: len(self._prepared[task]) for task in self.stage.tasks}
         writers = self.args.writers(self.stage.tasks, self.model.config.memory_config)
-        self._sampler = self.args.sampler(rows, block, writers)
-        return self._sampler
+        return self.args.sampler(rows, block, writers)
 
     def _task_of(self, inputs: Mapping[str, Any]) -> str:
         """The task of a micro-batch."""

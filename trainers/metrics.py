@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -21,14 +20,12 @@ OPTIONS = "options"
 def reference(row: Row) -> str:
     """The right answer in a prompt-completion row."""
     completion = row["completion"]
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    return completion if isinstance(completion, str) else without_thoughts(completion[-1]["content"])
 
 
-def template_arguments(row: Row) -> dict[str, Any]:
-    """What a row hands to the chat template beside its messages, as TRL does: `tools`, which may be JSON text, and its own
-    `chat_template_kwargs`."""
-    tools = row.get("tools")
-    return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **(row.get("chat_template_kwargs") or {})}
+def without_thoughts(answer: str) -> str:
+    """What follows the thoughts that an answer begins with, as reasoning models and their chat templates mark them."""
+    return answer.rpartition("</think>")[2].lstrip() if "</think>" in answer else answer
 
 
 def exact_match(answer: str, row: Row) -> float:

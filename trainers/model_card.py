@@ -1,14 +1,15 @@
 """The model card."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers.utils import cached_file, is_matplotlib_available
+from transformers.utils import cached_file, is_matplotlib_available, logging
 from yaml import YAMLError
 
 from hft.configuration_hft import HFTConfig
@@ -19,6 +20,7 @@ from .report import PICTURES, REPORT_FILE, score_table, shareable_name, write_re
 from .run_record import RunRecord, write_text
 
 
+logger = logging.get_logger(__name__)
 CARD_FILE = "README.md"
 THIS_REPOSITORY, UNNAMED = "<this repository>", "hft-model"  # of a card whose repository is not known yet
 CARD_TITLE = "# A Hierarchical Fine-Tuning (HFT) model"  # of the template: no card without it is ours to write anew
@@ -33,6 +35,8 @@ def write_model_card(
 ) -> None:
     """Writes README.md, and where matplotlib is installed the report with the pictures that the card shows.
 
+    A README.md that is no such card stays as it is, with a warning.
+
     The metadata name the backbone with its relation and licence, the datasets that came from the Hub, and the results.
 
     Args:
@@ -44,6 +48,9 @@ def write_model_card(
     record, has_pictures = record or RunRecord(), is_matplotlib_available()
     if has_pictures:
         write_report(config, gates, record, Path(folder))
+    if (file := Path(folder) / CARD_FILE).exists() and not _is_card(file):
+        logger.warning(f"'{file}' is no card of HFT's and stays as it is; there is no card, then.")
+        return
     columns, rows = score_table(record)
     template = resources.files("hft.hub_configs") / "model_card.md"
     with resources.as_file(template) as path:
@@ -66,7 +73,11 @@ def write_model_card(
             routed=tuple(sorted(config.router_config.tasks)),
             is_chat=_is_chat(Path(folder)),
         )
-    write_text(Path(folder) / CARD_FILE, str(card))
+    write_text(file, str(card))
+
+
+def _is_card(file: Path) -> bool:
+    return CARD_TITLE in file.read_text(encoding="utf-8", errors="replace")
 
 
 def _is_chat(folder: Path) -> bool:
@@ -88,19 +99,26 @@ def renew_model_card(folder: Path, record: RunRecord) -> None:
     if has_report:  # of the model that was
         shutil.rmtree(folder / PICTURES, ignore_errors=True)
         (folder / REPORT_FILE).unlink()
-    if has_card and CARD_TITLE in (folder / CARD_FILE).read_text(encoding="utf-8", errors="replace"):
+    if has_card and _is_card(folder / CARD_FILE):
         write_model_card(config, gates, folder, record)
     elif has_report and is_matplotlib_available():
         write_report(config, gates, record, folder)
 
 
-def name_repository(folder: Path, repo_id: str) -> None:
-    """Puts the repository that a folder is about to be in into its card, if that is ours and names none yet."""
+@contextlib.contextmanager
+def naming_repository(folder: Path, repo_id: str) -> Iterator[None]:
+    """Within the block, the card of a folder names the repository that it is uploaded to, if it is ours and names none."""
     file = folder / CARD_FILE
     text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    if CARD_TITLE in text and THIS_REPOSITORY in text:
-        name = f"- name: {repo_id.split('/')[-1]}\n"
-        write_text(file, text.replace(THIS_REPOSITORY, repo_id).replace(f"- name: {UNNAMED}\n", name, 1))
+    if CARD_TITLE not in text or THIS_REPOSITORY not in text:
+        yield
+        return
+    name = f"- name: {repo_id.split('/')[-1]}\n"
+    write_text(file, text.replace(THIS_REPOSITORY, repo_id).replace(f"- name: {UNNAMED}\n", name, 1))
+    try:
+        yield
+    finally:  # it may fail, or be uploaded elsewhere, too
+        write_text(file, text)
 
 
 def _metadata(config: HFTConfig, record: RunRecord, repo_id: str | None) -> ModelCardData:

@@ -49,7 +49,8 @@ def _draw(hierarchy: Hierarchy, means: Mapping[str, Mapping[str, float]], path: 
     prepare_picture(path)
     place = _places(hierarchy)
     width = 1 + max(x for x, _ in place.values())
-    figure = new_figure(max(5.0, 1.9 * width), 1.1 + 1.3 * (1 + len(hierarchy.levels())), layout=None)
+    column = max(1.9, 0.6 + 0.09 * max(map(len, place)))  # inches, of which a letter takes 0.08
+    figure = new_figure(max(5.0, column * width), 1.1 + 1.3 * (1 + len(hierarchy.levels())), layout=None)
     axes = figure.subplots()
     axes.set_axis_off()
     for task in hierarchy.names:

@@ -10,9 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.tasks_hft import forked_rng
 
-from .evaluation import Row, answer_ids, prompt_ids, reference
-from .metrics import template_arguments
-from .task_data import tokenize_rows
+from .metrics import Row, reference
+from .row_tokens import prompt_and_answers, template_arguments, tokenize_rows
 
 
 PILOT = "pilot"  # the scratch task's name; a letter is added while it is taken
@@ -114,10 +113,10 @@ def take_sample(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
 
 
 def _cut_prompt(row: Row, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
-    template = template_arguments(row)
-    answers = answer_ids(tokenizer, row["prompt"], [*(row.get("options") or ()), reference(row)], **template)
-    room = max_length - max(map(len, answers))
-    return prompt_ids(tokenizer, row["prompt"], **template)[-max(room, 1) :]
+    answers = row.get("options") or [reference(row)]
+    ids, found = prompt_and_answers(tokenizer, row["prompt"], answers, **template_arguments(row))
+    room = max_length - max(map(len, found))
+    return ids[-max(room, 1) :]
 
 
 @contextlib.contextmanager

@@ -36,9 +36,9 @@ def find_plan(args: argparse.Namespace) -> None:
     file = args.yaml or Path("plan.yaml")
     HFTTrainingConfig(**recipe.training)
     check_writable(file.parent)
-    if args.yaml is None and file.exists():
+    if file.exists():
         raise ValueError(
-            f"'{file}' is here already and may have been edited; delete it, or name the file to write by --yaml."
+            f"'{file}' is here already and may have been edited; delete it, or name another file to write by --yaml."
         )
     settings = ProbeSettings(
         pilot_steps=args.steps, probe_rows=args.rows, max_length=recipe.training.get("max_length") or 256

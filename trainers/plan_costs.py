@@ -8,16 +8,18 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
-from .evaluation import Row
 from .hft_config import HFTTrainingConfig
 from .memory_estimate import MemoryEstimate, estimate_recipe, node_bytes, page_bytes
+from .metrics import Row
 from .planner import Plan
 from .recipes import Recipe
-from .task_data import tokenize_rows
+from .row_tokens import tokenize_rows
 from .time_estimate import rows_that_train, task_steps, time_steps, tokens_a_step
 
 
+logger = logging.get_logger(__name__)
 SAMPLED_ROWS = 1000  # of a task, to tell the lengths of all; as many as TRL packs at once
 
 
@@ -110,10 +112,11 @@ def plan_costs(
             num_pages = sum(map(bool, writers[:level])) + (task in writers[level])
             more[task] = sum(rank_of[node] for node in hierarchy.path(task)) - onto.rank + slots * (num_pages - 1)
     steps: dict[str, int] = {}
+    micro_batches = training.gradient_accumulation_steps
     for level, its_writers in zip(levels, writers, strict=True):
         steps |= task_steps({task: num_rows[task] for task in level}, training, its_writers)
     seconds = {
-        task: steps[task] * timing.seconds(tokens_a_step(lengths[task], training), more[task])
+        task: steps[task] * timing.seconds(tokens_a_step(lengths[task], training), more[task], micro_batches)
         + timing.per_prompt * min(training.route_samples if training.routed([task]) else 0, num_given[task])
         for task in steps
     }
@@ -142,13 +145,17 @@ def _measure(
     """Of a task's rows as they train: how many, the lengths of some in tokens, and that of the longest answer.
 
     Raises:
-        ValueError: packed rows that hold no answer.
+        ValueError: rows of which cutting at `max_length` leaves no answer.
     """
     chosen = random.Random(0).sample(range(len(rows)), min(SAMPLED_ROWS, len(rows)))
-    whole = tokenize_rows((rows[i] for i in chosen), tokenizer, None if training.packing else training.max_length)
-    ready = rows_that_train(whole, training)
+    ready = rows_that_train(tokenize_rows((rows[i] for i in chosen), tokenizer), training)
     if not ready:
         raise ValueError(f"`max_length`={training.max_length} tokens cuts off all answers of task {task!r}: raise it.")
+    if not training.packing and len(ready) < len(chosen):
+        logger.warning(
+            f"{len(chosen) - len(ready)} of {len(chosen)} rows of task {task!r} would be dropped: `max_length`="
+            f"{training.max_length} cuts off their whole answer. Raise it, or set truncation_mode: keep_end."
+        )
     lengths = [len(row["input_ids"]) for row in ready]
     answer = max(sum(label != -100 for label in row["labels"]) for row in ready)
     return round(len(ready) * len(rows) / len(chosen)), lengths, answer

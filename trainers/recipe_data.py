@@ -13,6 +13,7 @@ from hft.hierarchy_hft import nearest
 from .evaluation import EvalSet
 from .metrics import find_metric
 from .recipes import NEEDED_KEYS, Recipe
+from .row_tokens import shortened
 from .task_files import find_split, read_rows
 
 
@@ -118,9 +119,7 @@ def to_chat(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_input_t
     """{instruction, options, input, output} -> a user's message, an assistant's, and the options."""
     passage = row["input"].strip()
     if max_input_tokens is not None:
-        tokens = tokenizer(passage, add_special_tokens=False)["input_ids"]
-        if len(tokens) > max_input_tokens:
-            passage = tokenizer.decode(tokens[:max_input_tokens]).strip()
+        passage = shortened(passage, tokenizer, max_input_tokens)
     options = f"\nOptions: {', '.join(row['options'])}" if row["options"] else ""
     return {
         "prompt": [{"role": "user", "content": f"{row['instruction']}{options}\n{passage}"}],

@@ -46,7 +46,8 @@ class Recipe:
             takes the place of `datasets`.
         train_samples: rows of each task to train on, a random choice that is always the same; None for all.
         eval_samples: the same for evaluation.
-        max_input_tokens: a longer passage is cut at its end, so that neither question nor options are lost.
+        max_input_tokens: a longer input loses the middle of its longest line, the passage, so that neither question nor
+            options are lost (`row_tokens.shortened`).
         max_new_tokens: where a generated answer is cut off.
         metric: how answers are scored, see `find_metric`: one name, or one a task: `{task: name}`.
         stage_eval_samples: rows of each task's validation split that are answered before, between and after the stages;
@@ -121,16 +122,35 @@ def _keys() -> dict[str, dict[str, Any]]:
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML itself lets a second key silently replace the first."""
+    """YAML itself lets a second key silently replace the first, and reads `no` as a truth value and `007` as 7: of keys and
+    of tasks' names it keeps the letters."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise ValueError(f"The key {key!r} is a duplicate (line {key_node.start_mark.line + 1}); keep one.")
-            seen.add(key)
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ValueError(f"A key in line {line} is no word; write `key: value`.")
+            key_node.tag = "tag:yaml.org,2002:str"
+            if key_node.value in seen:
+                raise ValueError(f"The key {key_node.value!r} is a duplicate (line {line}); keep one.")
+            seen.add(key_node.value)
+            if key_node.value in _NAMES_IN:
+                _keep_letters(value_node)
         return super().construct_mapping(node, deep)
+
+
+_NAMES_IN = ("hierarchy", "mixtures", "route_tasks", "page_tasks")
+
+
+def _keep_letters(node: yaml.Node) -> None:
+    """Lets what YAML would read as a number, a date or a truth value be text in a list, or in the lists of a mapping."""
+    if isinstance(node, yaml.MappingNode):
+        for _, value_node in node.value:
+            _keep_letters(value_node)
+    for part in node.value if isinstance(node, yaml.SequenceNode) else ():
+        if isinstance(part, yaml.ScalarNode) and part.tag != "tag:yaml.org,2002:null":
+            part.tag = "tag:yaml.org,2002:str"
 
 
 def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -144,10 +164,10 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         ValueError: an unknown or doubled key, a missing one, a hierarchy that is none, or data for an unknown task.
         OSError: no such file.
     """
-    text = _find(path).read_text(encoding="utf-8")
     try:
+        text = _find(path).read_text(encoding="utf-8")
         values = yaml.load(text, _UniqueKeys)  # a subclass of SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"'{path}' is no YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"'{path}' must hold `key: value` lines, not a {type(values).__name__}.")

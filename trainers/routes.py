@@ -7,8 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import maybe_convert_to_chatml
 
-from .evaluation import Messages, prompt_ids
-from .metrics import Row, template_arguments
+from .metrics import Row
+from .row_tokens import Messages, prompt_ids, template_arguments
 from .task_data import evenly_spaced
 
 

@@ -15,7 +15,7 @@ from hft.trimmed_hft import HFTTrim
 from hft.upload_hft import check_shareable, upload
 
 from .charts import matrix_chart
-from .curriculum import Stage
+from .curriculum import Stage, open_stages
 from .metrics import metric_name
 from .model_card import write_model_card
 from .run_record import BUDGET, RECORD_FILE, RunRecord
@@ -66,11 +66,19 @@ class HFTSharing:
                 )
         # A stage goes on at the rates that its optimizer was saved with; by them its groups are told apart.
         begun = self.record.rates.get(str(within), {})
-        for name, now in self.args.base_rates().items():
+        for name, now in {**self.args.base_rates(), "seed": self.args.seed}.items():
             if name in begun and now != begun[name]:
                 raise ValueError(
                     f"`{name}` is {now}, and stage {within}, which is to be resumed, was begun with {begun[name]}; give "
                     f"that again, or delete '{folder / f'stage-{within}'}' to begin the stage anew."
+                )
+        stage = next((its for its in open_stages(self.model.hierarchy, sealed) if its.level == within), None)
+        for task in stage.tasks if stage is not None else ():
+            now, before = len(self._train_sets[task]), self.record.data.get(task, {}).get("rows")
+            if before not in (None, now):
+                raise ValueError(
+                    f"Task {task!r} has {now} rows, and stage {within}, which is to be resumed, was begun with {before}; "
+                    f"give the same rows, or delete '{folder / f'stage-{within}'}' to begin the stage anew."
                 )
         self.record.budget = budget
         self.record.quantization = how_held(self.model)

@@ -57,6 +57,8 @@ class HFTStages:
         """As `train`, in a folder that no other process writes to."""
         self._take_changes()
         checkpoint, run = None, own
+        if resume_from_checkpoint is True and not own.has_begun(self.model.config.open_tasks()):
+            resume_from_checkpoint = None  # tasks that were added, stopped before their first save
         if resume_from_checkpoint:
             path = self._root if resume_from_checkpoint is True else Path(resume_from_checkpoint)
             source = RunFolder(path, self.args.should_save)
@@ -110,8 +112,13 @@ class HFTStages:
 
     def _train_stage(self, stage: Stage, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
         self.stage = stage
-        self.mastery = Mastery(stage.tasks, self.args.mastery_accuracy, self.args.mastery_patience)
-        self._checked, self._stepping = set(), set()
+        self.mastery = Mastery(
+            stage.tasks,
+            self.args.mastery_accuracy,
+            self.args.mastery_patience,
+            lambda task, step: self.make_sampler().turns_after(0, step).count(task),
+        )
+        self._checked, self._stepping, self._sampler = set(), set(), self.make_sampler()
         self._metrics["train"].clear()  # what the stage before had not logged yet
         self._means.clear("train")
         # Dropout and noise do not depend on what came before, which a resumed run has not drawn.
@@ -121,6 +128,7 @@ class HFTStages:
         if checkpoint is None:
             self.record.rates[str(stage.level)] = {
                 **self.args.base_rates(),
+                "seed": self.args.seed,
                 "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
                 "processes": self.args.world_size,
             }
@@ -157,7 +165,7 @@ class HFTStages:
             output.metrics["stopped"] = self.state.global_step
             return output
         if self.args.has_mastery():
-            left = self._get_train_sampler().steps_after
+            left = self.make_sampler().steps_after
             saved = {task: left(step, self.state.max_steps)[task] for task, step in self.mastery.mastered.items()}
             output.metrics["saved_steps"] = sum(saved.values())
             logger.warning(
@@ -300,7 +308,7 @@ class HFTStages:
                 f"{stage} has no steps (`num_train_epochs` is {self.args.num_train_epochs}), and its tasks would be sealed "
                 "for good without having learnt anything; raise it, or set `max_steps`."
             )
-        turns = self._sampler.turns_after(0, steps)
+        turns = self.make_sampler().turns_after(0, steps)
         if idle := [task for task in stage.tasks if task not in turns]:
             logger.warning(
                 f"{stage} has {steps} steps, and none of them is of {', '.join(idle)}, sealed for good without having "
@@ -308,7 +316,7 @@ class HFTStages:
             )
 
     def _num_steps(self) -> int:
-        return self.args.num_steps(self._get_train_sampler())
+        return self.args.num_steps(self.make_sampler())
 
     def stage_ended(self, stage: Stage, trims: Sequence[HFTTrim]) -> None:
         """Called on every process when a stage is learnt, sealed and saved; does nothing: for those who subclass.

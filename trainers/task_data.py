@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
-from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import is_conversational
 
 from hft.hierarchy_hft import nearest
-
-from .metrics import template_arguments
 
 
 logger = logging.get_logger(__name__)
@@ -239,31 +236,6 @@ def why_unfit(
         if empty := [name for name in columns if row[name] is None or row[name] == []]:
             return f"Row {place} of task {task!r} has nothing in {empty[0]!r}; fill it, or leave the row out."
     return f"The {its_rows} cannot be tokenised: {error!r}; a prompt, completion or text is a string, or a list of messages."
-
-
-def tokenize_rows(
-    rows: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, max_length: int | None = None
-) -> list[dict[str, list[int]]]:
-    """Prompt-completion rows -> {"input_ids", "labels"}: -100 on the prompt; the end of text after a plain completion.
-
-    Args:
-        rows: strings, or lists of messages, as TRL takes them, with `tools` if need be.
-        tokenizer: with a chat template if rows are messages.
-        max_length: longer rows lose their beginning.
-    """
-    ready = []
-    for row in rows:
-        if isinstance(row["prompt"], str):
-            prompt = tokenizer(row["prompt"])["input_ids"]
-            whole = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
-        else:
-            template = {"tokenize": True, "return_dict": False, **template_arguments(row)}
-            prompt = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, **template)
-            whole = tokenizer.apply_chat_template([*row["prompt"], *row["completion"]], **template)
-        labels = [-100] * len(prompt) + whole[len(prompt) :]
-        begin = 0 if max_length is None else max(0, len(whole) - max_length)
-        ready.append({"input_ids": whole[begin:], "labels": labels[begin:]})
-    return ready
 
 
 @dataclass

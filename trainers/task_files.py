@@ -57,11 +57,11 @@ def read_rows(file: Path, task: str) -> Dataset:
     rows, number = [], 0
     opened = gzip.open if file.suffix == ".gz" else open
     try:
-        with opened(file, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                number += 1
-                if line.strip():
-                    rows.append(_checked(json.loads(line)))
+        with opened(file, "rb") as lines:  # each decoded by itself, so that the number is right
+            for number, line in enumerate(lines, start=1):
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.strip():
+                    rows.append(_checked(json.loads(text)))
     except (ValueError, OSError, EOFError, zlib.error) as error:  # no JSON, no text, no gzip
         where = f"Line {number} of " if number else ""
         raise ValueError(f"{where}'{file}' (task {task!r}) cannot be read: {error}.") from error
@@ -92,4 +92,10 @@ def _checked(row: Any) -> dict[str, Any]:
             raise ValueError(f"{key!r} is {value!r:.80}; it must be text: put numbers in quotes")
         if key == "options" and not (isinstance(value, list) and all(isinstance(option, str) for option in value)):
             raise ValueError(f"{key!r} is {value!r:.80}; it must be a list of texts: put numbers in quotes")
+        if key == "options" and len(set(value)) < len(value):
+            raise ValueError(f"{key!r} is {value!r:.80}; each option stands once")
+        if any("\ud800" <= letter <= "\udfff" for letter in "".join(value)):
+            raise ValueError(
+                f"{key!r} is {value!r:.80}, with half of a surrogate pair (\\ud800 to \\udfff), which is no text"
+            )
     return row

@@ -16,12 +16,12 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import pack_dataset
 
-from .evaluation import Row
 from .hft_config import HFTTrainingConfig
 from .hft_trainer import HFTTrainer
+from .metrics import Row
 from .progress import StagePrinter
 from .routes import prompts_of
-from .task_data import tokenize_rows
+from .row_tokens import cut_rows, tokenize_rows
 
 
 CHILD = "timed-both"
@@ -48,7 +48,7 @@ class StepTime:
     """How long an optimizer step takes, and what comes besides.
 
     Args:
-        fixed: seconds of any step.
+        fixed: seconds of any micro-batch; steps are timed with one each, so the optimizer's are in it, too.
         per_token: seconds a token of its micro-batches, padding included, on the path of a root of the next stage.
         per_rank: by what share the time of a token grows with each further rank of a path.
         per_prompt: seconds a prompt that the router learns from.
@@ -61,9 +61,9 @@ class StepTime:
     per_prompt: float
     per_stage: float
 
-    def seconds(self, tokens: float, more_ranks: int) -> float:
-        """Of a step with so many tokens on a path with so many ranks beyond a root's."""
-        return self.fixed + self.per_token * tokens * (1 + self.per_rank * more_ranks)
+    def seconds(self, tokens: float, more_ranks: int, micro_batches: int = 1) -> float:
+        """Of a step with so many tokens in all on a path with so many ranks beyond a root's."""
+        return self.fixed * micro_batches + self.per_token * tokens * (1 + self.per_rank * more_ranks)
 
 
 def task_steps(
@@ -93,18 +93,19 @@ def tokens_a_step(lengths: Sequence[int], config: HFTTrainingConfig) -> float:
 def rows_that_train(
     ready: Sequence[Mapping[str, Sequence[int]]], config: HFTTrainingConfig
 ) -> list[Mapping[str, Sequence[int]]]:
-    """Tokenised rows as the trainer takes them: packed, if `packing` is set, without those that hold no answer then.
+    """Tokenised rows as the trainer takes them: cut or packed to `max_length`, without those that hold no answer then.
 
     Raises:
         ValueError: `packing` without `max_length`.
     """
-    if not config.packing:
-        return list(ready)
-    if config.max_length is None:
+    if config.packing and config.max_length is None:
         raise ValueError("`packing` is set and `max_length` is None; set it to the tokens of a packed row.")
-    packed = pack_dataset(Dataset.from_list(list(ready)), config.max_length, config.packing_strategy)
+    if config.packing:
+        kept = pack_dataset(Dataset.from_list(list(ready)), config.max_length, config.packing_strategy)
+    else:
+        kept = cut_rows(ready, config.max_length, config.truncation_mode)
     return [
-        row for row in packed if config.completion_only_loss is False or any(label != -100 for label in row["labels"])
+        row for row in kept if config.completion_only_loss is False or any(label != -100 for label in row["labels"])
     ]
 
 

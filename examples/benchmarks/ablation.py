@@ -34,7 +34,7 @@ from hft.gates_hft import HFTGateTable
 from hft.trainers import HFTTrainer
 from hft.trainers.curriculum import BlockSampler
 from hft.trainers.evaluation import EvalSet, score_task
-from hft.trainers.task_data import tokenize_rows
+from hft.trainers.row_tokens import tokenize_rows
 
 
 TREE = {
@@ -65,18 +65,17 @@ TRAINING = {
 class InSequence(HFTTrainer):
     """Within a stage, all blocks of one task come before the next task's."""
 
-    def _get_train_sampler(self, train_dataset=None) -> BlockSampler:
-        sampler = super()._get_train_sampler(train_dataset)
+    def make_sampler(self) -> BlockSampler:
+        sampler = super().make_sampler()
         return SequentialSampler(sampler.num_rows, sampler.block_size, sampler.seed, sampler.passes)
 
 
 class SharingAnyway(HFTTrainer):
     """A stage's tasks share optimizer steps even where they write no page."""
 
-    def _get_train_sampler(self, train_dataset=None) -> BlockSampler:
-        sampler = super()._get_train_sampler(train_dataset)
-        self._sampler = self.args.sampler(sampler.num_rows, sampler.block_size, self.stage.tasks)
-        return self._sampler
+    def make_sampler(self) -> BlockSampler:
+        sampler = super().make_sampler()
+        return self.args.sampler(sampler.num_rows, sampler.block_size, self.stage.tasks)
 
 
 class SequentialSampler(BlockSampler):

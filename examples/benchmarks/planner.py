@@ -53,7 +53,7 @@ from hft.trainers.pilots import ProbeSettings
 from hft.trainers.plan_costs import plan_costs
 from hft.trainers.planner import Plan, TaskProbe
 from hft.trainers.recipes import Recipe
-from hft.trainers.task_data import tokenize_rows
+from hft.trainers.row_tokens import tokenize_rows
 
 
 # Related and unrelated, easy and hard, both ways round.

@@ -165,6 +165,7 @@ class Benchmark:
         with cell(self.out, self.name, setting, seed) as result:
             is_hft = method.startswith("hft")
             result.update(method=method, learning_rate=rate, attention=attention())
+            result["questions"] = "whole"  # in cells without this, those of boolq had been cut off
             if is_hft:
                 result["gates"] = "inherited"  # those that learn; in cells without this, a task's own did, too
             just_learnt: dict[str, list[float]] = {}

@@ -53,7 +53,7 @@ def main() -> None:
     for setting, seed in todo(args.out, "refining", args.settings.split(";"), args.seeds):
         epochs, own = SETTINGS[setting]
         train = {task: sample(rows[task], SMALL["samples"], seed) for task in FAMILY}
-        root_work = work_of(args.out, "refining", f"root {epochs:g}", seed)  # for all settings that stand on it
+        root_work = work_of(args.out, "refining-shared", f"root {epochs:g}", seed)  # for all settings that stand on it
         assert root_work.folder is not None
         folder = root_work.folder / "root"
         with cell(args.out, "refining", setting, seed) as result:

@@ -11,6 +11,7 @@ import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -21,7 +22,24 @@ def read(name: str) -> dict[tuple[str, int], dict]:
     lines = [line for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines()]
     cells = [json.loads(line) for line in lines]
     cells = [cell for cell in cells if cell["name"] == name and "backbone" not in cell]
+    if name.startswith("quality-"):
+        cells = [cell if "questions" in cell else without_cut_questions(cell) for cell in cells]
     return {(cell["setting"], cell["seed"]): cell for cell in cells}
+
+
+def without_cut_questions(cell: dict) -> dict:
+    """A cell of when passages were cut at their beginning, and with them boolq's questions: without that task's scores."""
+
+    def without(scores: Any) -> Any:
+        if not isinstance(scores, dict):
+            return scores
+        left = {key: without(value) for key, value in scores.items() if key != "boolq"}
+        if "ap" in left and "boolq" in scores["tasks"]:
+            left["ap"] = round(statistics.mean(task["accuracy"] for task in left["tasks"].values()), 3)
+        return left
+
+    found = without({key: cell[key] for key in ("validation", "test", "general") if key in cell})
+    return {**cell, **found, **({"value": found["validation"]["ap"]} if "validation" in found else {})}
 
 
 def difference(cells: Mapping[tuple[str, int], dict], one: str, other: str) -> tuple[float, float, int] | None:
