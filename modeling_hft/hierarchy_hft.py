@@ -169,13 +169,17 @@ class Hierarchy:
         return "\n".join(lines)
 
 
+def check_new_name(task: str) -> None:
+    """Raises ValueError for a name that some machine could have no file of; models that have such a task still load."""
+    if isinstance(task, str) and _DEVICE.fullmatch(task):
+        raise ValueError(f"{task!r} cannot be a task's name: Windows has no files of that name.")
+
+
 def _check_name(task: str) -> None:
     if not isinstance(task, str) or not _NAME.fullmatch(task):
         raise ValueError(
             f"{task!r} cannot be a task's name: use 1 to 64 letters, digits, '_' or '-', beginning with a letter or "
             "digit (the name becomes a file's name)."
         )
-    if _DEVICE.fullmatch(task):
-        raise ValueError(f"{task!r} cannot be a task's name: Windows has no files of that name.")
     if task.lower() == BACKBONE:
         raise ValueError(f"{task!r} cannot be a task's name: the word is reserved for the plain backbone.")

@@ -10,6 +10,7 @@ import torch
 
 from .configuration_hft import check_rank
 from .gates_hft import HFTGateTable
+from .hierarchy_hft import check_new_name
 from .nodes_hft import flat
 from .owned_hft import HFTOwnership
 from .trimmed_hft import HFTTrim
@@ -39,6 +40,7 @@ class HFTTasks(HFTOwnership):
             ValueError: a name that is taken or cannot be a file's, an unknown parent, or a rank below 1.
         """
         self._check_unfolded()
+        check_new_name(name)
         if name in self.hierarchy:
             state = "sealed" if self.config.task(name)["sealed"] else "open, and can be trained or resumed"
             raise ValueError(f"The task {name!r} is a duplicate: this model has one, {state}; choose another name.")

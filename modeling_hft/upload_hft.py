@@ -1,5 +1,6 @@
 """Sharing a slim model: what can be shared, and all its files in one commit."""
 
+import glob
 import json
 import os
 from pathlib import Path
@@ -16,12 +17,14 @@ from .slim_hft import files_left, read_config
 
 logger = logging.get_logger(__name__)
 
-# A model's files: not what else people keep beside it, as exports, data or notes.
-_SHARED = [
+# A model's files: not what else people keep beside it, as checkpoints, exports, data or notes.
+_OWN = [
     *("config.json", "generation_config.json", "*_hft.py", SHARED_FILE, ROUTER_FILE),
     *("tasks/*.safetensors", "pages/*.safetensors"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja"),
-    *("README.md", "report.html", "pictures/*", "run.json"),
+    *("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
+    *("*.model", "*.tiktoken", "tekken.json", "*.jinja", "additional_chat_templates/*"),
+    *("preprocessor_config.json", "processor_config.json"),
+    *("README.md", "report.html", "pictures/*", "run.json", "LICENSE*", "NOTICE*"),
 ]
 
 
@@ -65,7 +68,8 @@ def upload(
     """
     api = HfApi(token=token)
     config = read_config(os.fspath(folder))
-    removed = [path.as_posix() for path in files_left(folder, config)]
+    own = {path.relative_to(folder) for pattern in _OWN for path in Path(folder).glob(pattern) if path.is_file()}
+    own -= set(files_left(folder, config))  # of tasks that were removed
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if gone := sorted(_tasks_there(repo_id, token, revision) - set(config.task_names())):
         logger.warning(
@@ -77,8 +81,7 @@ def upload(
         folder_path=folder,
         commit_message=commit_message,
         revision=revision,
-        allow_patterns=_SHARED,
-        ignore_patterns=removed,
+        allow_patterns=[glob.escape(path.as_posix()) for path in own],
         delete_patterns=["tasks/*.safetensors", "pages/*.safetensors"],  # of tasks that were removed
     )
 

@@ -200,12 +200,15 @@ def test_the_command_and_the_trainer(hub, tmp_path):
     code = (
         BUILD
         + """
+    import os
     from datasets import Dataset
     from hft.trainers import HFTTrainer, HFTTrainingConfig
     from hft.trainers.cli import main
     model.save_pretrained(sys.argv[1])
     open(sys.argv[1] + "/tasks/gone.safetensors", "w").close()  # of a task that was removed
-    open(sys.argv[1] + "/my-notes.txt", "w").close()  # what else people keep there
+    for name in ("my-notes.txt", "stage-1/checkpoint-1/modeling_hft.py", "lora/a.jinja"):  # what else there is
+        os.makedirs(os.path.dirname(f"{sys.argv[1]}/{name}"), exist_ok=True)
+        open(f"{sys.argv[1]}/{name}", "w").close()
     assert main(["push", sys.argv[1], "me/by-command", "--private", "--message", "hello"]) == 0
     model.add_task("t")
     args = HFTTrainingConfig(output_dir=sys.argv[2], max_steps=1, push_to_hub=True, hub_model_id="me/by-trainer", bf16=False,
@@ -229,7 +232,7 @@ def test_the_command_and_the_trainer(hub, tmp_path):
         "tasks/a.safetensors",
         "tasks/b.safetensors",
     }
-    assert "my-notes.txt" not in files(folder)
+    assert not [name for name in files(folder) if name.startswith(("my-", "stage-", "lora"))]
     assert hub.messages[commit] == "hello" and hub.private["me/by-command"]
     _, folder = last(hub, "me/by-trainer")
     names = files(folder)

@@ -52,6 +52,7 @@ def test_saved_steps_are_counted_from_the_plan():
     plan = sampler.turns(0) + sampler.turns(1)
     assert sampler.turns_after(0, 10) == plan
     assert sampler.turns_after(3, 9) == plan[3:9]
+    assert [sampler.turns_until("b", step) for step in range(11)] == [plan[:step].count("b") for step in range(11)]
 
 
 class Watching(HFTTrainer):

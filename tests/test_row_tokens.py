@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from hft.trainers.evaluation import EvalSet, generate_answers, score_task
-from hft.trainers.metrics import exact_match
+from hft.trainers.metrics import exact_match, without_thoughts
 from hft.trainers.row_tokens import opening_length, prompt_and_answers, prompt_ids, shortened, tokenize_rows
 
 from .test_trainer import make
@@ -71,7 +71,8 @@ def test_thoughts_are_no_part_of_an_answer(thinking):
     (ready,) = tokenize_rows([row], thinking)
     prompt = prompt_ids(thinking, row["prompt"])
     assert "<think>" in thinking.decode(ready["input_ids"][len(prompt) :])
-    opening = opening_length(thinking, row["prompt"])
+    opening = opening_length(thinking)
+    assert opening > 0 == opening_length(thinking, [{"enable_thinking": False}])
     assert thinking.decode(ready["input_ids"][len(prompt) :][:opening]).strip() == "<think>\n\n</think>"
 
     def generate(input_ids, max_new_tokens, **kwargs):
@@ -87,7 +88,7 @@ def test_thoughts_are_no_part_of_an_answer(thinking):
     assert score_task(model, thinking, EvalSet([row], lambda found, _: float("think" in found), 3), "a") == [0.0]
 
 
-@pytest.mark.parametrize("score", [2, -0.1, float("nan"), "right"])
+@pytest.mark.parametrize("score", [2, -0.1, float("nan"), "right", None])
 def test_a_metric_that_gives_no_share_is_named(tokenizer, score):
     row = {"prompt": "one", "completion": " two"}
     model = SimpleNamespace(training=False, device="cpu", eval=lambda: None, train=lambda _: None,
@@ -100,6 +101,26 @@ def test_a_metric_that_gives_no_share_is_named(tokenizer, score):
             return score
 
         score_task(model, tokenizer, EvalSet([row], mine), "a")
+
+
+def test_what_is_no_thought_stays(thinking):
+    for answer in ("a <b>word</b>", "first <think>x</think> then", "<think> without an end"):
+        assert without_thoughts(answer) == answer
+    assert without_thoughts("opened in the prompt</think>\n\nfour") == "four"
+    assert exact_match("4", {"completion": " <think>two and two</think> 4"}) == 1.0
+
+
+def test_a_score_may_be_rounded(tokenizer):
+    row = {"prompt": "one", "completion": " two"}
+    model = SimpleNamespace(training=False, device="cpu", eval=lambda: None, train=lambda _: None,
+                            generate=lambda input_ids, **_: torch.cat([input_ids, input_ids[:, :1]], 1))  # fmt: skip
+    assert score_task(model, tokenizer, EvalSet([row], lambda *_: 1 + 1e-9), "a") == [1.0]
+
+
+def test_a_tokenizer_without_an_end_of_text(joining):
+    joining.eos_token = None
+    with pytest.raises(ValueError, match="has no end-of-text token"):
+        tokenize_rows([{"prompt": "one", "completion": " two"}], joining)
 
 
 LONG = " ".join(["one two three four"] * 40)
@@ -120,6 +141,12 @@ def test_only_the_passage_is_cut(tokenizer, text):
     for line, before in zip(cut.splitlines(), text.splitlines(), strict=True):
         assert line == before or LONG in before
     assert shortened(text, tokenizer, 10**4) == text
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\u2028"])
+def test_other_line_ends_stay(tokenizer, end):
+    cut = shortened(f"who is it{end}{LONG}{end}\nlast line", tokenizer, 60)
+    assert cut.startswith(f"who is it{end}") and cut.endswith("\nlast line") and "\ufffd" not in cut
 
 
 def test_of_many_lines_the_middle_is_cut(tokenizer):

@@ -142,19 +142,20 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
         )
     check_writable(args.model)
     tokenizer = load_tokenizer(args.model)
-    how = HFTTrainingConfig(**{**recipe.training_arguments(), "bf16": False, "use_cpu": True})
+    cut = [
+        recipe.training.get(key, HFTTrainingConfig.__dataclass_fields__[key].default)
+        for key in ("max_length", "truncation_mode")
+    ]
     data: dict[str, list[list[dict[str, list[int]]]]] = {}
     for task in tasks:
         config.sealed_task(task)
         data[task] = []
         for split in ("train", "validation"):
             rows = load_task(recipe, task, split, tokenizer)
-            rows = tokenize_rows(rows, tokenizer, how.max_length, how.truncation_mode)
+            rows = tokenize_rows(rows, tokenizer, *cut)
             data[task].append([row for row in rows if any(label != -100 for label in row["labels"])])
             if not data[task][-1]:
-                raise ValueError(
-                    f"`max_length`={how.max_length} cuts off all answers of task {task!r} ({split}): raise it."
-                )
+                raise ValueError(f"`max_length`={cut[0]} cuts off all answers of task {task!r} ({split}): raise it.")
     model = hft.HFTForCausalLM.from_pretrained(
         args.model, quantization_config=recipe.quantization_config(), device_map="auto"
     )

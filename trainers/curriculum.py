@@ -81,7 +81,7 @@ class Mastery:
         if task in self.mastered or step <= self._last_step[task]:
             return ""
         self._last_step[task] = step
-        turns = self._turns_until(task, step)
+        turns = self._turns_until(task, step) if self.patience is not None else 0
         if loss < self._best[task]:  # maybe by a step of a sibling, on their page
             self._best[task], self._since_best[task] = loss, 0
         elif turns > self._turns[task]:
@@ -178,6 +178,12 @@ class BlockSampler:
         epochs = range(math.ceil(last_step * self.block_size / len(self)))
         turns = [task for epoch in epochs for task in self.turns(epoch)]
         return turns[step * self.turns_a_block : last_step * self.turns_a_block]
+
+    def turns_until(self, task: str, step: int) -> int:
+        """How many turns a task has had after so many blocks, counted over all epochs."""
+        epoch, rest = divmod(step, len(self) // self.block_size)
+        begun = self.turns(epoch)[: rest * self.turns_a_block] if rest else []
+        return epoch * self.num_blocks(task) * self.turns_a_block + begun.count(task)
 
     def steps_after(self, step: int, last_step: int) -> dict[str, int]:
         """How many whole blocks the turns of each task make, of the same span."""

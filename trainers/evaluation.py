@@ -1,6 +1,7 @@
 """Answers that a model generates or chooses, and their scores."""
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,7 +82,7 @@ def generate_answers(
     ]
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    opening = opening_length(tokenizer, prompts[0], **(templates or [{}])[0]) if prompts else 0
+    opening = opening_length(tokenizer, templates or [{}]) if any(not isinstance(its, str) for its in prompts) else 0
     answers = [""] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     was_training = model.training
@@ -132,12 +133,12 @@ def score_task(
     answers = generate_answers(model, tokenizer, prompts, task, data.max_new_tokens, batch_size, progress, templates)
     scores = [data.score(answer, row) for answer, row in zip(answers, data.rows, strict=True)]
     for place, score in enumerate(scores):
-        if isinstance(score, str) or not 0 <= score <= 1:  # not a number is neither
+        if not isinstance(score, numbers.Real) or not -1e-6 <= float(score) <= 1 + 1e-6:  # not a number is neither
             raise ValueError(
                 f"The metric {metric_name(data.score)!r} gave {score!r} for row {place} (answer {answers[place]!r:.60}, "
                 f"{'routed' if task is None else f'task {task!r}'}); a score is a number from 0 to 1."
             )
-    return scores
+    return [min(max(float(score), 0.0), 1.0) for score in scores]  # without what was rounded
 
 
 def _score_options_on(

@@ -20,12 +20,17 @@ OPTIONS = "options"
 def reference(row: Row) -> str:
     """The right answer in a prompt-completion row."""
     completion = row["completion"]
-    return completion if isinstance(completion, str) else without_thoughts(completion[-1]["content"])
+    return without_thoughts(completion if isinstance(completion, str) else completion[-1]["content"])
 
 
 def without_thoughts(answer: str) -> str:
-    """What follows the thoughts that an answer begins with, as reasoning models and their chat templates mark them."""
-    return answer.rpartition("</think>")[2].lstrip() if "</think>" in answer else answer
+    """What follows the thoughts that an answer begins with, as reasoning models and their chat templates mark them.
+
+    Some templates open them in the prompt, so that the answer only closes them.
+    """
+    thoughts, end, rest = answer.partition("</think>")
+    begins = thoughts.lstrip().startswith("<think>") or "<think>" not in thoughts
+    return rest.lstrip() if end and begins else answer
 
 
 def exact_match(answer: str, row: Row) -> float:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from .metrics import Row
@@ -59,15 +60,24 @@ def prompt_and_answers(
     return ids[:begin], [whole[begin:] for whole in wholes]
 
 
-def opening_length(tokenizer: PreTrainedTokenizerBase, prompt: str | Messages, **template: Any) -> int:
+def opening_length(tokenizer: PreTrainedTokenizerBase, templates: Iterable[Mapping[str, Any]] = ({},)) -> int:
     """How many tokens the chat template writes between its call for an answer and any answer: Qwen3's `<think></think>`.
 
-    A task learns them as a part of its answers, so what generates an answer generates them, too. 0 for plain text.
+    A task learns them as a part of its answers, so what generates an answer generates them, too.
+
+    Args:
+        tokenizer: with a chat template.
+        templates: what rows hand to it, see `template_arguments`; the longest opening counts.
     """
-    if isinstance(prompt, str):
-        return 0
-    one, other = prompt_and_answers(tokenizer, prompt, ["0 1", "y z"], **template)[1]
-    return common_length(one, other)
+    question = [{"role": "user", "content": "a"}]
+    lengths = [0]
+    for template in {repr(its): its for its in templates}.values():
+        try:
+            _, (one, other) = prompt_and_answers(tokenizer, question, ["0 1", "y z"], **template)
+        except TemplateError:  # one that wants more than a question
+            continue
+        lengths.append(common_length(one, other))
+    return max(lengths)
 
 
 def tokenize_rows(
@@ -119,27 +129,32 @@ def shortened(text: str, tokenizer: PreTrainedTokenizerBase, max_tokens: int) ->
     stays whole, wherever it is, if cutting the passage is enough. And both ends of a text tell more than its middle (Sun et
     al. 2019, https://arxiv.org/abs/1905.05583, section 5.3.1).
     """
-    lines = text.splitlines(keepends=True)
-    ids = [tokenizer(line.rstrip("\n"), add_special_tokens=False)["input_ids"] for line in lines]
-    lengths = [len(its) + line.endswith("\n") for its, line in zip(ids, lines, strict=True)]
-    if (over := sum(lengths) - max_tokens) <= 0:
+    lines = text.split("\n")
+    ids = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in lines]
+    if (over := sum(map(len, ids)) + len(lines) - 1 - max_tokens) <= 0:
         return text
     longest = max(range(len(lines)), key=lambda place: len(ids[place]))
     if len(ids[longest]) > over:
-        end = "\n" if lines[longest].endswith("\n") else ""
-        lines[longest] = _without_middle(ids[longest], len(ids[longest]) - over, tokenizer) + end
-        return "".join(lines)
+        lines[longest] = _without_middle(ids[longest], len(ids[longest]) - over, tokenizer)
+        return "\n".join(lines)
     return _without_middle(tokenizer(text, add_special_tokens=False)["input_ids"], max_tokens, tokenizer)
 
 
 def _without_middle(ids: Sequence[int], left: int, tokenizer: PreTrainedTokenizerBase) -> str:
     ends = ids[: left - left // 2], ids[len(ids) - left // 2 :]
-    return " ".join(text for its in ends if (text := tokenizer.decode(its).strip()))
+    texts = (tokenizer.decode(its).strip().strip("\ufffd") for its in ends)  # halves of letters
+    return " ".join(text for text in texts if text)
 
 
 def _joined(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> list[int]:
-    end = "" if completion.endswith(tokenizer.eos_token) else tokenizer.eos_token
-    return tokenizer(prompt + completion + end)["input_ids"]
+    eos = _end_of_text(tokenizer)
+    return tokenizer(prompt + completion + ("" if completion.endswith(eos) else eos))["input_ids"]
+
+
+def _end_of_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.eos_token is None:
+        raise ValueError("The tokenizer has no end-of-text token (`eos_token`), with which answers end; set it.")
+    return tokenizer.eos_token
 
 
 def _of_messages(tokenizer: PreTrainedTokenizerBase, messages: Messages, template: Mapping[str, Any]) -> list[int]:
@@ -150,4 +165,6 @@ def _ended(tokenizer: PreTrainedTokenizerBase, ids: list[int], begin: int) -> li
     """A conversation up to the last special token of the answer that begins there, or with the end of text."""
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     ends = [place for place, token_id in enumerate(ids) if place >= begin and token_id in special]
-    return ids[: ends[-1] + 1] if ends else [*ids, tokenizer.eos_token_id]
+    if ends:
+        return ids[: ends[-1] + 1]
+    return [*ids, tokenizer.convert_tokens_to_ids(_end_of_text(tokenizer))]

@@ -116,7 +116,7 @@ class HFTStages:
             stage.tasks,
             self.args.mastery_accuracy,
             self.args.mastery_patience,
-            lambda task, step: self.make_sampler().turns_after(0, step).count(task),
+            lambda task, step: self.make_sampler().turns_until(task, step),
         )
         self._checked, self._stepping, self._sampler = set(), set(), self.make_sampler()
         self._metrics["train"].clear()  # what the stage before had not logged yet
