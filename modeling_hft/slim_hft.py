@@ -295,16 +295,12 @@ def check_keeps_others(config: HFTConfig, folder: str | os.PathLike) -> None:
         )
 
 
-def holds_slim(folder: str | os.PathLike) -> bool:
-    """Whether there is a slim HFT model in a folder."""
+def form_in(folder: str | os.PathLike) -> Literal["slim", "full"] | None:
+    """The form of the HFT model in a folder; None if there is none."""
     saved = _config_in(folder)
-    return saved.get("model_type") == HFTConfig.model_type and bool(saved.get("slim", True))
-
-
-def holds_full(folder: str | os.PathLike) -> bool:
-    """Whether there is an HFT model in the full form in a folder."""
-    saved = _config_in(folder)
-    return saved.get("model_type") == HFTConfig.model_type and not saved.get("slim", True)
+    if saved.get("model_type") != HFTConfig.model_type:
+        return None
+    return "slim" if saved.get("slim", True) else "full"
 
 
 def _config_in(folder: str | os.PathLike) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTR
 from .files_hft import SHARED_FILE, disk_errors, finish_writing, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
-from .slim_hft import HFTSlimFiles, check_keeps_others, holds_full, holds_slim, read_config
+from .slim_hft import HFTSlimFiles, check_keeps_others, form_in, read_config
 from .upload_hft import check_shareable, is_hub_id, upload
 
 
@@ -285,12 +285,12 @@ class HFTStorage(HFTSlimFiles):
                 f"'{save_directory}' is the backbone's own folder, which would be overwritten; choose another."
             )
         check_keeps_others(self.config, save_directory)
-        if slim and holds_full(save_directory) and not self._finds_backbone():
+        if slim and form_in(save_directory) == "full" and not self._finds_backbone():
             raise ValueError(
                 f"'{save_directory}' holds a model in the full form, backbone included, and '{self.config.backbone}', where "
                 "the slim form would look for the backbone, is not there; save with slim=False, or to another folder."
             )
-        if kwargs.get("variant") and holds_slim(save_directory):
+        if kwargs.get("variant") and form_in(save_directory) == "slim":
             raise ValueError(
                 f"'{save_directory}' holds a slim model, whose config.json a variant of the full form would overwrite; "
                 "choose another folder."

@@ -149,7 +149,8 @@ class RunFolder:
 
     def has_begun(self, open_tasks: Collection[str]) -> bool:
         """Whether a run that learns these tasks has saved anything here: else there is at most the model it began with."""
-        return bool(set(open_tasks) & set(_tasks_in(self.path))) or not _tasks_in(self.path)
+        there = set(_tasks_in(self.path))
+        return not there or not there.isdisjoint(open_tasks)
 
     def restore(self, model: PreTrainedModel, is_own: bool) -> str | None:
         """Takes the sealed stages over into a model of the same tasks.

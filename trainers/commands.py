@@ -128,7 +128,7 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from .loading import load_tokenizer
     from .model_card import renew_model_card
     from .recipe_data import load_task
-    from .row_tokens import tokenize_rows
+    from .row_tokens import has_answer, tokenize_rows
     from .run_record import RunRecord
 
     check_folder(args.model)
@@ -153,7 +153,7 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
         for split in ("train", "validation"):
             rows = load_task(recipe, task, split, tokenizer)
             rows = tokenize_rows(rows, tokenizer, *cut)
-            data[task].append([row for row in rows if any(label != -100 for label in row["labels"])])
+            data[task].append(list(filter(has_answer, rows)))
             if not data[task][-1]:
                 raise ValueError(f"`max_length`={cut[0]} cuts off all answers of task {task!r} ({split}): raise it.")
     model = hft.HFTForCausalLM.from_pretrained(
@@ -365,14 +365,15 @@ def generate(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
     from .evaluation import generate_answers
     from .loading import load_model, load_tokenizer
+    from .row_tokens import is_text
 
     model = load_model(args.model, args.load_in_4bit)
     if args.task not in (None, BACKBONE):
         model.hierarchy.check(args.task)
     tokenizer = load_tokenizer(args.model)
     prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if odd := [prompt for prompt in prompts if any("\ud800" <= letter <= "\udfff" for letter in prompt)]:
-        raise ValueError(f"The prompt {odd[0]!r} is no UTF-8 text.")  # bytes that are no letters
+    if odd := [prompt for prompt in prompts if not is_text(prompt)]:
+        raise ValueError(f"The prompt {odd[0]!r} is no UTF-8 text.")
     if not prompts:
         raise ValueError("There is no prompt: give one as an argument, or one a line on standard input.")
     if tokenizer.chat_template is not None:

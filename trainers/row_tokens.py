@@ -116,6 +116,16 @@ def cut_rows(
     return [{name: list(values[kept]) for name, values in row.items()} for row in rows]
 
 
+def has_answer(row: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a tokenised row holds an answer, or a part of one: when it is cut, it may not."""
+    return any(label != -100 for label in row["labels"])
+
+
+def is_text(letters: str) -> bool:
+    """Whether UTF-8 can say it: not halves of surrogate pairs, as bytes become that are no letters."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in letters)
+
+
 def common_length(ids: Sequence[int], others: Sequence[int]) -> int:
     """How many of their first tokens are the same."""
     pairs = enumerate(zip(ids, others, strict=False))

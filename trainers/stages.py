@@ -308,8 +308,8 @@ class HFTStages:
                 f"{stage} has no steps (`num_train_epochs` is {self.args.num_train_epochs}), and its tasks would be sealed "
                 "for good without having learnt anything; raise it, or set `max_steps`."
             )
-        turns = self.make_sampler().turns_after(0, steps)
-        if idle := [task for task in stage.tasks if task not in turns]:
+        sampler = self.make_sampler()
+        if idle := [task for task in stage.tasks if not sampler.turns_until(task, steps)]:
             logger.warning(
                 f"{stage} has {steps} steps, and none of them is of {', '.join(idle)}, sealed for good without having "
                 "learnt anything: raise `max_steps`, unless this is but a try."

@@ -9,6 +9,8 @@ from typing import Any
 from datasets import Dataset, List, Value
 from pyarrow import ArrowException
 
+from .row_tokens import is_text
+
 
 ROW_KEYS = ("instruction", "options", "input", "output")
 _ENDINGS = (".jsonl.gz", ".jsonl")
@@ -94,7 +96,7 @@ def _checked(row: Any) -> dict[str, Any]:
             raise ValueError(f"{key!r} is {value!r:.80}; it must be a list of texts: put numbers in quotes")
         if key == "options" and len(set(value)) < len(value):
             raise ValueError(f"{key!r} is {value!r:.80}; each option stands once")
-        if any("\ud800" <= letter <= "\udfff" for letter in "".join(value)):
+        if not is_text("".join(value)):
             raise ValueError(
                 f"{key!r} is {value!r:.80}, with half of a surrogate pair (\\ud800 to \\udfff), which is no text"
             )

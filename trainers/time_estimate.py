@@ -21,7 +21,7 @@ from .hft_trainer import HFTTrainer
 from .metrics import Row
 from .progress import StagePrinter
 from .routes import prompts_of
-from .row_tokens import cut_rows, tokenize_rows
+from .row_tokens import cut_rows, has_answer, tokenize_rows
 
 
 CHILD = "timed-both"
@@ -104,9 +104,7 @@ def rows_that_train(
         kept = pack_dataset(Dataset.from_list(list(ready)), config.max_length, config.packing_strategy)
     else:
         kept = cut_rows(ready, config.max_length, config.truncation_mode)
-    return [
-        row for row in kept if config.completion_only_loss is False or any(label != -100 for label in row["labels"])
-    ]
+    return [row for row in kept if config.completion_only_loss is False or has_answer(row)]
 
 
 def timing_config(training: Mapping[str, Any], folder: str) -> HFTTrainingConfig:
