@@ -210,7 +210,8 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
     assert main([*command, "--task", "cb", "--task", "sst2"]) == 0
     report = json.loads(scores.read_text())
     assert list(report["tasks"]) == ["cb", "sst2"] and report["split"] == "validation"
-    assert "with its path          routed" in capsys.readouterr().out
+    table = capsys.readouterr().out
+    assert "with its path          routed" in table and "Scores (%) on validation rows" in table
     assert report["tasks"]["cb"].keys() == {
         "rows",
         "metric",
@@ -235,6 +236,9 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
     assert main(["generate", str(tmp_path / "run"), "--task", "rte", "--max_new_tokens", "3", "hello", "you"]) == 0
     assert capsys.readouterr().out == hello
     assert main(["generate", str(tmp_path / "run"), "--task", "backbone", "--max_new_tokens", "3", "hello"]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "run"), "hello", "you", "--max_new_tokens", "3"]) == 0
+    assert len(re.findall(r"^\[\w+\]$", capsys.readouterr().err, re.M)) == 2  # who answers each
     assert main(["generate", str(tmp_path / "run"), "hello", "--task", "rts"]) == 2
     assert "hft: error: Unknown task 'rts'. Did you mean 'rte'?" in capsys.readouterr().err
 
@@ -765,6 +769,8 @@ def test_prompts_may_begin_with_a_dash(monkeypatch, prompt):
     monkeypatch.setattr(commands, "generate", lambda args, _: asked.append((args.task, args.prompt)))
     assert main(["generate", "m", "--task", "a", prompt]) == 0
     assert asked == [("a", [prompt])]
+    assert main(["generate", "m", "--task", "a", "--", prompt, "--task"]) == 0
+    assert asked[1:] == [("a", [prompt, "--task"])]
 
 
 def test_only_a_stopped_training_is_said_to_go_on(monkeypatch, capsys):
@@ -785,6 +791,7 @@ def test_words_and_paths_are_taken_to_the_letter_on_the_command_line(text):
     for key in ("resume_from_checkpoint", "fsdp"):  # text, or a truth value
         assert read_value(key, text) == (False if text == "no" else text)
         assert (read_value(key, "true"), read_value(key, "null")) == (True, None)
+    assert read_value("hierarchy", "{no: [], 1: [no]}") == {"no": [], "1": ["no"]} and read_value("seed", "") is None
     assert read_value("max_steps", "1_0") == 10 and read_value("metric", "{a: options}") == {"a": "options"}
 
 

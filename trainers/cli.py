@@ -33,8 +33,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at its import it misses an optional kernel
     try:
         if args.command == "generate":  # argparse gives prompts that follow an option to nobody
-            while rest and not _is_option(rest[0]):
+            while rest and rest[0] != "--" and not _is_option(rest[0]):
                 args.prompt.append(rest.pop(0))
+            if rest[:1] == ["--"]:  # all that follows is a prompt, whatever it looks like
+                args.prompt += rest[1:]
+                rest = []
         if args.command in ("train", "serve"):
             _check_order(argv, "recipe" if args.command == "train" else "model")
         if args.command == "serve":

@@ -270,8 +270,13 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
     columns: dict[str, tuple[str, str | None]] = {"backbone": ("backbone", BACKBONE), "hft": ("with its path", "")}
     if model.hft_router.tasks():
         columns["routed"] = ("routed", None)
-    print(f"{'task':<16}{'rows':>6}" + "".join(f"{title:>16}" for title, _ in columns.values()))
-    for task in args.task or tasks:
+    chosen = args.task or tasks
+    if half := [task for task in chosen if not model.config.task(task)["sealed"]]:
+        print(f"Not learnt to the end yet, and scored as they are: {', '.join(half)}", file=sys.stderr)
+    width = max(16, *(len(task) + 2 for task in chosen))
+    print(f"Scores (%) on {args.split} rows, ± standard error\n")
+    print(f"{'task':<{width}}{'rows':>6}" + "".join(f"{title:>16}" for title, _ in columns.values()))
+    for task in chosen:
         data = test_set(recipe, task, args.split, tokenizer)
         cells = {}
         for column, (_title, active) in columns.items():
@@ -280,7 +285,7 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
             cells[column], cells[f"{column}_se"] = mean_and_error(scores)
         results[task] = {"rows": len(data.rows), "metric": metric_name(data.score), **cells}
         shown = [f"{cells[column]:.1f} ± {cells[f'{column}_se']:.1f}" for column in columns]
-        print(f"{task:<16}{len(data.rows):>6}" + "".join(text.rjust(16) for text in shown), flush=True)
+        print(f"{task:<{width}}{len(data.rows):>6}" + "".join(text.rjust(16) for text in shown), flush=True)
     if args.out is not None:
         write_json(args.out, {"model": args.model, "split": args.split, "tasks": results})
 
@@ -361,22 +366,6 @@ def _recipe_of(args: argparse.Namespace) -> Any:
 
 
 def generate(args: argparse.Namespace, _: dict[str, Any]) -> None:
-    from hft.hierarchy_hft import BACKBONE
+    from .generate_command import answer_prompts
 
-    from .evaluation import generate_answers
-    from .loading import load_model, load_tokenizer
-    from .row_tokens import is_text
-
-    model = load_model(args.model, args.load_in_4bit)
-    if args.task not in (None, BACKBONE):
-        model.hierarchy.check(args.task)
-    tokenizer = load_tokenizer(args.model)
-    prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
-    if odd := [prompt for prompt in prompts if not is_text(prompt)]:
-        raise ValueError(f"The prompt {odd[0]!r} is no UTF-8 text.")
-    if not prompts:
-        raise ValueError("There is no prompt: give one as an argument, or one a line on standard input.")
-    if tokenizer.chat_template is not None:
-        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    for answer in generate_answers(model, tokenizer, prompts, args.task, args.max_new_tokens):
-        print(answer)
+    answer_prompts(args)

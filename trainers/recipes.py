@@ -268,10 +268,16 @@ def read_value(key: str, text: str) -> Any:
     if str in kinds <= {str, bool}:
         truth = yaml.SafeLoader.bool_values if bool in kinds else {}
         return None if text == "null" else truth.get(text.lower(), text)
+    loader = _UniqueKeys(text)
     try:
-        return yaml.safe_load(text)
+        node = loader.get_single_node()
+        if node is not None and key in _NAMES_IN:
+            _keep_letters(node)
+        return None if node is None else loader.construct_document(node)
     except yaml.YAMLError:
         raise ValueError(f"--{key} has the value {text!r}, which is no YAML.") from None
+    finally:
+        loader.dispose()
 
 
 def _as_meant(key: str, value: Any, its_type: Any) -> Any:
