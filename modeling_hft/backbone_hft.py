@@ -1,13 +1,25 @@
 """What HFT must know of a backbone's family: its decoder, what it takes, and how its files name it."""
 
 import copy
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from huggingface_hub import ResolvedRevision
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils.hub import resolve_revision
+
+
+_REFUSED = {
+    "trocr": "whose layers read an encoder's states",
+    "xlm": "whose tokens see those to come",
+    "xlnet": "which computes tokens before rows",
+}
 
 
 def without_weights(text_config: PreTrainedConfig) -> PreTrainedModel:
@@ -43,6 +55,15 @@ def check_is_decoder(name: str, text_config: PreTrainedConfig) -> None:
     family = text_config.model_type
     if text_config.get_text_config(decoder=True).model_type != family:
         raise ValueError(f"'{name}' is a {family!r}, which takes more than text; give a text model of the family.")
+    if family in _REFUSED:
+        raise ValueError(
+            f"'{name}' is a {family!r}, {_REFUSED[family]}; HFT stands on decoders such as Llama, Qwen or Gemma."
+        )
+    if 0 < (getattr(text_config, "rescale_every", 0) or 0) < text_config.num_hidden_layers:
+        raise ValueError(
+            f"'{name}' is a {family!r} that halves the weights of its deeper layers when it stops to train, but not what is "
+            'added to them; write "rescale_every": 0 into its config.json.'
+        )
     if text_config.is_encoder_decoder:
         raise ValueError(
             f"'{name}' is a {family!r}, an encoder and a decoder; HFT stands on decoders, such as Llama, Qwen or Gemma."
@@ -53,6 +74,51 @@ def check_is_decoder(name: str, text_config: PreTrainedConfig) -> None:
             f"'{name}' is a {family!r} whose tokens see those to come, so it cannot generate; HFT stands on decoders, "
             "such as Llama, Qwen or Gemma."
         )
+
+
+def check_own_code(name: str, files: Mapping[str, Any]) -> None:
+    """Raises ValueError for a repository, by what its config.json says, whose family is code of its own."""
+    if "auto_map" in files and files.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"'{name}' is a {files.get('model_type')!r} that comes with code of its own, which HFT cannot stand on; take a "
+            "decoder that transformers itself knows."
+        )
+
+
+def keep_weights(backbone: PreTrainedModel) -> None:
+    """Switches off what writes into a backbone's weights when training ends.
+
+    bitsandbytes would repack the weights of a CPU with AVX512-BF16 in place at the first evaluation pass, after which
+    gradients are wrong (see its `Linear4bit`).
+    """
+    for module in backbone.modules():
+        if "support_avx512bf16_for_cpu" in vars(module):
+            module.support_avx512bf16_for_cpu = False
+
+
+def commit_of(repo: str, download: Mapping[str, Any]) -> str | None:
+    """The commit of a Hub repository's revision, so that the backbone never changes under its tasks; None for a folder."""
+    if os.path.isdir(repo):
+        return None
+    resolved = resolve_revision(
+        repo,
+        download.get("revision"),
+        token=download.get("token"),
+        local_files_only=download.get("local_files_only", False),
+        cache_dir=download.get("cache_dir"),
+    )
+    return resolved.resolved if isinstance(resolved, ResolvedRevision) else None
+
+
+def is_hub_id(backbone: str) -> bool:
+    """Whether a backbone's name can only be that of a repository on the Hub: not a folder's, here or elsewhere."""
+    if os.path.isdir(backbone):
+        return False
+    try:
+        validate_repo_id(backbone)
+    except HFValidationError:  # a path
+        return False
+    return True
 
 
 def check_unshared(decoder: PreTrainedModel, linears: Iterable[str]) -> None:

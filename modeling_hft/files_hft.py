@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +24,7 @@ ROUTER_FILE = "router.safetensors"  # what the router knows, of a size that does
 
 WRITING = ".writing-"  # begins the names of folders of files that are not whole yet
 WRITTEN = ".written-"  # and of those whose files are to be moved to their places
+_A_DAY = 24 * 60 * 60  # seconds: no save takes longer
 _PLAN = ".plan.json"  # which they are, and what to remove
 
 
@@ -57,6 +59,9 @@ def replacing(directory: str | os.PathLike, last: str = "config.json", stale: It
     try:
         directory.mkdir(parents=True, exist_ok=True)
         finish_writing(directory)
+        for left in directory.glob(f"{WRITING}*"):  # by a process that was killed
+            if time.time() - left.stat().st_mtime > _A_DAY:
+                shutil.rmtree(left, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=WRITING, dir=directory))
     except OSError as error:
         raise OSError(

@@ -10,7 +10,7 @@ from torch import nn
 
 from .backbone_hft import check_unshared
 from .fused_hft import padded
-from .path_hft import HFTPath, HFTTaskPath, Pair
+from .path_hft import HFTPath, HFTTaskPath, Pair, active_path
 
 
 class HFTFolding:
@@ -112,6 +112,12 @@ class HFTFolding:
     def _check_unfolded(self) -> None:
         if self._folded is not None:
             raise ValueError(f"The model is folded for task {self._folded!r}; call unfold() first.")
+
+    def _check_inactive(self) -> None:
+        """Raises ValueError within `activate`, which would go on with what a task read and was before."""
+        if (path := active_path(self._owner)) is not None and path.tasks:
+            names = ", ".join(repr(name) for name in dict.fromkeys(path.names()) if name is not None)
+            raise ValueError(f"Task {names} is active, and passes would go on as before; do this outside `activate`.")
 
     def _check_unmerged(self) -> None:
         if self._unmerged is not None:

@@ -64,6 +64,8 @@ class HFTFused:
             down_RI, up_OR = self.factors(task, x_BTI)
             return F.linear(F.linear(x_BTI, down_RI), up_OR)
         # A path a row: each row meets the factors of its own task only. Some decoders flatten rows and tokens into one axis.
+        if x_BTI.ndim == 3 and len(x_BTI) > 1:
+            path.check(len(x_BTI))
         rows_BTI = x_BTI.reshape(len(path.task_of_row_B), -1, x_BTI.shape[-1])
         if path.wide_stacks is not None and _are_few_on_cpu(x_BTI):
             rows_BTI = rows_BTI.float()

@@ -62,7 +62,7 @@ class HFTGenerationMixin(GenerationMixin):
         kwargs = {name: value for name, value in bound.items() if name not in ("self", "inputs", "kwargs")}
         kwargs.update(bound.get("kwargs", {}))
         if task is None:  # how a request to a server can name one
-            task = getattr(kwargs.get("generation_config"), "task", self._folded)
+            task = getattr(kwargs.get("generation_config"), "task", None) or self._folded
         if task is None and active_path(self._owner) is None:
             task = getattr(self.generation_config, "task", None)
         prompts = inputs if inputs is not None else kwargs.get("input_ids")

@@ -6,7 +6,7 @@ parents (a root has level 1). Stages of training are levels.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 
@@ -48,6 +48,8 @@ class Hierarchy:
     """
 
     def __init__(self, parents: Mapping[str, Sequence[str]]):
+        one_shot = {task: list(its) for task, its in parents.items() if isinstance(its, Iterator)}
+        parents = {**parents, **one_shot}
         for task, its_parents in parents.items():
             _check_name(task)
             if its_parents is None:
@@ -170,8 +172,9 @@ class Hierarchy:
 
 
 def check_new_name(task: str) -> None:
-    """Raises ValueError for a name that some machine could have no file of; models that have such a task still load."""
-    if isinstance(task, str) and _DEVICE.fullmatch(task):
+    """Raises ValueError for no name at all, or one that some machine could have no file of, though models with it load."""
+    _check_name(task)
+    if _DEVICE.fullmatch(task):
         raise ValueError(f"{task!r} cannot be a task's name: Windows has no files of that name.")
 
 

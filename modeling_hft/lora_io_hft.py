@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +143,7 @@ def export_lora(
         revision=model.config.backbone_revision,
         inference_mode=True,
     )
-    _check_peft_takes(config, model, factors)
+    _check_peft_takes(config, model, factors, tensors)
     with replacing(folder, last="adapter_config.json") as staging:
         write_tensors(tensors, staging / "adapter_model.safetensors")
         config.save_pretrained(staging)
@@ -156,15 +156,21 @@ def _targets(backbone: PreTrainedModel, linears: Collection[str]) -> list[str]:
     return sorted({last if (last := name.rsplit(".", 1)[-1]) not in others else name for name in linears})
 
 
-def _check_peft_takes(config: Any, model: PreTrainedModel, linears: Collection[str]) -> None:
-    """Raises ValueError where PEFT would leave linears out without a word: it reads some names as a mixture's experts."""
-    from peft import inject_adapter_in_model
+def _check_peft_takes(
+    config: Any, model: PreTrainedModel, linears: Collection[str], tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Raises ValueError where PEFT would leave linears out without a word: it reads some names as a mixture's experts, and
+    gives some tensors other names."""
+    from peft import PeftModel, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
     plain = without_weights(model.config.text_config)
-    inject_adapter_in_model(copy.deepcopy(config), plain, low_cpu_mem_usage=True)
+    its = PeftModel(plain, copy.deepcopy(config), low_cpu_mem_usage=True)
     taken = {name for name, module in plain.named_modules() if isinstance(module, LoraLayer)}
-    if lost := sorted({name.rsplit(".", 1)[-1] for name in set(linears) - taken}):
+    shapes = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    unread = set_peft_model_state_dict(its, shapes, low_cpu_mem_usage=True).missing_keys
+    without = {name for name in linears if any(f".{name}.lora_" in key for key in unread)}
+    if lost := sorted({name.rsplit(".", 1)[-1] for name in (set(linears) - taken) | without}):
         raise ValueError(
             f"PEFT leaves out {', '.join(map(repr, lost))} of a {model.config.text_config.model_type!r}, as it takes these "
             "names for its experts', so the path is no plain LoRA there; build the model with `target_modules` of attention "

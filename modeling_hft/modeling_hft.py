@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .backbone_hft import decoder_of
+from .backbone_hft import decoder_of, keep_weights
 from .configuration_hft import HFTConfig
 from .folded_hft import HFTFolding
 from .fused_hft import HFTFused
@@ -48,7 +48,8 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
     Its parts, which use one another's names with an underscore:
 
         HFTOwnership    owned_hft.py      whose a parameter is
-        HFTTasks        tasks_hft.py      tasks are added, started, sealed, removed; room for what they own
+        HFTRoom         room_hft.py       empty parameters for what the config lists, and where they are
+        HFTTasks        tasks_hft.py      tasks are added, started, sealed, removed
         HFTTrimming     trimmed_hft.py    a node is cut to the rank that it needs
         HFTFolding      folded_hft.py     one task is made ready for serving
         HFTRefreshing   refresh_hft.py    a sealed task's gates learn anew; losses of rows
@@ -126,17 +127,20 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
             task: a name, a name a row, or ids [B]; `"backbone"` for the plain backbone, None to change nothing.
             num_rows: B, to check a list against.
             rank: of one name only: make all linears' factors now, filled with zeros up to this R, so that a decoder compiled
-                inside meets the same graph for every task (see `fold`). Parameters must not change within the block.
+                inside meets the same graph for every task (see `fold`). Within, no parameter may change, and one backward
+                pass may run.
 
-        Within the block a task's rank must not change (`trim`, `seal` with `rank_tolerance`).
+        What tasks read, and ranks, cannot change within (`start_stage`, `refresh_gates`, `trim`, `remove_task`).
 
         Raises:
             ValueError: an unknown name, or as many names as there are not rows; a rank that is too small, or given while a
-                task is folded.
+                task is folded or with several names.
             RuntimeError: in the end of a block that ends before one that was begun within it.
         """
-        if rank is not None and isinstance(task, str) and self._rows(task, num_rows) != [None]:
+        if rank is not None and task is not None and self._rows(task, num_rows) != [None]:
             self._check_unfolded()
+            if not isinstance(task, str):
+                raise ValueError(f"`rank` is for one task by name, and `task` is {task!r}; leave `rank` out.")
             return on_path(self._ready_path(task, rank)[0])
         return nullcontext() if task is None else on_path(self._path(task, num_rows))
 
@@ -246,11 +250,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         """What must be done again whenever transformers has filled or replaced modules."""
         self._attach()
         self.set_trainable(self.config.open_tasks())
-        for module in self.backbone.modules():
-            # bitsandbytes would repack the weights of a CPU with AVX512-BF16 in place at the first evaluation pass,
-            # after which gradients are wrong (see its `Linear4bit`).
-            if "support_avx512bf16_for_cpu" in vars(module):
-                module.support_avx512bf16_for_cpu = False
+        keep_weights(self.backbone)
 
     def is_custom_code(self) -> bool:
         """Whether the backbone is: then transformers initialises less, for code that writes over what is loaded.

@@ -15,6 +15,7 @@ from .hierarchy_hft import nearest
 
 # Linears of a Mamba mixer whose weights its kernels take, at least in training, without calling them: no hook would run.
 _NOT_CALLED = ("dt_proj", "x_proj", "out_proj")
+_INDEXER = "indexer"  # of sparse attention: its linears only choose positions, and get no gradient
 
 
 class HFTFactors(nn.Module):
@@ -136,8 +137,12 @@ def adapted_linears(decoder: nn.Module, target_modules: str | Sequence[str]) -> 
 
 
 def _is_called(decoder: nn.Module, name: str) -> bool:
-    """Whether the linear called `name` runs as a module wherever its weight is used."""
+    """Whether the linear called `name` runs as a module wherever its weight is used, and can learn."""
     above, _, own = name.rpartition(".")
+    if _INDEXER in above.split(".") or (
+        above.endswith("router") and own == "classifier"
+    ):  # LongCat's, see its forward
+        return False
     mixer = decoder.get_submodule(above)
     return own not in _NOT_CALLED or not (hasattr(mixer, "A_log") and hasattr(mixer, "D"))
 

@@ -85,6 +85,7 @@ class HFTRefreshing:
                 validate on.
         """
         self._check_unfolded()
+        self._check_inactive()
         for name, number, least in (
             ("num_steps", num_steps, 1),
             ("batch_size", batch_size, 1),
@@ -231,13 +232,15 @@ class HFTRefreshing:
 @contextmanager
 def frozen(model: Any):
     """Evaluation mode, nothing trainable; afterwards as before."""
-    training, trainable = model.training, [p for p in model.parameters() if p.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    trainable = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     model.requires_grad_(False)
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
         model.requires_grad_(False)
         for parameter in trainable:
             parameter.requires_grad_(True)

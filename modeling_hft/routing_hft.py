@@ -104,7 +104,7 @@ class HFTRouting:
             )
         if input_ids.shape[-1] == 0:
             raise ValueError(f"`input_ids` has the shape {list(input_ids.shape)}: there are no tokens to route by.")
-        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         if longest := getattr(self.config.text_config, "max_position_embeddings", None):
             input_ids, mask_BT = _last_tokens(input_ids, mask_BT, longest)
         # Found by the linears in them: the config's number of layers is a lower one while transformers drafts by early exit.

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
+from .backbone_hft import is_hub_id
 from .configuration_hft import HFTConfig
 from .files_hft import (
     ROUTER_FILE,
@@ -100,6 +101,33 @@ class HFTSlimFiles:
             write_tensors(_as_sealed(entry, self._node_tensors(task)), folder / task_file(task))
             if entry["sealed"]:
                 entry["hash"] = lineage(folder / task_file(task), [self.config.task(up) for up in entry["parents"]])
+
+    def _check_place(self, folder: str | os.PathLike, slim: bool, variant: str | None) -> bool:
+        """Raises ValueError where a save would lose something, see `save_pretrained`; else whether the backbone is where its
+        name says, as far as that can be told without a network."""
+        if slim and variant:
+            raise ValueError("The slim form has no variants; save_pretrained(..., slim=False, variant=...) has.")
+        if slim and self.config.backbone is None:
+            raise ValueError(
+                "This model was not built on a saved backbone, so a slim form could not name one; save it whole: "
+                "save_pretrained(..., slim=False)."
+            )
+        if self.config.backbone and os.path.realpath(folder) == os.path.realpath(self.config.backbone):
+            raise ValueError(f"'{folder}' is the backbone's own folder, which would be overwritten; choose another.")
+        check_keeps_others(self.config, folder)
+        backbone = self.config.backbone or ""
+        finds_backbone = os.path.isdir(backbone) or is_hub_id(backbone)
+        if slim and form_in(folder) == "full" and not finds_backbone:
+            raise ValueError(
+                f"'{folder}' holds a model in the full form, backbone included, and '{self.config.backbone}', where "
+                "the slim form would look for the backbone, is not there; save with slim=False, or to another folder."
+            )
+        if variant and form_in(folder) == "slim":
+            raise ValueError(
+                f"'{folder}' holds a slim model, whose config.json a variant of the full form would overwrite; "
+                "choose another folder."
+            )
+        return finds_backbone
 
     def _node_tensors(self, task: str) -> dict[str, nn.Parameter]:
         """A task's node by the names that it has in its file, `layers.0.self_attn.q_proj.A`: a contract."""

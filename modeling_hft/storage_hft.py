@@ -8,21 +8,31 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo, ResolvedRevision
+from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.utils.hub import resolve_revision
+from transformers.utils import logging
 
 from .attention_hft import best_attention, goes_to_gpu
-from .backbone_hft import check_dtype, check_is_decoder, decoder_of, key_mapping_of, without_weights
+from .backbone_hft import (
+    check_dtype,
+    check_is_decoder,
+    check_own_code,
+    commit_of,
+    decoder_of,
+    key_mapping_of,
+    without_weights,
+)
 from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig, check_keys, of_backbone
 from .files_hft import SHARED_FILE, disk_errors, finish_writing, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
-from .slim_hft import HFTSlimFiles, check_keeps_others, form_in, read_config
-from .upload_hft import check_shareable, is_hub_id, upload
+from .slim_hft import HFTSlimFiles, read_config
+from .upload_hft import check_shareable, upload
 
+
+logger = logging.get_logger(__name__)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hft.HFTConfig",
@@ -75,8 +85,7 @@ class HFTStorage(HFTSlimFiles):
             ImportError: if bitsandbytes or flash-attention is asked for and not installed.
         """
         backbone = os.fspath(backbone)
-        parents = dict(hierarchy or {})
-        tree = Hierarchy(parents)
+        tree = Hierarchy(hierarchy or {})
         if os.path.isdir(backbone):
             backbone = os.path.abspath(backbone)  # a relative name would mean another folder elsewhere
         check_keys(HFTGatingConfig, "gating_config", gating_config)
@@ -84,6 +93,7 @@ class HFTStorage(HFTSlimFiles):
         check_keys(HFTRouterConfig, "router_config", router_config)
         _check_places(kwargs)
         download = _download(kwargs)
+        check_own_code(backbone, PreTrainedConfig.get_config_dict(backbone, **download)[0])
         text_config = AutoConfig.from_pretrained(backbone, **download)
         if text_config.model_type == HFTConfig.model_type:
             raise ValueError(f"'{backbone}' is an HFT model itself; load it with from_pretrained and use add_task.")
@@ -98,12 +108,12 @@ class HFTStorage(HFTSlimFiles):
             rank=rank,
             target_modules=target_modules,
             backbone=backbone,
-            backbone_revision=_commit(backbone, download),
+            backbone_revision=commit_of(backbone, download),
             dtype=text_config.dtype,
         )
         model = cls._load_backbone(config, attn_implementation=attn_implementation, **kwargs)
         for task in tree.names:
-            model.add_task(task, parents[task])
+            model.add_task(task, tree.parents(task))
         return model
 
     @classmethod
@@ -119,7 +129,7 @@ class HFTStorage(HFTSlimFiles):
         return model
 
     @classmethod
-    def _load_whole(cls, repo: str, *model_args: Any, **kwargs: Any):
+    def _load_whole(cls, repo: str | None, *model_args: Any, **kwargs: Any):
         """As `PreTrainedModel.from_pretrained`, but nothing that the model needs may be missing."""
         text_config = kwargs["config"].text_config
         given = kwargs.get("dtype", kwargs.get("torch_dtype"))
@@ -161,7 +171,7 @@ class HFTStorage(HFTSlimFiles):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | None,
         *model_args: Any,
         config: HFTConfig | str | os.PathLike | None = None,
         backbone: str | os.PathLike | None = None,
@@ -171,7 +181,8 @@ class HFTStorage(HFTSlimFiles):
         """Loads a saved HFT model, slim or full, as `PreTrainedModel.from_pretrained` does.
 
         Args:
-            pretrained_model_name_or_path: Hub id or folder of the HFT model (not of a backbone: see `from_backbone`).
+            pretrained_model_name_or_path: Hub id or folder of the HFT model (not of a backbone: see `from_backbone`); None
+                with a `config` and a whole `state_dict`, which knows of no routes.
             config: a config or where one is; read from the same place by default.
             backbone: where to take the backbone of a slim model from instead of where its config says.
             tasks: only these sealed tasks of a slim model and what they stand on; no other task's file is read. The router
@@ -184,6 +195,11 @@ class HFTStorage(HFTSlimFiles):
             ValueError: if files do not fit the config, the repository is not an HFT model, `tasks` names an unknown or
                 open one, or `device_map` offloads what HFT owns.
         """
+        if pretrained_model_name_or_path is None:
+            if not isinstance(config, HFTConfig) or kwargs.get("state_dict") is None:
+                raise ValueError("Without a folder or Hub id, from_pretrained takes a config and all of a state_dict.")
+            model, loading_info = cls._load_whole(None, *model_args, config=copy.deepcopy(config), **kwargs)
+            return (model, loading_info) if kwargs.get("output_loading_info") else model
         repo = os.fspath(pretrained_model_name_or_path)
         kwargs.pop("adapter_kwargs", None)  # carries this repository's commit, which is not the backbone's
         download = _download(kwargs)
@@ -200,6 +216,8 @@ class HFTStorage(HFTSlimFiles):
             config = config.only(tasks)
         config = copy.deepcopy(config)
         if not config.slim:
+            if backbone is not None:
+                raise ValueError(f"'{repo}' holds the full form, its backbone in it; load it without `backbone`.")
             model, loading_info = cls._load_whole(repo, *model_args, config=config, **kwargs)
             model._read_router(repo, config.router_config.tasks, **download)
             return (model, loading_info) if info else model
@@ -230,7 +248,8 @@ class HFTStorage(HFTSlimFiles):
         if model.can_generate() and kwargs.get("generation_config") is None:
             with contextlib.suppress(OSError):  # then the backbone's holds
                 model.generation_config = GenerationConfig.from_pretrained(repo, **download)
-        return (model, {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set()}) if info else model
+        as_found = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+        return (model, as_found) if info else model
 
     def save_pretrained(
         self,
@@ -261,6 +280,11 @@ class HFTStorage(HFTSlimFiles):
             TypeError: an unknown argument.
         """
         self._check_unmerged()
+        if getattr(self, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "A PEFT adapter is attached, which HFT's files do not hold: save its weights by themselves "
+                "(peft.get_peft_model_state_dict), and delete_adapter it first."
+            )
         kwargs = {name: value for name, value in kwargs.items() if name not in _NO_MATTER}
         if unknown := kwargs.keys() - _SAVE_ARGUMENTS:
             odd = min(unknown)
@@ -273,31 +297,11 @@ class HFTStorage(HFTSlimFiles):
             )
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
         hub = {name: kwargs.pop(name) for name in ("commit_message", "private", "token", "revision") if name in kwargs}
-        if slim and kwargs.get("variant"):
-            raise ValueError("The slim form has no variants; save_pretrained(..., slim=False, variant=...) has.")
-        if slim and self.config.backbone is None:
-            raise ValueError(
-                "This model was not built on a saved backbone, so a slim form could not name one; save it whole: "
-                "save_pretrained(..., slim=False)."
-            )
-        if self.config.backbone and os.path.realpath(save_directory) == os.path.realpath(self.config.backbone):
-            raise ValueError(
-                f"'{save_directory}' is the backbone's own folder, which would be overwritten; choose another."
-            )
-        check_keeps_others(self.config, save_directory)
-        if slim and form_in(save_directory) == "full" and not self._finds_backbone():
-            raise ValueError(
-                f"'{save_directory}' holds a model in the full form, backbone included, and '{self.config.backbone}', where "
-                "the slim form would look for the backbone, is not there; save with slim=False, or to another folder."
-            )
-        if kwargs.get("variant") and form_in(save_directory) == "slim":
-            raise ValueError(
-                f"'{save_directory}' holds a slim model, whose config.json a variant of the full form would overwrite; "
-                "choose another folder."
-            )
+        finds_backbone = self._check_place(save_directory, slim, kwargs.get("variant"))
         if is_main_process:
             # Weights of the other form, which a reader would take for this one's, and shards of an older save.
-            stale = ("model-*-of-*.safetensors", "model.*safetensors*" if slim else f"{SHARED_FILE}*")
+            own = ("model.*safetensors*",) if slim else (SHARED_FILE, f"{SHARED_FILE}.index.json")
+            stale = ("model-*-of-*.safetensors", *own)
             stale = () if kwargs.get("variant") else stale  # of which a folder may hold several
             with replacing(save_directory, stale=stale) as folder, disk_errors(save_directory):
                 if slim:
@@ -307,12 +311,13 @@ class HFTStorage(HFTSlimFiles):
                     super().save_pretrained(folder, state_dict=state_dict, save_original_format=False, **kwargs)
                 self._write_router(folder)
                 self._write_config_and_code(folder, slim)
+            if slim and not finds_backbone:
+                logger.warning(
+                    f"'{save_directory}' names the backbone '{self.config.backbone}', which is not there now; who loads it "
+                    "must say where it is: from_pretrained(..., backbone=...)."
+                )
         if push_to_hub:
             self.push_to_hub(repo_id, **hub)
-
-    def _finds_backbone(self) -> bool:
-        """Whether the backbone that the config names is there, as far as that can be told without a network."""
-        return os.path.isdir(self.config.backbone) or is_hub_id(self.config.backbone)
 
     def push_to_hub(
         self,
@@ -364,20 +369,6 @@ class HFTStorage(HFTSlimFiles):
 def _check_places(kwargs: Mapping[str, Any]) -> None:
     if odd := [name for name in ("subfolder", "variant") if kwargs.get(name)]:
         raise ValueError(f"`{odd[0]}` is not supported: a slim model could not say where its backbone is.")
-
-
-def _commit(repo: str, download: Mapping[str, Any]) -> str | None:
-    """The commit of a Hub repository's revision, so that the backbone never changes under its tasks; None for a folder."""
-    if os.path.isdir(repo):
-        return None
-    resolved = resolve_revision(
-        repo,
-        download.get("revision"),
-        token=download.get("token"),
-        local_files_only=download.get("local_files_only", False),
-        cache_dir=download.get("cache_dir"),
-    )
-    return resolved.resolved if isinstance(resolved, ResolvedRevision) else None
 
 
 def _download(kwargs: Mapping[str, Any]) -> dict[str, Any]:

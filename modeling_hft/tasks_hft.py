@@ -12,11 +12,11 @@ from .configuration_hft import check_rank
 from .gates_hft import HFTGateTable
 from .hierarchy_hft import check_new_name
 from .nodes_hft import flat
-from .owned_hft import HFTOwnership
+from .room_hft import HFTRoom
 from .trimmed_hft import HFTTrim
 
 
-class HFTTasks(HFTOwnership):
+class HFTTasks(HFTRoom):
     """The part of `HFTPreTrainedModel` that adds, starts, seals and removes tasks."""
 
     def gates(self, task: str) -> HFTGateTable:
@@ -128,6 +128,7 @@ class HFTTasks(HFTOwnership):
             ValueError: an unknown task, or one that others depend on.
         """
         self._check_unfolded()
+        self._check_inactive()
         self.hierarchy.check(name)
         removed, more = [], [name]
         while more:  # a refreshed task may read a node of a deeper level
@@ -168,12 +169,13 @@ class HFTTasks(HFTOwnership):
         (`add_task` made them what their parents were then.) A task whose node is no longer silent is left as it is.
 
         Args:
-            tasks: of one level; what they stand on is sealed.
+            tasks: one level, as a rule, on what is sealed; that a task's ground may not move under it, `seal` sees to.
             writers: those of them that write the page; None: all. Without any there is no page.
 
         Raises:
-            ValueError: if one of them is unknown or sealed, or one of `writers` is not of the stage.
+            ValueError: if one of them is unknown or sealed, or one of `writers` is not of the stage; or within `activate`.
         """
+        self._check_inactive()
         tasks = self._each_once(tasks)
         for writer in writers or ():
             self.hierarchy.check(writer)
@@ -182,12 +184,13 @@ class HFTTasks(HFTOwnership):
         self.set_trainable(tasks)  # checks the names before anything changes
         new = [task for task in tasks if not self._has_learnt(task)]
         without = [task for task in new if self._open_page(task) is None and (writers is None or task in writers)]
-        if without and self.config.memory_config.read != "off":
-            self._add_page(without)
-        sealed = [page["id"] for page in self.config.pages if page["sealed"]]
-        for task in new:
-            own = self._open_page(task)
-            self._begin_as_parents(task, sealed if own is None else [*sealed, own])
+        with torch.inference_mode(False):
+            if without and self.config.memory_config.read != "off":
+                self._add_page(without)
+            sealed = [page["id"] for page in self.config.pages if page["sealed"]]
+            for task in new:
+                own = self._open_page(task)
+                self._begin_as_parents(task, sealed if own is None else [*sealed, own])
         self.set_trainable(tasks)
 
     def _each_once(self, tasks: Iterable[str]) -> list[str]:
@@ -233,56 +236,6 @@ class HFTTasks(HFTOwnership):
         own = self._open_page(task)  # a sibling may have written it already, if the stage is started again
         silent = [str(page["id"]) for page in self.config.pages if page["id"] == own or not self._is_written(page)]
         self.hft_gates.reset_parameters(task, {name: self.sources(name) for name in (task, *parents)}, parents, silent)
-
-    def _make_node(self, task: Mapping[str, Any]) -> None:
-        """Empty factors for a task: float32 while it can still learn, the model's dtype once it is sealed."""
-        for name, device in self._device_of().items():
-            self.hft_nodes[flat(name)].add(task["name"], task["rank"], _dtype(task), device)
-
-    def _make_gates(self, task: str) -> None:
-        self.hft_gates.add(task, len(self.sources(task)), self._main_device())
-
-    def _make_page(self, page: Mapping[str, Any]) -> None:
-        for name, device in self._device_of().items():
-            if flat(name) in self.hft_memory:
-                self.hft_memory[flat(name)].add(str(page["id"]), page["slots"], _dtype(page), device)
-
-    def _make_room(self) -> None:
-        """Empty parameters for all that the config lists and the model lacks; none for pages that it no longer lists."""
-        listed = {str(page["id"]) for page in self.config.pages}
-        for memory in self.hft_memory.values():
-            for gone in set(memory.names()) - listed:
-                memory.remove(gone)
-        nodes, memory = next(iter(self.hft_nodes.values())), next(iter(self.hft_memory.values()), None)
-        for page in self.config.pages:
-            if memory is not None and str(page["id"]) not in memory.names():
-                self._make_page(page)
-        for task in self.config.tasks:
-            if task["name"] not in nodes.names() or len(nodes.pair(task["name"])[0]) != task["rank"]:
-                self._make_node(task)
-            if task["name"] not in self.hft_gates.tasks() or (
-                self.hft_gates.of(task["name"]).shape[1] != len(self.sources(task["name"]))
-            ):
-                self._make_gates(task["name"])
-
-    def _device_of(self) -> dict[str, torch.device]:
-        """Where the weight of each adapted linear is, or what stands beside it should be."""
-        main = self._main_device()
-        devices = {name: self.base_model.get_submodule(name).weight.device for name in self._layer_of}
-        return {name: main if device.type == "meta" else device for name, device in devices.items()}
-
-    def _place_own(self) -> None:
-        """Puts nodes and pages beside their linears, and the gates where the model begins, wherever loading put them."""
-        for name, device in self._device_of().items():
-            self.hft_nodes[flat(name)].to(device)
-            if flat(name) in self.hft_memory:
-                self.hft_memory[flat(name)].to(device)
-        self.hft_gates.to(self._main_device())
-
-    def _main_device(self) -> torch.device:
-        """That of the embeddings, else the first; "meta" (offloaded, or not loaded yet) only if all weights are there."""
-        weights = (self.backbone.get_input_embeddings().weight, *self.backbone.parameters())
-        return next((weight.device for weight in weights if weight.device.type != "meta"), weights[0].device)
 
     def set_trainable(self, tasks: Iterable[str]) -> None:
         """Makes what these tasks train trainable, and nothing else: see `learning_parameters`.
@@ -381,8 +334,3 @@ def forked_rng(model: HFTTasks) -> contextlib.AbstractContextManager[None]:
 def _listed(parents: Any) -> Any:
     """Parents as a list, once, since they may be a generator; what `Hierarchy` refuses, as it is."""
     return parents if parents is None or isinstance(parents, str) else list(parents)
-
-
-def _dtype(entry: Mapping[str, Any]) -> torch.dtype:
-    """Of a task's or a page's factors."""
-    return torch.get_default_dtype() if entry["sealed"] else torch.float32

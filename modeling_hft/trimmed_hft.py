@@ -118,6 +118,7 @@ class HFTTrimming:
 
     def _check_trim(self, task: str, rows: Sequence[Any], tolerance: float) -> None:
         self._check_unfolded()
+        self._check_inactive()
         if self.config.task(task)["sealed"]:
             raise ValueError(f"Task {task!r} is sealed and never changes; trim a task before it is sealed.")
         if not tolerance >= 0:

@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
 
+from .backbone_hft import is_hub_id
 from .configuration_hft import HFTConfig
 from .files_hft import ROUTER_FILE, SHARED_FILE
 from .slim_hft import files_left, read_config
@@ -41,17 +41,6 @@ def check_shareable(config: HFTConfig) -> None:
             f"The backbone is '{config.backbone}', a folder of this machine: others could not load the model. Build it on a "
             "Hub id, or set `backbone` in its config to the id that the folder came from."
         )
-
-
-def is_hub_id(backbone: str) -> bool:
-    """Whether a backbone's name can only be that of a repository on the Hub: not a folder's, here or elsewhere."""
-    if os.path.isdir(backbone):
-        return False
-    try:
-        validate_repo_id(backbone)
-    except HFValidationError:  # a path
-        return False
-    return True
 
 
 def upload(
