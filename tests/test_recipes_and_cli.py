@@ -161,7 +161,8 @@ def test_numbers_are_read_as_their_field_takes_them(tmp_path):
     (tmp_path / "r.yaml").write_text("backbone: x\nhierarchy: {a: []}\n")
     given = {"warmup_steps": "1e-1", "save_steps": "1e2", "eval_steps": "5e-1", "max_steps": "1e3",
              "rank_tolerance": "1e-2", "save_total_limit": "2e0", "output_dir": "1e2", "train_samples": "1e1",
-             "llm_int8_threshold": "5e0", "seed": 4.0, "resume_from_checkpoint": True, "include_for_metrics": ["loss"],
+             "llm_int8_threshold": "5e0", "load_in_8bit": True,
+             "seed": 4.0, "resume_from_checkpoint": True, "include_for_metrics": ["loss"],
              "rank": "1e1", "dtype": "auto"}  # fmt: skip
     recipe = read_recipe(tmp_path / "r.yaml", given)
     assert recipe.training == {
@@ -171,7 +172,7 @@ def test_numbers_are_read_as_their_field_takes_them(tmp_path):
     }  # fmt: skip
     assert type(recipe.training["max_steps"]) is type(recipe.training["seed"]) is int and recipe.train_samples == 10
     assert recipe.model == {"rank": 10, "dtype": "auto"}
-    assert recipe.quantization == {"llm_int8_threshold": 5.0}
+    assert recipe.quantization == {"llm_int8_threshold": 5.0, "load_in_8bit": True}
     config = HFTTrainingConfig(**{**recipe.training, "bf16": False})
     assert (config.get_warmup_steps(1000), config.save_steps) == (100, 100)
     for key, value, message in (

@@ -143,7 +143,7 @@ def test_a_refreshed_task_has_no_score_until_it_is_scored_again():
     stages = [{"level": 1, "tasks": ["a"], "log": [], "scores": {"a": scores["a"]}},
               {"level": 2, "tasks": ["b"], "log": [], "scores": scores}]  # fmt: skip
     record = RunRecord(stages=stages).after_refresh("a")
-    assert record.matrix() == [{"b": 55.0}] and record.scored_levels() == [2]
+    assert record.matrix() == [{"b": 55.0}] and record.scored_stages() == ["2"]
     assert record.measures()["average_performance"] == 55.0
     assert record.after_refresh("b").matrix() == [] and record.after_refresh("b").measures() == {}
 

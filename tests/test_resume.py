@@ -288,7 +288,7 @@ class TestRecord:
     def test_a_stage_that_nobody_tested_leaves_the_last_scores(self):
         later = replace(self.record, stages=[*self.record.stages, {"level": 3, "tasks": ["late"], "log": []}])
         assert later.last_scores() == self.record.stages[1]["scores"] and RunRecord().last_scores() == {}
-        assert later.scored_levels() == [1, 2] and len(later.stages) == 3
+        assert later.scored_stages() == ["1", "2"] and len(later.stages) == 3
 
     def test_without_a_task(self):
         left = self.record.without(["b"])

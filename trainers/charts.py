@@ -9,6 +9,7 @@ from typing import Any
 
 from hft.gates_hft import HFTGateTable
 
+from .run_record import stage_names
 from .transfer import Matrix
 
 
@@ -55,11 +56,11 @@ def heat_map(
     return figure
 
 
-def matrix_chart(matrix: Matrix, before: Mapping[str, float], levels: Sequence[int]) -> Any:
-    """The task-by-stage matrix of scores, the backbone's in the first row; `levels` are those of its stages."""
+def matrix_chart(matrix: Matrix, before: Mapping[str, float], stages: Sequence[str]) -> Any:
+    """The task-by-stage matrix of scores, the backbone's in the first row; `stages` are the names of its stages."""
     names = list(matrix[-1])
     rows = ([dict(before)] if before else []) + [dict(row) for row in matrix]
-    labels = (["backbone"] if before else []) + [f"after stage {level}" for level in levels]
+    labels = (["backbone"] if before else []) + [f"after stage {name}" for name in stages]
     return heat_map([[row.get(name) for name in names] for row in rows], labels, names, "Score of each task (%)")
 
 
@@ -83,7 +84,7 @@ def curves_chart(stages: Sequence[Mapping[str, Any]]) -> Any:
     wide = max(3.4, 1.4 + 0.07 * longest)  # inches a panel; what tells the curves apart stands below it
     figure = new_figure(max(4.0, wide * len(stages)), 3.0 + 0.2 * max(len(stage["tasks"]) for stage in stages))
     panels = figure.subplots(1, len(stages), squeeze=False, sharey=True)[0]
-    for axes, stage in zip(panels, stages, strict=True):
+    for axes, stage, name in zip(panels, stages, stage_names(stages), strict=True):
         for place, task in enumerate(stage["tasks"]):
             points = [(entry["step"], entry[f"{task}_loss"]) for entry in stage["log"] if f"{task}_loss" in entry]
             line, marker = _STYLES[place % len(_STYLES)]
@@ -91,7 +92,7 @@ def curves_chart(stages: Sequence[Mapping[str, Any]]) -> Any:
             axes.plot(
                 *zip(*points, strict=True), line, marker=marker, color=grey, label=task, linewidth=1.2, markersize=4
             ) if points else axes.plot([], [], line, marker=marker, color=grey, label=f"{task} (not logged)")
-        axes.set_title(f"Stage {stage['level']}", fontsize=10)
+        axes.set_title(f"Stage {name}", fontsize=10)
         axes.set_xlabel("optimizer step")
         axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
@@ -99,15 +100,15 @@ def curves_chart(stages: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
-def scores_chart(matrix: Matrix, levels: Sequence[int]) -> Any:
-    """The score of each task over the stages of these levels: flat lines are what is not forgotten."""
+def scores_chart(matrix: Matrix, stages: Sequence[str]) -> Any:
+    """The score of each task over the stages of these names: flat lines are what is not forgotten."""
     figure = new_figure(max(4.0, 1.2 + 1.1 * len(matrix)), 3.0)
     axes = figure.subplots()
     for place, task in enumerate(matrix[-1]):
         points = [(stage, row[task]) for stage, row in enumerate(matrix, start=1) if task in row]
         line, marker = _STYLES[place % len(_STYLES)]
         axes.plot(*zip(*points, strict=True), line, marker=marker, color=str(0.55 * (place % 3) / 2), label=task)
-    axes.set_xticks(range(1, len(matrix) + 1), map(str, levels))
+    axes.set_xticks(range(1, len(matrix) + 1), stages)
     axes.set_xlabel("after stage")
     axes.set_ylabel("score (%)")
     axes.set_ylim(0, 102)

@@ -1,6 +1,7 @@
 """The command `hft`."""
 
 import argparse
+import io
 import logging
 import re
 import sys
@@ -23,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 2 if what was asked for is wrong (a key, a task name, a hierarchy); 1 if it cannot be done here.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a tree's branches is no reason to stop
+            stream.reconfigure(errors="replace")
     parser = _parser()
     argv = sys.argv[1:] if argv is None else argv
     args, rest = parser.parse_known_args(argv)
@@ -242,9 +246,11 @@ def _check_plan(args: argparse.Namespace) -> None:
 
 
 def _outside(error: Exception) -> str:
-    """What a disk or a network did that came as no OSError, in words; empty for anything else."""
+    """What a disk, a network or a template did that came as no OSError, in words; empty for anything else."""
     if type(error).__module__.startswith("httpx"):
         return f"The Hub cannot be reached: {error}."
+    if type(error).__module__.startswith("jinja2"):
+        return f"The chat template cannot be used: {error}."
     return str(error) if re.search(r"\(os error \d+\)", str(error)) else ""  # of tokenizers, safetensors
 
 

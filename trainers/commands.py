@@ -43,7 +43,7 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     set_seed(config.seed)
     tokenizer = tokenizer_of(recipe)
     data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy if task not in learnt}
-    goes_by_losses = config.eval_strategy != "no" or config.rank_tolerance is not None
+    goes_by_losses = config.eval_strategy != "no" or config.eval_on_start or config.rank_tolerance is not None
     checks = {t: load_task(recipe, t, "validation", tokenizer) for t in data} if goes_by_losses else None
     samples = recipe.stage_eval_samples
     tests = {t: test_set(recipe, t, "validation", tokenizer, samples) for t in recipe.tasks()} if samples else None
@@ -128,6 +128,7 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from .loading import load_tokenizer
     from .model_card import renew_model_card
     from .recipe_data import load_task
+    from .recipe_model import load_again
     from .row_tokens import has_answer, tokenize_rows
     from .run_record import RunRecord
 
@@ -156,9 +157,7 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
             data[task].append(list(filter(has_answer, rows)))
             if not data[task][-1]:
                 raise ValueError(f"`max_length`={cut[0]} cuts off all answers of task {task!r} ({split}): raise it.")
-    model = hft.HFTForCausalLM.from_pretrained(
-        args.model, quantization_config=recipe.quantization_config(), device_map="auto"
-    )
+    model = load_again(recipe, args.model, device_map="auto")
     for task, (rows, checks) in data.items():
         result = model.refresh_gates(task, rows, validation=checks, num_steps=args.steps, batch_size=args.batch_size)
         if result.kept:
@@ -276,8 +275,8 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
     width = max(16, *(len(task) + 2 for task in chosen))
     print(f"Scores (%) on {args.split} rows, ± standard error\n")
     print(f"{'task':<{width}}{'rows':>6}" + "".join(f"{title:>16}" for title, _ in columns.values()))
-    for task in chosen:
-        data = test_set(recipe, task, args.split, tokenizer)
+    sets = {task: test_set(recipe, task, args.split, tokenizer) for task in chosen}  # before any is scored
+    for task, data in sets.items():
         cells = {}
         for column, (_title, active) in columns.items():
             which = task if active == "" else active
@@ -286,8 +285,8 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
         results[task] = {"rows": len(data.rows), "metric": metric_name(data.score), **cells}
         shown = [f"{cells[column]:.1f} ± {cells[f'{column}_se']:.1f}" for column in columns]
         print(f"{task:<{width}}{len(data.rows):>6}" + "".join(text.rjust(16) for text in shown), flush=True)
-    if args.out is not None:
-        write_json(args.out, {"model": args.model, "split": args.split, "tasks": results})
+        if args.out is not None:  # as far as it has come
+            write_json(args.out, {"model": args.model, "split": args.split, "tasks": results})
 
 
 def report(args: argparse.Namespace, _: dict[str, Any]) -> None:
@@ -340,14 +339,13 @@ def _measure(args: argparse.Namespace, record: Any) -> None:
 
 def _with_recipe(args: argparse.Namespace) -> tuple[Any, Any, Any, list[str]]:
     """The recipe of the data, the model, its tokenizer, and those of its tasks that the recipe describes."""
-    import hft
-
     from .loading import load_tokenizer
+    from .recipe_data import check_metrics
+    from .recipe_model import load_again
 
     recipe = _recipe_of(args)
-    model = hft.HFTForCausalLM.from_pretrained(
-        str(args.model), quantization_config=recipe.quantization_config(), device_map="auto"
-    )
+    check_metrics(recipe)
+    model = load_again(recipe, str(args.model), device_map="auto")
     tasks = [task for task in model.hierarchy.names if task in recipe.tasks()]
     if not tasks:
         raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")

@@ -23,6 +23,11 @@ class HFTHeldOut:
         """As SFTTrainer's; `eval_dataset` takes the forms that the trainer takes. Mastery goes by the trainer's own only."""
         given = eval_dataset is not None and not isinstance(eval_dataset, str)
         if isinstance(eval_dataset, str) and eval_dataset not in (known := list(self.eval_dataset or {})):
+            if self._is_in_stage and eval_dataset in self._task_names:
+                raise ValueError(
+                    f"The task {eval_dataset!r} is not of this stage ({', '.join(self.stage.tasks)}); while it trains, give "
+                    f"that task's rows: evaluate({{{eval_dataset!r}: rows}})."
+                )
             raise ValueError(
                 f"`eval_dataset` has no rows of the task {eval_dataset!r}. {nearest(eval_dataset, known)}"
             )
@@ -69,6 +74,8 @@ class HFTHeldOut:
         judge, is_training, begin = self.mastery, self.model.training, len(self.state.log_history)
         if others:
             self.mastery = Mastery([])
+            # With persistent workers the Trainer keeps a loader a name, and has one name for all rows that it is given.
+            getattr(self, "_eval_dataloaders", {}).pop("eval", None)
         try:
             yield
         finally:

@@ -11,6 +11,7 @@ from typing import Any
 from accelerate.utils import is_compiled_module
 from torch import accelerator
 from transformers import EarlyStoppingCallback
+from transformers.trainer_utils import HubStrategy
 from trl import SFTConfig
 
 from hft.configuration_hft import HFTMemoryConfig
@@ -142,6 +143,14 @@ class HFTTrainingConfig(SFTConfig):
                     f"`{name}` is not supported: each stage evaluates other tasks, so no one metric could choose for all of "
                     "them. To stop early, set `mastery_patience` or `mastery_accuracy`."
                 )
+        for name in ("bf16_full_eval", "fp16_full_eval"):
+            if getattr(self, name):
+                raise ValueError(f"`{name}` would round the model itself, with what tasks have learnt; leave it out.")
+        if self.hub_strategy != HubStrategy.EVERY_SAVE:
+            raise ValueError(
+                f"`hub_strategy` is {str(self.hub_strategy)!r}, and HFT pushes the model whenever a stage is learnt; leave "
+                "it out."
+            )
         if self.has_mastery() and self.fp16:
             raise ValueError(
                 "`fp16` does not go with `mastery_accuracy` or `mastery_patience`: its scaler cannot pass over the steps of "

@@ -39,6 +39,7 @@ from .task_data import (
     OneTaskCollator,
     TaskDatasets,
     alone,
+    check_completions,
     check_messages,
     check_tokens,
     is_tagged,
@@ -209,11 +210,8 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
                     if is_tokenized
                     else {"prompt", "completion"} <= set(rows.column_names)
                 )
-            if formatting_func is not None and self.completion_only_loss and not is_tokenized:  # here, too
-                raise ValueError(
-                    f"`formatting_func` is given, and the rows of task {task!r} have prompts and completions, which it "
-                    "would join, so that prompts were learnt; format them beforehand, or set `completion_only_loss=False`."
-                )
+            if not is_tokenized:
+                check_completions(task, rows, args.completion_only_loss, formatting_func)
             try:
                 if args.assistant_only_loss:  # here, too
                     check_messages(task, rows)
@@ -270,9 +268,11 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         if task in self.mastery.mastered:
             # It passes without computing, so that order, schedule and resuming stay what they are.
             self._average_gradients()  # of what others learn in the same step
+            self._means.passed += 1
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
         self._average_gradients()
+        self._means.computed += 1
         self._stepping.add(task)
         if task not in self._checked:
             self._checked.add(task)
@@ -365,6 +365,7 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         """As SFTTrainer's, with the stage."""
         if self.stage is not None:
             logs["stage"] = self.stage.level
+        self._means.of_computed(logs)
         self._means.take_the_place(self._metrics, "train" if self.model.training else "eval")
         super().log(logs, start_time)
         self.log_history.append(dict(self.state.log_history[-1]))

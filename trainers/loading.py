@@ -44,4 +44,11 @@ def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             config.backbone, revision=config.backbone_revision, trust_remote_code=False
         )
-    return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise OSError(
+            f"The tokenizer in '{model}' cannot be read ({error}); copy it from the backbone again."
+        ) from error

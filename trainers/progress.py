@@ -27,9 +27,9 @@ def _in_words(logs: dict[str, Any], state: Any, stage: Stage | None, mastery: Ma
     if any(name.startswith("score/") for name in logs):
         return ""
     where, tasks = f"step {state.global_step}/{state.max_steps}: ", stage.tasks if stage is not None else ()
-    if "loss" in logs and "learning_rate" in logs:
+    if "learning_rate" in logs:
         losses = ", ".join(f"{task} {logs[f'{task}_loss']:.3f}" for task in tasks if f"{task}_loss" in logs)
-        if not losses and mastery.mastered:
+        if "loss" not in logs or (not losses and mastery.mastered):
             return f"{where}nothing to learn, the tasks of these steps are mastered"
         losses = f" ({losses})" if losses else ""  # a loss of one's own need not say whose it is
         return f"{where}loss {logs['loss']:.3f}{losses}, learning rate {logs['learning_rate']:.2g}"

@@ -17,6 +17,9 @@ from .row_tokens import shortened
 from .task_files import find_split, read_rows
 
 
+_FOR_TEMPLATES = ("tools", "chat_template_kwargs")  # what a row hands to the chat template: a recipe's rows nothing
+
+
 def load_task(
     recipe: Recipe, task: str, split: str, tokenizer: PreTrainedTokenizerBase, scored: bool = False
 ) -> Dataset:
@@ -51,7 +54,8 @@ def load_task(
     if samples is not None:
         rows = rows.shuffle(seed=0).select(range(min(samples, len(rows))))
     convert = functools.partial(to_chat, tokenizer=tokenizer, max_input_tokens=recipe.max_input_tokens)
-    gone = ["instruction", "input", "output"] if scored else rows.column_names
+    gone = ["instruction", "input", "output", *_FOR_TEMPLATES] if scored else rows.column_names
+    gone = [name for name in gone if name in rows.column_names]
     return rows.map(convert, remove_columns=gone, desc=f"Reading {task} ({split})")
 
 

@@ -53,7 +53,7 @@ def model_of(recipe: Recipe) -> PreTrainedModel:
         return hft.HFTForCausalLM.from_backbone(
             recipe.backbone, recipe.hierarchy, quantization_config=recipe.quantization_config(), **recipe.model
         )
-    model = load_again(recipe, attn_implementation="auto")
+    model = load_again(recipe, recipe.from_model, attn_implementation="auto")
     tree = model.hierarchy.extended(recipe.hierarchy)
     for task in tree.names:
         if task not in model.hierarchy:
@@ -61,14 +61,14 @@ def model_of(recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def load_again(recipe: Recipe, **defaults: Any) -> PreTrainedModel:
-    """The model that a recipe goes on from, held as the recipe says; where it says nothing, in 4 bit if it was trained so.
+def load_again(recipe: Recipe, where: str, **defaults: Any) -> PreTrainedModel:
+    """A saved model, held as a recipe says; where it says nothing, in 4 bit if it was trained so.
 
     Args:
-        recipe: with `from_model`.
+        recipe: of its training, or of one that goes on from it.
+        where: folder or Hub id of the model.
         defaults: what of `attn_implementation`, `dtype` and `device_map` the recipe may leave out.
     """
-    where = recipe.from_model
     if not recipe.quantization and (held := RunRecord.load(Path(where)).quantization):
         recipe.quantization = held
     how = {**defaults, **{key: recipe.model[key] for key in HOW_TO_LOAD if key in recipe.model}}

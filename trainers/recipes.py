@@ -78,7 +78,8 @@ class Recipe:
     def quantization_config(self) -> BitsAndBytesConfig | None:
         """How to quantise the backbone; None: not at all. ValueError for values that it does not take."""
         try:
-            return BitsAndBytesConfig(**self.quantization) if self.quantization else None
+            config = BitsAndBytesConfig(**self.quantization)
+            return config if config.load_in_4bit or config.load_in_8bit else None  # transformers would take 4 bit
         except TypeError as error:
             raise ValueError(f"A key of BitsAndBytesConfig has a wrong value: {error}.") from error
 
@@ -190,6 +191,9 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         quantization=sections["quantization"],
         training=sections["training"],
     )
+    for place in ("data", "backbone", "from_model"):
+        if isinstance(value := getattr(recipe, place), str):
+            setattr(recipe, place, os.path.expanduser(value))
     if not isinstance(recipe.hierarchy, dict):
         raise ValueError(f"`hierarchy` is {recipe.hierarchy!r}; give `task: [parents]` lines.")
     for task, parents in recipe.hierarchy.items():
@@ -224,6 +228,12 @@ def _check_loading(recipe: Recipe) -> None:
     if (kind := recipe.quantization.get("bnb_4bit_quant_type", "nf4")) not in ("nf4", "fp4"):
         raise ValueError(f"`bnb_4bit_quant_type` is {kind!r}; it must be nf4 or fp4.")
     recipe.quantization_config()
+    if recipe.quantization and not recipe.quantization.keys() & {"load_in_4bit", "load_in_8bit"}:
+        key = min(recipe.quantization)
+        raise ValueError(
+            f"`{key}` says how a backbone is held in few bits, and nothing says that it is; add `load_in_4bit: true`, or "
+            f"leave `{key}` out."
+        )
 
 
 def _check_datasets(recipe: Recipe, tree: Hierarchy) -> None:

@@ -79,9 +79,9 @@ def _figures(gates: Mapping[str, HFTGateTable], record: RunRecord) -> dict[str, 
         found["gates"] = (alt, gates_chart(list(gates.values())))
     if matrix := record.matrix():
         before = {task: score["score"] for task, score in record.before.items()}
-        levels = record.scored_levels()
-        found["matrix"] = ("The score of each task after each stage.", matrix_chart(matrix, before, levels))
-        found["scores"] = ("The same as lines: what is flat is not forgotten.", scores_chart(matrix, levels))
+        stages = record.scored_stages()
+        found["matrix"] = ("The score of each task after each stage.", matrix_chart(matrix, before, stages))
+        found["scores"] = ("The same as lines: what is flat is not forgotten.", scores_chart(matrix, stages))
     if logged := [stage for stage in record.stages if any("loss" in entry for entry in stage["log"])]:
         found["loss"] = ("The training loss of each task.", curves_chart(logged))
     if record.cross:

@@ -3,7 +3,7 @@
 import functools
 import json
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -178,15 +178,16 @@ class RunRecord:
             joining = {rename.get(task, task): value for task, value in getattr(other, name).items()}
             return {**joining, **getattr(self, name)}
 
-        return RunRecord(data=both("data"), before=both("before"), start=both("start"))
+        held = self.quantization if self.quantization == other.quantization else None
+        return RunRecord(data=both("data"), before=both("before"), start=both("start"), quantization=held)
 
     def matrix(self) -> list[dict[str, float]]:
         """The task-by-stage matrix of scores, see `transfer`; only the stages that were scored."""
         return [{task: score["score"] for task, score in row.items()} for row in self._scores()]
 
-    def scored_levels(self) -> list[int]:
-        """The level of each stage of the matrix: a stage that was not scored, as of a family's root alone, is not in it."""
-        return [stage["level"] for stage in self.stages if self._known(stage)]
+    def scored_stages(self) -> list[str]:
+        """The names of the matrix's stages: a stage that was not scored, as of a family's root alone, is not in it."""
+        return stage_names([stage for stage in self.stages if self._known(stage)])
 
     def last_scores(self) -> dict[str, dict[str, Any]]:
         """What tasks scored after the last stage that was tested, unless their gates have changed since."""
@@ -219,6 +220,15 @@ class RunRecord:
             "backward_transfer": backward_transfer(matrix),
             "forward_transfer": forward_transfer(start, before),
         }
+
+
+def stage_names(stages: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The level of each stage, and its tasks, too, where another one, of a later training, has the same."""
+    levels = [stage["level"] for stage in stages]
+    return [
+        str(level) if levels.count(level) == 1 else f"{level}: {', '.join(stage['tasks'])[:24]}"
+        for level, stage in zip(levels, stages, strict=True)
+    ]
 
 
 def write_json(path: Path, values: Any) -> None:

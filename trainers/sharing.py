@@ -118,7 +118,7 @@ class HFTSharing:
         print(f"After {stage}: {in_words(scores)}", flush=True)
         if is_matplotlib_available():
             before = {task: score["score"] for task, score in self.record.before.items()}
-            figure = matrix_chart(self.record.matrix(), before, self.record.scored_levels())
+            figure = matrix_chart(self.record.matrix(), before, self.record.scored_stages())
             show_picture(self.callback_handler.callbacks, "score of each task after each stage", figure, stage.level)
 
     def _save_record(self) -> None:

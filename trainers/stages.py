@@ -120,7 +120,7 @@ class HFTStages:
         )
         self._checked, self._stepping, self._sampler = set(), set(), self.make_sampler()
         self._metrics["train"].clear()  # what the stage before had not logged yet
-        self._means.clear("train")
+        self._means.begin_stage()
         # Dropout and noise do not depend on what came before, which a resumed run has not drawn.
         set_seed(self.args.seed)
         self.model.start_stage(stage.tasks, self.args.writers(stage.tasks, self.model.config.memory_config))
@@ -328,10 +328,12 @@ class HFTStages:
 
 
 def mean_loss(log_history: Sequence[dict[str, Any]]) -> float:
-    """The mean training loss of the steps that were logged; 0 if none was."""
-    total, last = 0.0, 0
+    """The mean training loss of the steps that were logged, without those in which nothing was learnt; 0 if none was."""
+    total, count, last = 0.0, 0, 0
     for logs in log_history:
         if "loss" in logs:
             total += logs["loss"] * (logs["step"] - last)
+            count += logs["step"] - last
+        if "loss" in logs or "learning_rate" in logs:
             last = logs["step"]
-    return total / last if last else 0.0
+    return total / count if count else 0.0

@@ -186,6 +186,38 @@ def _is_predicted(labels: Sequence[int], lengths: Sequence[int]) -> bool:
     return any(label != -100 and place not in firsts for place, label in enumerate(labels))
 
 
+def check_completions(
+    task: str, rows: Dataset, only: bool | None, formatting_func: Callable[[dict], str] | None
+) -> None:
+    """Whether a task's rows have no labels yet, and go together with a loss of completions only.
+
+    Args:
+        task: its name.
+        rows: not tokenised yet.
+        only: `completion_only_loss`; None: where rows have prompts and completions.
+        formatting_func: as for `HFTTrainer`.
+
+    Raises:
+        ValueError: a column that would be taken for labels, or whole rows would be learnt.
+    """
+    if "labels" in rows.column_names:
+        raise ValueError(
+            f"The rows of task {task!r} have a column 'labels' and are not tokenised; 'labels' are token ids, one for each "
+            "of 'input_ids': rename the column, or remove it."
+        )
+    has_completions = {"prompt", "completion"} <= set(rows.column_names)
+    if only and not has_completions:
+        raise ValueError(
+            f"`completion_only_loss` is set, and the rows of task {task!r} have no prompts and completions, so all of them "
+            "would be learnt; leave it out (for messages there is `assistant_only_loss`)."
+        )
+    if formatting_func is not None and (has_completions if only is None else only):
+        raise ValueError(
+            f"`formatting_func` is given, and the rows of task {task!r} have prompts and completions, which it would join, "
+            "so that prompts were learnt; format them beforehand, or set `completion_only_loss=False`."
+        )
+
+
 def check_messages(task: str, rows: Dataset) -> None:
     """Raises ValueError if a task's rows are no messages, of which `assistant_only_loss` could score the assistant's."""
     if not is_conversational(rows[0]):

@@ -72,10 +72,11 @@ def read_rows(file: Path, task: str) -> Dataset:
     columns = dict.fromkeys(key for row in rows for key in row)
     try:
         data = Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
-    except ArrowException as error:
+    except (ArrowException, OverflowError) as error:
         further = ", ".join(repr(key) for key in columns if key not in ROW_KEYS)
         raise ValueError(
-            f"'{file}' (task {task!r}) cannot be read: a further key ({further}) has values of several kinds: {error}."
+            f"'{file}' (task {task!r}) cannot be read: a further key ({further}) has values of several kinds, or too large "
+            f"ones: {error}."
         ) from error
     return data.cast_column("options", List(Value("string")))  # where all are empty, their type is unknown
 

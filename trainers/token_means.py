@@ -1,4 +1,4 @@
-"""Means over tokens for the log. TRL takes the mean over batches: one short row would count as much as eight long ones."""
+"""Means for the log, over tokens: TRL's are over batches, where one short row would count as much as eight long ones."""
 
 from collections import defaultdict
 from collections.abc import MutableMapping
@@ -9,6 +9,21 @@ class TokenMeans:
 
     def __init__(self):
         self._sums: dict[str, dict[str, tuple[float, float]]] = {"train": {}, "eval": {}}
+        self.computed, self.passed = 0, 0  # micro-batches since the last log: that learnt, and of tasks that have left
+
+    def begin_stage(self) -> None:
+        """Forgets what was not logged yet."""
+        self.clear("train")
+        self.computed, self.passed = 0, 0
+
+    def of_computed(self, logs: MutableMapping[str, float]) -> None:
+        """Makes the Trainer's mean loss one over the micro-batches that learnt, and takes it away where none did."""
+        if "loss" in logs and self.passed:
+            logs["loss"] *= (self.computed + self.passed) / max(self.computed, 1)
+            for name in ("loss", "grad_norm") if not self.computed else ():
+                logs.pop(name, None)
+        if "learning_rate" in logs:
+            self.computed, self.passed = 0, 0
 
     def clear(self, mode: str) -> None:
         """Forgets one mode's sums."""

@@ -31,6 +31,8 @@ def check_trackers(report_to: Iterable[str]) -> None:
         ValueError: an unknown tracker, or one whose package is not installed.
     """
     for name in report_to:
+        if name == "none":
+            raise ValueError("`report_to` names 'none' beside others; give it alone, or leave it out.")
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
                 f"`report_to` names the tracker {name!r}. {nearest(name, [*INTEGRATION_TO_CALLBACK, 'none'])}"
