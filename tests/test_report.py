@@ -117,8 +117,8 @@ def test_a_source_is_switched_off_and_on_again_to_the_bit(backbones, tokenizer):
 
 
 def test_advice_in_words():
-    def source(drop, error, gate=1.0):
-        return {"drop": drop, "drop_se": error, "gate": gate}
+    def source(drop, error, gate=1.0, score=50.0):
+        return {"score": score, "drop": drop, "drop_se": error, "gate": gate}
 
     sources = {
         "yelp": {"sst2": source(4.1, 1.0), "page:1": source(0.0, 0.0, 0.0), "yelp": source(30.0, 2.0)},
@@ -134,6 +134,7 @@ def test_advice_in_words():
     ]
     cross["yelp"]["copa"]["drop_se"] = 21.0  # of the differences row by row
     assert len(advice({"yelp": ["sst2"], "copa": ["rte"]}, sources, cross)) == 4
+    assert advice({"d": ["b"]}, {"d": {"b": source(0.0, 0.0, score=0.0)}}, {}) == []  # always wrong, with b and without
     two = {"d": {"b": source(20.0, 1.0), "c": source(0.1, 1.0)}}
     assert advice({"d": ["b", "c"]}, two, {})[1].endswith("its parent c (+0.1 ± 1.0 points): it could do without.")
 

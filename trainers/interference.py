@@ -115,7 +115,7 @@ def advice(
                     f"{what} is in the way of {task}, which gains {points} points without it: refresh its gates "
                     "(`hft refresh`)."
                 )
-            elif source in parents.get(task, ()):
+            elif source in parents.get(task, ()) and found["score"] > 0:  # of what is always wrong nothing can be said
                 others = [its[up] for up in parents[task] if up != source and up in its]
                 needs_one = any(map(_is_needed, others))
                 said.append(
