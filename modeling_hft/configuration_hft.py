@@ -90,7 +90,7 @@ class HFTRouterConfig(PreTrainedConfig):
         ridge: the penalty, as a share of the mean diagonal of the features' second moments; above 0.
         confidence: how likely the likeliest task must be; below, the prompt goes to an ancestor or to the backbone. 0 to 1.
         prefix, suffix: ids of the tokens that a chat template puts around every prompt, which do not count.
-        tasks: the tasks that the router sends prompts to. In a model's config, always those that its router has sums of.
+        tasks: those that the router knows by their prompts. In a model's config, always those that its router has sums of.
 
     Raises:
         ValueError: a number out of its range.
@@ -154,7 +154,7 @@ class HFTConfig(PreTrainedConfig):
         format_version: the layout of the files, see `FORMAT_VERSION`.
 
     Raises:
-        ValueError: a hierarchy that is none (see `Hierarchy`), a rank below 1, a task that reads a page or a node that is
+        ValueError: parents that form no `Hierarchy`, a rank below 1, a task that reads a page or a node that is
             not there, or a format from a newer version.
     """
 
@@ -184,7 +184,7 @@ class HFTConfig(PreTrainedConfig):
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This model was saved in HFT format {self.format_version}, and this version reads formats up to "
-                f"{FORMAT_VERSION}. Upgrade: pip install -U modeling-hft."
+                f"{FORMAT_VERSION}. Upgrade the package hft."
             )
         check_rank(self.rank)
         # A copy: entries change as tasks are sealed, and a config may be shared.
@@ -260,7 +260,7 @@ class HFTConfig(PreTrainedConfig):
         return (made[0].only(chosen), made[1]) if isinstance(made, tuple) else made.only(chosen)
 
     def only(self, tasks: Sequence[str]) -> "HFTConfig":
-        """The config of a part of the model: these tasks, whatever they stand on, and the pages that all of them read.
+        """The config of a part of the model: these tasks, whatever they stand on, and the pages that any of them reads.
 
         Args:
             tasks: names of sealed tasks.

@@ -47,15 +47,16 @@ class HFTGenerationMixin(GenerationMixin):
         Args:
             inputs: prompts [B, T], padded on the left if they differ in length.
             task: a name, or one name a prompt; `"backbone"` for the plain backbone; also as `generation_config.task`, of the
-                one that is given or else of the model's. None asks the router once, before the first token; while it knows
-                no task, or if prompts are embeddings, the plain backbone answers.
+                one that is given or else of the model's. None takes the task that is folded or active; without any it asks
+                the router once, before the first token; while that knows no task, or if prompts are embeddings, the plain
+                backbone answers.
             return_route: also give back the decision for each prompt.
 
         Returns:
             What transformers returns; with `return_route`, a pair of that and a list of `HFTRoute`.
 
         Raises:
-            ValueError: an unknown name, as many names as there are not prompts, an `assistant_model` that is HFT's, too,
+            ValueError: an unknown name, another number of names than of prompts, an `assistant_model` that is HFT's, too,
                 `guidance_scale` for several tasks at once, or new tokens after a cache and no task.
         """
         bound = _SIGNATURE.bind_partial(self, inputs, *args, **kwargs).arguments  # others by position, too

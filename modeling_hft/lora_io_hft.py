@@ -118,7 +118,7 @@ def export_lora(
         `rank`, `path_rank`, and `svd_error`: the largest relative error at any linear.
 
     Raises:
-        ValueError: an unknown task, a rank below 1 or above what servers take.
+        ValueError: an unknown task, a rank below 1 or above what servers take, or linears that PEFT would not load.
         ImportError: without peft.
     """
     from peft import LoraConfig

@@ -133,7 +133,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         What tasks read, and ranks, cannot change within (`start_stage`, `refresh_gates`, `trim`, `remove_task`).
 
         Raises:
-            ValueError: an unknown name, or as many names as there are not rows; a rank that is too small, or given while a
+            ValueError: an unknown name, or another number of names than of rows; a rank that is too small, or given while a
                 task is folded or with several names.
             RuntimeError: in the end of a block that ends before one that was begun within it.
         """

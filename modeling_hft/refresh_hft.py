@@ -73,7 +73,7 @@ class HFTRefreshing:
             validation: rows of the same form; by default every third row of `dataset`, which is then not learnt from.
             num_steps: steps of Adam, 1 or more.
             batch_size: rows a step; 1 or more.
-            learning_rate: of the gates.
+            learning_rate: of the gates; above 0.
             threshold: 0 or more.
             seed: of the order of the rows.
 
@@ -82,7 +82,7 @@ class HFTRefreshing:
 
         Raises:
             ValueError: an unknown or open task, a number out of its range, or fewer than two rows to learn from or to
-                validate on.
+                validate on; a folded model; or within `activate`.
         """
         self._check_unfolded()
         self._check_inactive()
@@ -195,7 +195,7 @@ class HFTRefreshing:
             A scalar a row, in nats a token.
 
         Raises:
-            ValueError: a row of fewer than two tokens, or with as many labels as it has not tokens.
+            ValueError: a row of fewer than two tokens, or with another number of labels than tokens.
             TypeError: a decoder without a head.
         """
         if not self.can_generate():

@@ -85,7 +85,7 @@ class HFTRouter:
         return torch.zeros(self.config.num_features, self.config.num_features, dtype=torch.float64, device="cpu")
 
     def tasks(self) -> tuple[str, ...]:
-        """The tasks that the router sends prompts to, by name."""
+        """The tasks that the router knows by their prompts; in doubt, prompts go to what several of them stand on."""
         return tuple(self.config.tasks)
 
     def names(self) -> tuple[str, ...]:

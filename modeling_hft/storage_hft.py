@@ -80,7 +80,8 @@ class HFTStorage(HFTSlimFiles):
             kwargs: as for `from_pretrained`: `quantization_config`, `dtype`, `device_map`, `revision`, `token`, ...
 
         Raises:
-            ValueError: a hierarchy that is none, or a decoder without `nn.Linear`.
+            ValueError: parents that form no hierarchy (unknown, named twice, or in a cycle); a backbone that is no decoder,
+                or has code of its own or no `nn.Linear`; an unknown key, or a dtype that is none; `subfolder` or `variant`.
             OSError: if the backbone cannot be found.
             ImportError: if bitsandbytes or flash-attention is asked for and not installed.
         """
@@ -274,9 +275,10 @@ class HFTStorage(HFTSlimFiles):
 
         Raises:
             OSError: if the folder cannot be written.
-            ValueError: a slim form that could not name its backbone, or is to be a variant; the backbone's own folder; a
-                variant in the folder of a slim model; a part of a model in the place of the whole; or a slim form in the
-                place of a full one whose backbone is nowhere else.
+            ValueError: a merged task, or an attached PEFT adapter; `push_to_hub` of the full form; a slim form that could
+                not name its backbone, or is to be a variant; the backbone's own folder; a variant in the folder of a slim
+                model; a part of a model in the place of the whole; or a slim form in the place of a full one whose backbone
+                is nowhere else.
             TypeError: an unknown argument.
         """
         self._check_unmerged()

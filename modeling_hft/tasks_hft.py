@@ -84,7 +84,9 @@ class HFTTasks(HFTRoom):
         try:  # by its name: what ships to the Hub must not need it
             reader = importlib.import_module("hft.lora_io_hft")
         except ImportError as error:
-            raise ImportError("Importing a LoRA needs the package itself: pip install modeling-hft.") from error
+            raise ImportError(
+                "Importing a LoRA needs the package hft itself; install it from its repository."
+            ) from error
         if len(prompts):
             self._check_prompts(name, prompts)
         factors, parents = reader.read_lora(adapter, self, **download), _listed(parents)
@@ -125,7 +127,7 @@ class HFTTasks(HFTRoom):
             The removed tasks.
 
         Raises:
-            ValueError: an unknown task, or one that others depend on.
+            ValueError: an unknown task, or one that others depend on; a folded model; or within `activate`.
         """
         self._check_unfolded()
         self._check_inactive()

@@ -75,7 +75,7 @@ class HFTTrimming:
 
         Raises:
             ValueError: an unknown or sealed task, one that others have learnt on top of, fewer than two rows, or a tolerance
-                below 0.
+                below 0; a folded model; or within `activate`.
         """
         rows = list(validation)
         self._check_trim(task, rows, tolerance)

@@ -9,8 +9,8 @@ from hft.trainers.curriculum import BlockSampler, Stage, open_stages
 from hft.trainers.evaluation import (
     EvalSet,
     generate_answers,
-    mean_and_error,
     option_likelihoods,
+    points_and_error,
     routes_of,
     score_options,
     score_task,
@@ -168,7 +168,7 @@ def test_options_are_scored_as_one_by_one(model, tokenizer, task):
 
 
 def test_mean_and_error():
-    mean, error = mean_and_error([0, 1, 1, 1])
+    mean, error = points_and_error([0, 1, 1, 1])
     assert mean == 75 and error == pytest.approx(100 * (0.1875 * 4 / 3 / 4) ** 0.5)
 
 

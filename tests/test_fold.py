@@ -129,7 +129,7 @@ def test_a_copy_of_a_folded_model_is_folded_by_itself(sealed):
         assert bits(twin(x, task="d").logits) == expected != bits(model(x, task="d").logits)
 
 
-def test_4_bit_is_folded_but_not_merged(backbones):
+def test_a_backbone_in_4_bit_is_folded_but_not_merged(backbones):
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
     model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, quantization_config=nf4).eval()
     grow(model)

@@ -134,7 +134,9 @@ def test_advice_in_words():
     ]
     cross["yelp"]["copa"]["drop_se"] = 21.0  # of the differences row by row
     assert len(advice({"yelp": ["sst2"], "copa": ["rte"]}, sources, cross)) == 4
-    assert advice({"d": ["b"]}, {"d": {"b": source(0.0, 0.0, score=0.0)}}, {}) == []  # always wrong, with b and without
+    assert (
+        advice({"d": ["b"]}, {"d": {"b": source(0.0, 0.0, score=0.0)}}, {}) == []
+    )  # always wrong, with b and without
     two = {"d": {"b": source(20.0, 1.0), "c": source(0.1, 1.0)}}
     assert advice({"d": ["b", "c"]}, two, {})[1].endswith("its parent c (+0.1 ± 1.0 points): it could do without.")
 
@@ -236,6 +238,11 @@ def test_the_card_is_a_card_whatever_came_from_where(run, tmp_path, monkeypatch)
     results = {its.dataset_name: its for its in ModelCard.load(file).data.eval_results}
     assert results.keys() == record.last_scores().keys() and results[second].dataset_type == second
 
+    record.quantization = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert "Trained and scored with" not in file.read_text()
+    write_model_card(run.model.config, gates, tmp_path, record)
+    how = "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')`"
+    assert "with the backbone in 4 bit (nf4): " in file.read_text() and how in file.read_text()
     before = file.read_text()
     assert "<this repository>" in before
     with pytest.raises(OSError, match="the hub"), naming_repository(tmp_path, "me/mine"):

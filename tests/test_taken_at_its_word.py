@@ -51,6 +51,7 @@ def test_a_model_is_scored_as_it_was_trained(backbones, tmp_path, quantizable):
     assert linear_of(load_again(read_recipe(tmp_path / "r.yaml"), str(tmp_path / "m"))) == "Linear4bit"
     plain = read_recipe(tmp_path / "r.yaml", {"load_in_4bit": False})
     assert linear_of(load_again(plain, str(tmp_path / "m"))) == "Linear"
+    assert linear_of(load_again(plain, str(tmp_path / "m"), as_trained=True)) == "Linear4bit"
     assert record.united(record, {}).quantization == record.quantization
     assert record.united(RunRecord(quantization={}), {}).quantization is None
 

@@ -26,7 +26,7 @@ def new_figure(width: float, height: float, layout: str | None = "constrained") 
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("A picture needs matplotlib: pip install 'modeling-hft[plot]'.") from error
+        raise ImportError("A picture needs matplotlib: pip install matplotlib.") from error
     return Figure(figsize=(width, height), layout=layout)
 
 

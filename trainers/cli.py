@@ -22,7 +22,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        The exit code: 0; 2 if what was asked for is wrong (a key, a task name, a hierarchy); 1 if it cannot be done here.
+        The exit code: 0; 2 if what was asked for is wrong (a key, a task name, a hierarchy, a file that is not there); 1 if
+        it cannot be done here; 130 if Ctrl-C stopped it.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a tree's branches is no reason to stop
@@ -82,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _alone(args: argparse.Namespace) -> AbstractContextManager[None]:
-    """Around a command that changes a model in its folder: a training there would write over what it has changed."""
-    if args.command not in ("refresh", "remove") or not Path(args.model).is_dir():
+    """Around a command that changes a model, or its record, in its folder: a training there would write over that."""
+    if args.command not in ("refresh", "remove", "report") or not Path(args.model).is_dir():
         return nullcontext()
     from .checkpoints import RunFolder
 
@@ -104,7 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add(
         "train",
         help="train a recipe",
-        epilog="Every key of the recipe, of SFTConfig, HFTConfig and BitsAndBytesConfig may follow: --learning_rate 5e-4",
+        epilog="Every key of a recipe, of HFTTrainingConfig and of BitsAndBytesConfig may follow: --learning_rate 5e-4",
     )
     names = ", ".join(shipped_recipes())
     train.add_argument("recipe", help=f"a YAML file, or the name of one that ships with the package: {names}")
@@ -223,11 +224,7 @@ def _check_order(words: Sequence[str], what: str) -> None:
 
 
 def _check_plan(args: argparse.Namespace) -> None:
-    """Whether the options of `hft plan` go together, before anything is measured.
-
-    Raises:
-        ValueError: a number out of its range, or an option that would be ignored.
-    """
+    """Raises ValueError for options of `hft plan` that do not go together, before anything is measured."""
     if args.model is not None and args.backbone is not None:
         raise ValueError("--backbone does not go with --model: it has one; leave one of them out.")
     if args.yaml is not None and args.data is None:

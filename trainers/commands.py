@@ -157,7 +157,7 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
             data[task].append(list(filter(has_answer, rows)))
             if not data[task][-1]:
                 raise ValueError(f"`max_length`={cut[0]} cuts off all answers of task {task!r} ({split}): raise it.")
-    model = load_again(recipe, args.model, device_map="auto")
+    model = load_again(recipe, args.model, as_trained=True, device_map="auto")
     for task, (rows, checks) in data.items():
         result = model.refresh_gates(task, rows, validation=checks, num_steps=args.steps, batch_size=args.batch_size)
         if result.kept:
@@ -253,7 +253,7 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from hft.files_hft import check_writable
     from hft.hierarchy_hft import BACKBONE
 
-    from .evaluation import mean_and_error, score_task
+    from .evaluation import points_and_error, score_task
     from .metrics import metric_name
     from .recipe_data import test_set
     from .run_record import write_json
@@ -281,7 +281,7 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
         for column, (_title, active) in columns.items():
             which = task if active == "" else active
             scores = score_task(model, tokenizer, data, which, args.batch_size, progress=f"{task}, {column}")
-            cells[column], cells[f"{column}_se"] = mean_and_error(scores)
+            cells[column], cells[f"{column}_se"] = points_and_error(scores)
         results[task] = {"rows": len(data.rows), "metric": metric_name(data.score), **cells}
         shown = [f"{cells[column]:.1f} ± {cells[f'{column}_se']:.1f}" for column in columns]
         print(f"{task:<{width}}{len(data.rows):>6}" + "".join(text.rjust(16) for text in shown), flush=True)
@@ -345,7 +345,7 @@ def _with_recipe(args: argparse.Namespace) -> tuple[Any, Any, Any, list[str]]:
 
     recipe = _recipe_of(args)
     check_metrics(recipe)
-    model = load_again(recipe, str(args.model), device_map="auto")
+    model = load_again(recipe, str(args.model), as_trained=True, device_map="auto")
     tasks = [task for task in model.hierarchy.names if task in recipe.tasks()]
     if not tasks:
         raise ValueError(f"The recipe describes none of the model's tasks ({', '.join(model.hierarchy.names)}).")

@@ -141,7 +141,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     try:
         import reasoning_gym  # noqa: F401
     except ImportError as error:
-        raise ImportError("`hft demo` needs reasoning-gym: pip install 'modeling-hft[demo]'.") from error
+        raise ImportError("`hft demo` needs reasoning-gym: pip install reasoning-gym.") from error
     check_writable(out)
     clear(out / "model")
     logging.set_verbosity_error()

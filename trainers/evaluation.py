@@ -297,7 +297,7 @@ def option_likelihoods(
     return found
 
 
-def mean_and_error(scores: Sequence[float]) -> tuple[float, float]:
+def points_and_error(scores: Sequence[float]) -> tuple[float, float]:
     """The mean in points (0 to 100) and its standard error."""
     mean = sum(scores) / len(scores)
     variance = sum((score - mean) ** 2 for score in scores) / max(len(scores) - 1, 1)

@@ -72,9 +72,7 @@ def _export_one(args: argparse.Namespace, model: Any, tokenizer: Any, task: str,
         try:
             from .gguf_export import export_gguf_lora, export_gguf_model
         except ImportError as error:
-            raise ImportError(
-                f"`--to gguf` needs the package gguf: pip install 'modeling-hft[gguf]' ({error})."
-            ) from error
+            raise ImportError(f"`--to gguf` needs the package gguf: pip install gguf ({error}).") from error
         if args.merged or task == BACKBONE:
             report = export_gguf_model(model, tokenizer, task, folder, args.onto)
             return report, f"a whole model in {report['dtype'].removeprefix('torch.')}, on the {args.onto}"

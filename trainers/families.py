@@ -10,9 +10,9 @@ from typing import TypeAlias
 
 # Of 1; tasks whose answers are chosen from options that the prompt names have more, others less.
 SMALLEST_OVERLAP = 0.5
-LEAST_LOSS = 0.1  # nats an answer; less counts as so much: such a task is as good as solved
+LOSS_FLOOR = 0.1  # nats an answer; less counts as so much: such a task is as good as solved
 # Shares of the loss: what a task may lose by a root, and what all may on average. Another seed of a pilot moves as much.
-CLEAR_LOSS, SMALLEST_LOSS = 0.2, 0.05
+MOST_RISE_OF_ONE, MOST_RISE_OF_ALL = 0.2, 0.05
 FEWEST_ROWS = 8  # below, a standard error says nothing
 Group: TypeAlias = tuple[str, ...]
 
@@ -111,9 +111,9 @@ def try_root(
 ) -> Trial:
     """Which tasks should stand on one root: those that do not clearly learn worse by a common pilot than by their own.
 
-    A task clearly does if it loses more than `CLEAR_LOSS` of its loss, and more than one and a half times `num_errors`
+    A task clearly does if it loses more than `MOST_RISE_OF_ONE` of its loss, and more than one and a half times `num_errors`
     standard errors (of many tasks some are beyond fewer by chance); it leaves. The others get the root unless the mean over
-    them is worse by more than `SMALLEST_LOSS` and by more than `num_errors` errors. In doubt tasks share a root: it costs
+    them is worse by more than `MOST_RISE_OF_ALL` and by more than `num_errors` errors. In doubt tasks share a root: it costs
     hardly any steps, and they still refine what it has learnt. With fewer than `FEWEST_ROWS` rows all is doubtful.
 
     Args:
@@ -124,7 +124,7 @@ def try_root(
     """
     rises, helps = {}, {}
     for task in sorted(common):
-        scale = max(statistics.fmean(own[task]), LEAST_LOSS)
+        scale = max(statistics.fmean(own[task]), LOSS_FLOOR)
         fall, error = paired_fall(own[task], common[task])
         rises[task] = (-fall / scale, error / scale if len(common[task]) >= FEWEST_ROWS else math.inf)
         left = statistics.fmean(common[task]) / max(statistics.fmean(backbone[task]), 1e-9)
@@ -137,8 +137,8 @@ def try_root(
     def is_worse(excess: float, error: float, smallest: float, more_errors: float = 1.0) -> bool:
         return not excess <= max(smallest, more_errors * num_errors * error)  # so is what is not finite
 
-    family = tuple(task for task in rises if not is_worse(*rises[task], CLEAR_LOSS, 1.5))
-    if len(family) < 2 or is_worse(*mean(family), SMALLEST_LOSS):
+    family = tuple(task for task in rises if not is_worse(*rises[task], MOST_RISE_OF_ONE, 1.5))
+    if len(family) < 2 or is_worse(*mean(family), MOST_RISE_OF_ALL):
         family = ()
     return Trial(tuple(rises), family, *mean(rises), helps)
 

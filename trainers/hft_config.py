@@ -72,8 +72,8 @@ class HFTTrainingConfig(SFTConfig):
         refining_rate: the tasks of a mixture learn at so much of `learning_rate`. Above 0. `task_learning_rates` says it of
             each task by itself.
         rank_tolerance: before a stage is sealed, each task's node is cut to the smallest rank that raises its mean loss on
-            128 rows of `eval_dataset` by no more than this, in nats a token (those that end an answer among them); 0 or
-            more. See `HFTForCausalLM.trim`. None: no cuts.
+            up to 128 rows of `eval_dataset` by no more than this, in nats a token (those that end an answer among them), or
+            by no more than half the standard error of the rise; 0 or more. See `HFTForCausalLM.trim`. None: no cuts.
         num_train_epochs, max_steps: of one stage.
         mixed_steps: with `gradient_accumulation_steps`, let the micro-batches of an optimizer step be of different tasks,
             where these write a memory page together. Steps on what they share are then steps for all of them. Other tasks

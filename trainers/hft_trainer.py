@@ -69,8 +69,9 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
             SFTTrainer takes, and another one for each task if need be.
         eval_dataset: the same for evaluation; optional, and not every task needs one. Its losses are logged as
             `eval_<task>_loss`.
-        test_sets: `{task: EvalSet}`: what tasks answer before the first stage (the plain backbone), as their stage begins,
-            and after each stage that learnt them or came later. Scores are logged, and kept in the folder's `run.json`.
+        test_sets: `{task: EvalSet}`: what tasks answer before the first stage (the plain backbone), those with parents as
+            their stage begins, and all after each stage that learnt them or came later. Scores are logged, and kept in the
+            folder's `run.json`.
         kwargs: as for `SFTTrainer`.
 
     Raises:

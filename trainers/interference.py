@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .evaluation import EvalSet, mean_and_error, score_task
+from .evaluation import EvalSet, points_and_error, score_task
 from .run_record import Score, as_score
 
 
@@ -53,7 +53,7 @@ def contributions(
     for source in model.sources(task).labels():
         with switched_off(model, task, source):
             without = score_task(model, tokenizer, data, task, batch_size, progress(f"without {source}"))
-        drop, error = mean_and_error([a - b for a, b in zip(whole, without, strict=True)])
+        drop, error = points_and_error([a - b for a, b in zip(whole, without, strict=True)])
         found[source] = {**as_score(without), "drop": round(drop, 3), "drop_se": round(error, 3)}
         found[source]["gate"] = round(means[source], 4)
     return as_score(whole), found
@@ -82,7 +82,7 @@ def cross_scores(
         for path, its in scores.items():
             found[task][path] = as_score(its)
             if path != task:
-                drop, error = mean_and_error([a - b for a, b in zip(scores[task], its, strict=True)])
+                drop, error = points_and_error([a - b for a, b in zip(scores[task], its, strict=True)])
                 found[task][path] |= {"drop": round(drop, 3), "drop_se": round(error, 3)}
     return found
 

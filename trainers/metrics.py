@@ -54,7 +54,7 @@ def _rouge() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ImportError("The metric rouge_l needs rouge-score: pip install 'modeling-hft[eval]'.") from error
+        raise ImportError("The metric rouge_l needs rouge-score: pip install rouge-score.") from error
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
@@ -64,7 +64,7 @@ def _reasoning_gym(family: str) -> Metric:
         from reasoning_gym import get_score_answer_fn
     except ImportError as error:
         raise ImportError(
-            f"The metric reasoning_gym:{family} needs reasoning-gym: pip install 'modeling-hft[demo]'."
+            f"The metric reasoning_gym:{family} needs reasoning-gym: pip install reasoning-gym."
         ) from error
     score = get_score_answer_fn(family)
 

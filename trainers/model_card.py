@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.utils import cached_file, is_matplotlib_available, logging
@@ -68,12 +69,21 @@ def write_model_card(
             budget=record.budget,
             versions=record.versions,
             machine=record.machine,
+            held=_held(record.quantization or {}),
+            held_by=", ".join(f"{key}={value!r}" for key, value in (record.quantization or {}).items()),
             has_pictures=has_pictures,
             has_matrix=bool(record.matrix()),
             routed=tuple(sorted(config.router_config.tasks)),
             is_chat=_is_chat(Path(folder)),
         )
     write_text(file, str(card))
+
+
+def _held(quantization: Mapping[str, Any]) -> str:
+    """In how many bits a backbone was held, in words; empty if not in few."""
+    if quantization.get("load_in_4bit"):
+        return f"4 bit ({quantization.get('bnb_4bit_quant_type', 'fp4')})"
+    return "8 bit" if quantization.get("load_in_8bit") else ""
 
 
 def _is_card(file: Path) -> bool:

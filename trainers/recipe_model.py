@@ -61,15 +61,17 @@ def model_of(recipe: Recipe) -> PreTrainedModel:
     return model
 
 
-def load_again(recipe: Recipe, where: str, **defaults: Any) -> PreTrainedModel:
-    """A saved model, held as a recipe says; where it says nothing, in 4 bit if it was trained so.
+def load_again(recipe: Recipe, where: str, as_trained: bool = False, **defaults: Any) -> PreTrainedModel:
+    """A saved model, held as a recipe says; where it says nothing of quantization, as it was trained in that folder.
 
     Args:
         recipe: of its training, or of one that goes on from it.
         where: folder or Hub id of the model.
+        as_trained: hold it as it was trained, if that is known, whatever the recipe says.
         defaults: what of `attn_implementation`, `dtype` and `device_map` the recipe may leave out.
     """
-    if not recipe.quantization and (held := RunRecord.load(Path(where)).quantization):
+    held = RunRecord.load(Path(where)).quantization
+    if held is not None and (as_trained or not recipe.quantization):
         recipe.quantization = held
     how = {**defaults, **{key: recipe.model[key] for key in HOW_TO_LOAD if key in recipe.model}}
     if recipe.backbone is not None and has_moved(read_config(where).backbone):

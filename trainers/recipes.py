@@ -162,7 +162,7 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         overrides: values that take the place of the file's, from the command line.
 
     Raises:
-        ValueError: an unknown or doubled key, a missing one, a hierarchy that is none, or data for an unknown task.
+        ValueError: an unknown or doubled key, a missing one, parents that form no `Hierarchy`, or data for an unknown task.
         OSError: no such file.
     """
     try:

@@ -13,7 +13,7 @@ import torch
 
 from hft.files_hft import replacing
 
-from .evaluation import mean_and_error
+from .evaluation import points_and_error
 from .transfer import average_performance, backward_transfer, forgetting, forward_transfer
 
 
@@ -47,7 +47,7 @@ Score = dict[str, Any]  # {"score": points, "se": its standard error, "rows": ho
 
 def as_score(scores: list[float]) -> Score:
     """The mean of scores from 0 to 1, in points, with its standard error."""
-    mean, error = mean_and_error(scores)
+    mean, error = points_and_error(scores)
     return {"score": round(mean, 3), "se": round(error, 3), "rows": len(scores)}
 
 
@@ -66,7 +66,8 @@ class RunRecord:
         sources: task -> source -> {"score", "se", "drop", "drop_se", "gate"}: with that source switched off.
         cross: task -> path -> score of the task's rows on another task's path.
         refreshed: tasks whose gates were learnt anew after they were scored.
-        rates: level of a stage -> the learning rates that it was begun with, the accumulation, and how many processes.
+        rates: level of a stage -> the learning rates that it was begun with, the seed, the accumulation, and how many
+            processes.
         quantization: the keys of BitsAndBytesConfig by which the backbone was held; {}: in 16 or 32 bit; None: not known.
         machine, versions: what it ran on.
     """

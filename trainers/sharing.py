@@ -181,7 +181,7 @@ def _origin(rows: Dataset) -> dict[str, Any]:
 
 
 def how_held(model: PreTrainedModel) -> dict[str, Any]:
-    """The keys of BitsAndBytesConfig by which a model's backbone is held, as a recipe has them; {} if it is in 16 bit."""
+    """The keys of BitsAndBytesConfig by which a model's backbone is held, as recipes have them; {} if by none of them."""
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if not isinstance(config, BitsAndBytesConfig):
         return {}
