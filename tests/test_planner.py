@@ -391,8 +391,13 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     more = tmp_path / "more.yaml"
     extend = [*command[:-3], "--yaml", str(more), "--model", str(tmp_path / "run"), "--task", "again"]
+    kept = (data / "again/validation.jsonl.gz").rename(tmp_path / "kept")
+    with open(tmp_path / "base.yaml", "a") as base:
+        base.write("stage_eval_samples: 2\n")
     assert main(extend) == 0
-    shown = capsys.readouterr().out
+    shown, said = capsys.readouterr()
+    assert "There is no again/validation.jsonl (1 such), and `stage_eval_samples` scores by it" in said
+    kept.rename(data / "again/validation.jsonl.gz")
     assert re.search(r"again should stand on .*\.\nIn Python: model.add_task\('again', parents=\[.*\]\)", shown)
     assert f"Next: hft train {more}" in shown
     assert re.search(r"What it would take:\n.*\nagain  +\d+ .*\nstages .*\nin all .*\nPeak of a step", shown)

@@ -1,6 +1,7 @@
 """`hft plan --data`: reads data, measures, and writes what was found."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from datasets import disable_progress_bars
@@ -40,6 +41,12 @@ def find_plan(args: argparse.Namespace) -> None:
         raise ValueError(
             f"'{file}' is here already and may have been edited; delete it, or name another file to write by --yaml."
         )
+    if without := [task for task in recipe.hierarchy if _lacks_validation(recipe, task)]:
+        print(
+            f"There is no {without[0]}/validation.jsonl ({len(without)} such), and `stage_eval_samples` scores by "
+            "it: give one before you train, or delete that key.",
+            file=sys.stderr,
+        )
     settings = ProbeSettings(
         pilot_steps=args.steps, probe_rows=args.rows, max_length=recipe.training.get("max_length") or 256
     )
@@ -50,7 +57,7 @@ def find_plan(args: argparse.Namespace) -> None:
         if quantization is None and "device_map" not in recipe.model:
             model.to(device_here())  # as training does; bitsandbytes takes it there by itself
     else:
-        model = load_again(recipe, device_map="auto", attn_implementation="auto")
+        model = load_again(recipe, recipe.from_model, device_map="auto", attn_implementation="auto")
     data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
     found = plan_hierarchy(
         model, data, processing_class=tokenizer, settings=settings,
@@ -69,6 +76,11 @@ def find_plan(args: argparse.Namespace) -> None:
     print("\nWhat it would take:\n" + "\n".join(costs))
     write_text(file, as_recipe(found, recipe, costs))
     print(f"\nNext: hft train {file}")
+
+
+def _lacks_validation(recipe: Recipe, task: str) -> bool:
+    folder = Path(recipe.data or "") / task
+    return bool(recipe.stage_eval_samples and recipe.data) and not any(folder.glob("validation.jsonl*"))
 
 
 def planned_recipe(args: argparse.Namespace) -> Recipe:
