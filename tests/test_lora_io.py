@@ -44,18 +44,36 @@ def test_6_an_exported_task_has_its_logits_in_peft(backbones, tmp_path, family, 
         assert report == {"rank": 8 if task == "a" else 16, "path_rank": 5 if task == "a" else 10, "svd_error": 0.0}
     peft = PeftModel.from_pretrained(plain(backbones, family, dtype), tmp_path / "b", adapter_name="b")
     peft.load_adapter(tmp_path / "a", adapter_name="a")
-    tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.3}
+    limit = 1e-3 if dtype == torch.float32 else 0.05
     with torch.no_grad():
-        expected = model(x, task="b").logits
-        assert (expected - model(x).logits).abs().max() > 0.5
-        torch.testing.assert_close(peft(input_ids=x).logits, expected, **tolerance)
+        plain_logits, expected = model(x).logits, model(x, task="b").logits
+        assert (expected - plain_logits).abs().max() > 0.5
+
+        def error(found, wanted):  # of what the task adds to the backbone
+            return float((found - wanted).norm() / (wanted - plain_logits).norm())
+
+        assert error(peft(input_ids=x).logits, expected) < limit
         mixed = peft.eval()(input_ids=x, adapter_names=["a", "b"]).logits
-        torch.testing.assert_close(mixed, model(x, task=["a", "b"]).logits, **tolerance)
+        assert error(mixed, model(x, task=["a", "b"]).logits) < limit
         auto = AutoModelForCausalLM.from_pretrained(tmp_path / "b", dtype=dtype)  # transformers reads adapters, too
-        torch.testing.assert_close(auto(x).logits, expected, **tolerance)
-        if dtype == torch.float32:
-            merged = peft.merge_and_unload()
-            torch.testing.assert_close(merged(x).logits, expected, rtol=1e-3, atol=1e-3)
+        assert error(auto(x).logits, expected) < limit
+        assert error(peft.merge_and_unload()(x).logits, expected) < 2 * limit
+
+
+def test_6_a_borrowed_node_goes_along(sealed, backbones, tmp_path):
+    """As a refreshed task may have: a node that is not on its path."""
+    sealed._take_gates("e", borrows=["d"], pages=sealed.config.task("e")["pages"])
+    x = prompts(2, 6)
+    with torch.no_grad():
+        sealed.hft_gates.of("e").fill_(0.5)
+        expected = sealed(x, task="e").logits
+        hft.export_lora(sealed, "e", tmp_path)
+        peft = PeftModel.from_pretrained(plain(backbones), tmp_path)
+        torch.testing.assert_close(peft(input_ids=x).logits, expected, rtol=1e-4, atol=1e-4)
+        for merge in (False, True):
+            sealed.fold("e", merge=merge)
+            torch.testing.assert_close(sealed(x).logits, expected, rtol=1e-3, atol=1e-3)
+            sealed.unfold()
 
 
 def test_the_files_are_what_servers_take(sealed, tmp_path):

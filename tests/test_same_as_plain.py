@@ -220,18 +220,6 @@ def test_flash_attention_computes_the_plain_loss(backbones, tokenizer, tmp_path)
     torch.testing.assert_close(flash, model(x, task="a").logits, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_rows_are_isolated_with_either_attention(backbones, tokenizer, tmp_path, attention):
-    parts = [prompts(1, length, seed=length) for length in (5, 1, 8)]
-    positions = torch.cat([torch.arange(part.shape[1]) for part in parts])[None]
-    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, attn_implementation=attention)
-    grow(model)
-    with torch.no_grad():
-        packed = model(torch.cat(parts, 1), position_ids=positions, task="a", use_cache=False).logits[0]
-        expected = torch.cat([model(part, task="a", use_cache=False).logits[0] for part in parts])
-    torch.testing.assert_close(packed, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_the_paged_8_bit_optimizer_reaches_the_trainer(backbones, tokenizer, tmp_path):
     trainer = train(backbones["llama"], tokenizer, tmp_path, "float32", optim="paged_adamw_8bit")
     optimizer = trainer.optimizer.optimizer

@@ -62,8 +62,13 @@ def in_nf4(model, folder):
 
 def bits(tensor: torch.Tensor) -> bytes:
     """For comparisons that allow no difference at all, signed zeros included."""
-    return tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def snapshot(model) -> dict[str, bytes]:
-    return {name: bits(parameter) for name, parameter in model.named_parameters()}
+    """Parameters, buffers, and the scales of packed weights."""
+    found = {name: bits(tensor) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    for name, module in model.named_modules():
+        if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
+            found[f"{name}.absmax"] = bits(state.absmax)
+    return found
