@@ -76,10 +76,14 @@ def upload(
 
 
 def _tasks_there(repo_id: str, token: str | bool | None, revision: str | None) -> set[str]:
-    """The tasks of the model that a repository holds."""
+    """The tasks of the model that a repository holds; ValueError if it is another kind of model."""
     try:
         file = hf_hub_download(repo_id, "config.json", revision=revision, token=token)
     except EntryNotFoundError:  # a new repository
         return set()
     config = json.loads(Path(file).read_text(encoding="utf-8"))
-    return {task["name"] for task in config.get("tasks") or []} if config.get("model_type") == "hft" else set()
+    if (kind := config.get("model_type", "hft")) != "hft":
+        raise ValueError(
+            f"'{repo_id}' holds another model, a {kind!r}, which this one would replace; choose another name."
+        )
+    return {task["name"] for task in config.get("tasks") or []}

@@ -396,7 +396,7 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
         base.write("stage_eval_samples: 2\n")
     assert main(extend) == 0
     shown, said = capsys.readouterr()
-    assert "There is no again/validation.jsonl (1 such), and `stage_eval_samples` scores by it" in said
+    assert "There is no again/validation.jsonl (1 such), and `stage_eval_samples` goes by it" in said
     kept.rename(data / "again/validation.jsonl.gz")
     assert re.search(r"again should stand on .*\.\nIn Python: model.add_task\('again', parents=\[.*\]\)", shown)
     assert f"Next: hft train {more}" in shown

@@ -118,13 +118,13 @@ def test_a_source_is_switched_off_and_on_again_to_the_bit(backbones, tokenizer):
 
 def test_advice_in_words():
     def source(drop, error, gate=1.0, score=50.0):
-        return {"score": score, "drop": drop, "drop_se": error, "gate": gate}
+        return {"score": score, "rows": 32, "drop": drop, "drop_se": error, "gate": gate}
 
     sources = {
         "yelp": {"sst2": source(4.1, 1.0), "page:1": source(0.0, 0.0, 0.0), "yelp": source(30.0, 2.0)},
         "copa": {"rte": source(0.5, 1.0), "page:1": source(-6.0, 2.0)},
     }
-    cross = {"yelp": {"yelp": {"score": 60.0}, "copa": {"score": 20.0, "drop": 40.0, "drop_se": 2.0}}}
+    cross = {"yelp": {"yelp": {"score": 60.0}, "copa": {"score": 20.0, "rows": 32, "drop": 40.0, "drop_se": 2.0}}}
     assert advice({"yelp": ["sst2"], "copa": ["rte"]}, sources, cross) == [
         "yelp rests on sst2: without it, it loses 4.1 ± 1.0 points.",
         "yelp lets nothing of memory page:1 in.",

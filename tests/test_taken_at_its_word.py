@@ -4,6 +4,7 @@ import json
 
 import pytest
 from datasets import Dataset
+from transformers.utils import logging
 
 from hft.hierarchy_hft import Hierarchy
 from hft.trainers import HFTTrainingConfig
@@ -14,12 +15,12 @@ from hft.trainers.recipe_model import load_again, model_of
 from hft.trainers.recipes import read_recipe
 from hft.trainers.run_record import RunRecord, stage_names
 from hft.trainers.stages import mean_loss
-from hft.trainers.task_data import check_completions
+from hft.trainers.task_data import alone, check_completions, learnable
 from hft.trainers.trackers import check_trackers
 
 from .test_mastery import e_is_mastered, mastering  # noqa: F401
 from .test_recipes_and_cli import tiny_run, write_data
-from .test_trainer import make, rows
+from .test_trainer import Kill, make, rows
 
 
 def linear_of(model) -> str:
@@ -189,3 +190,56 @@ def test_trees_are_drawn_where_branches_cannot_be_shown(tmp_path, monkeypatch, c
     shown.write(Hierarchy({"a": []}).draw())
     shown.flush()
     assert b"?? a" in shown.buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "change", [{"packing": True, "max_length": 64}, {"task_passes": {"a": 2.0}}, {"data_seed": 7}], ids=str
+)
+def test_a_stage_goes_on_with_its_rows_in_their_order(backbones, tokenizer, tmp_path, change):
+    """Else it might seem to have had its steps, and be sealed for good."""
+    options = {"hierarchy": {"a": []}, "num_train_epochs": 4}
+    killed = make(backbones, tokenizer, tmp_path, **options)
+    killed.add_callback(Kill(3, "step"))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    with pytest.raises(
+        ValueError, match="The rows of stage 1, which is to be resumed, do not come as when it was begun"
+    ):
+        make(backbones, tokenizer, tmp_path, **options, **change).train(resume_from_checkpoint=True)
+    resumed = make(backbones, tokenizer, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.model.config.sealed_tasks() == ["a"]
+
+
+def test_a_mixture_of_a_tuple_is_one_of_a_list(tmp_path):
+    args = HFTTrainingConfig(output_dir=str(tmp_path), mixtures={"root": ("a", "b")})
+    assert args.mixtures == {"root": ["a", "b"]}
+
+
+def test_a_cut_is_not_judged_by_rows_without_answers():
+    whole = {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4], "seq_lengths": [4]}
+    two = {"input_ids": [1, 2, 9, 5, 6], "labels": [-100, 2, 9, -100, -100], "seq_lengths": [2, 1, 2]}
+    assert alone(Dataset.from_list([whole, two])) == [
+        {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
+        {"input_ids": [1, 2], "labels": [-100, 2]},
+    ]
+
+
+def test_what_the_router_did_is_not_known_once_tasks_are_added():
+    record = RunRecord(routed={"a": {"score": 9.0, "se": 1.0, "rows": 9}}, confusion={"a": {"a": 9}})
+    record.add_stage({"level": 1, "tasks": ["b"], "log": []})
+    assert record.routed == record.confusion == {}
+
+
+def test_rows_that_never_had_an_answer_were_not_cut(caplog):
+    rows_of_two = Dataset.from_list(
+        [{"input_ids": [5, 6], "labels": [-100, 6]}, {"input_ids": [5, 6], "labels": [-100, -100]}]
+    )
+    logging.enable_propagation()
+    try:
+        assert len(learnable("a", rows_of_two, rows_of_two, 512, False)) == 1
+        assert "they have no answer, all their labels are -100" in caplog.text
+        learnable("a", rows_of_two, rows_of_two, 1, False)
+        assert "truncation cut off their whole answer" in caplog.text
+    finally:
+        logging.disable_propagation()

@@ -72,7 +72,7 @@ class RunFolder:
         finish_writing(self.path)
         old = self._checkpoints()
         there = set(_tasks_in(self.path))  # without those that were removed since
-        done = [path for path in old if is_whole(path) and _are_learnt(set(_tasks_in(path)), there, set(sealed))]
+        done = [path for path in old if _are_learnt(set(_tasks_in(path)), there, set(sealed))]
         if others := [checkpoint for checkpoint in old if checkpoint not in done]:
             first = others[0].relative_to(self.path)
             raise ValueError(

@@ -83,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _alone(args: argparse.Namespace) -> AbstractContextManager[None]:
-    """Around a command that changes a model, or its record, in its folder: a training there would write over that."""
-    if args.command not in ("refresh", "remove", "report") or not Path(args.model).is_dir():
+    """Around a command that changes or uploads what is in a model's folder: a training there would change it, too."""
+    if args.command not in ("refresh", "remove", "report", "push") or not Path(args.model).is_dir():
         return nullcontext()
     from .checkpoints import RunFolder
 

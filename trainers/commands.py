@@ -43,8 +43,8 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     set_seed(config.seed)
     tokenizer = tokenizer_of(recipe)
     data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy if task not in learnt}
-    goes_by_losses = config.eval_strategy != "no" or config.eval_on_start or config.rank_tolerance is not None
-    checks = {t: load_task(recipe, t, "validation", tokenizer) for t in data} if goes_by_losses else None
+    needs_checks = config.needs_validation()
+    checks = {t: load_task(recipe, t, "validation", tokenizer) for t in data} if needs_checks else None
     samples = recipe.stage_eval_samples
     tests = {t: test_set(recipe, t, "validation", tokenizer, samples) for t in recipe.tasks()} if samples else None
     model = model_of(recipe)

@@ -57,6 +57,8 @@ class Mastery:
             number. An evaluation counts if the task took a step since the last one that counted: of two between which it
             had no turn, the second has the loss of the first.
         turns_until: a task and a step -> how many turns the task has had by then; None: one at each evaluation.
+        together: the tasks that write a memory page together. They leave together: as long as one of them learns, the page
+            that the others read changes.
     """
 
     def __init__(
@@ -65,8 +67,10 @@ class Mastery:
         accuracy: float | None = None,
         patience: int | None = None,
         turns_until: Callable[[str, int], int] | None = None,
+        together: Collection[str] = (),
     ):
         self.tasks = tuple(tasks)
+        self.together = tuple(together)
         self.accuracy = accuracy
         self.patience = patience
         self._turns_until = turns_until or (lambda task, step: step)
@@ -109,6 +113,17 @@ class Mastery:
                 if reason := self.observe(task, int(logs["step"]), loss, accuracy):
                     return task, reason
         return None
+
+    @property
+    def left(self) -> dict[str, int]:
+        """The tasks that compute nothing any more -> the step after which they left."""
+        waits = any(task not in self.mastered for task in self.together)
+        last = 0 if waits else max((self.mastered[task] for task in self.together), default=0)
+        return {
+            task: last if task in self.together else step
+            for task, step in self.mastered.items()
+            if not (waits and task in self.together)
+        }
 
     def all_mastered(self) -> bool:
         """Whether the stage can end."""

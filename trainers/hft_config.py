@@ -54,8 +54,8 @@ class HFTTrainingConfig(SFTConfig):
             the tokens before; 0 to 1. None: never. What ends each answer counts, too (`<|im_end|>` and a line break in many
             chat templates), and is soon always right: of answers of one token, 0.95 then means 85 % of them.
         mastery_patience: a task leaves its stage after so many evaluations in a row, each after a step of its own, without a
-            new lowest validation loss. None: never. When all tasks of a stage have left, it ends. Both need `eval_dataset`
-            and an `eval_strategy`.
+            new lowest validation loss. None: never. Tasks that write a memory page together leave together, once all of
+            them would. When all tasks of a stage have left, it ends. Both need `eval_dataset` and an `eval_strategy`.
         route_samples: prompts of each task from which the router learns to know it; 0: the router does not learn.
         route_tasks: the tasks that it learns to know; None: all but `mixtures`.
         task_passes: task -> passes over its rows in an epoch, above 0; 1 for those that neither it nor `mixtures` names. Of
@@ -166,7 +166,9 @@ class HFTTrainingConfig(SFTConfig):
         for name in ("task_learning_rates", "mixtures"):
             if getattr(self, name) and not self.learning_rate > 0:
                 raise ValueError(f"`learning_rate` is {self.learning_rate}; with `{name}` it must be above 0.")
-        check_mixtures(self._read_json("mixtures"), self.root_share, self.refining_rate)
+        check_mixtures(its := self._read_json("mixtures"), self.root_share, self.refining_rate)
+        if its:  # as they come back from a file
+            self.mixtures = {root: list(members) for root, members in its.items()}
         for name, what in zip(TASK_NUMBERS, ("passes", "learning rate"), strict=True):
             by_task = self._read_json(name)
             if not isinstance(by_task, dict):
@@ -282,6 +284,10 @@ class HFTTrainingConfig(SFTConfig):
                 if task not in tree:
                     raise ValueError(f"`{field_name}` names the unknown task {task!r}. {nearest(task, tree.names)}")
         check_standing(self.mixtures or {}, tree)
+
+    def needs_validation(self) -> bool:
+        """Whether losses on validation rows decide or are logged."""
+        return self.eval_strategy != "no" or self.eval_on_start or self.rank_tolerance is not None
 
     def has_mastery(self) -> bool:
         """Whether tasks may leave their stage early."""

@@ -266,9 +266,8 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As SFTTrainer's; the first time that a task trains, checks that a gradient reached all that it trains."""
         task = self._task_of(inputs)
-        if task in self.mastery.mastered:
+        if task in self.mastery.left:
             # It passes without computing, so that order, schedule and resuming stay what they are.
-            self._average_gradients()  # of what others learn in the same step
             self._means.passed += 1
             return torch.zeros((), device=self.args.device)
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -343,24 +342,6 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
                 strength = rate_of(self.optimizer, self.model.hft_gates.of(task)) * self.args.gate_shrink
                 self.model.hft_gates.shrink(task, columns, strength)
         self._stepping.clear()
-
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
-        """As the Trainer's: a step's micro-batches; those of mastered tasks, which compute nothing, first.
-
-        DDP averages gradients within the last one.
-        """
-        batch_samples, num_items = super().get_batch_samples(*args, **kwargs)
-        if mastered := self.mastery.mastered:
-            batch_samples.sort(key=lambda its: self._task_of(its) not in mastered)
-        return batch_samples, num_items
-
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        """As the Trainer's: the tokens that a step's loss is a mean over; mastered tasks' do not count if others learn."""
-        mastered = self.mastery.mastered
-        if mastered:
-            left = [its for its in batch_samples if self._task_of(its) not in mastered]
-            batch_samples = left or batch_samples
-        return super()._get_num_items_in_batch(batch_samples, device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As SFTTrainer's, with the stage."""

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .evaluation import EvalSet, points_and_error, score_task
+from .families import FEWEST_ROWS
 from .run_record import Score, as_score
 
 
@@ -108,6 +109,8 @@ def advice(
             points = f"{abs(found['drop']):.1f} ± {found['drop_se']:.1f}"
             if found["gate"] == 0:
                 said.append(f"{task} lets nothing of {what} in.")
+            elif found["rows"] < FEWEST_ROWS:
+                continue
             elif _is_needed(found):
                 said.append(f"{task} rests on {what}: without it, it loses {points} points.")
             elif -found["drop"] > 2 * found["drop_se"]:
@@ -136,4 +139,4 @@ def advice(
 
 def _is_needed(found: Mapping[str, float]) -> bool:
     """Whether a task clearly scores less without a source, or on another path."""
-    return found["drop"] > 2 * found["drop_se"]
+    return found["drop"] > 2 * found["drop_se"] and found["rows"] >= FEWEST_ROWS

@@ -79,6 +79,7 @@ def estimate_memory(
     num_stepping: int = 1,
     sealed_rank: int = 0,
     sealed_slots: int = 0,
+    waiting_rank: int = 0,
     slots: int = 8,
     batch_size: int = 8,
     length: int = 256,
@@ -104,6 +105,7 @@ def estimate_memory(
         num_training, num_stepping: tasks of a stage, and those of them that an optimizer step holds (more than one with
             `mixed_steps`).
         sealed_rank, sealed_slots: the ranks of all nodes that are there already, and the slots of all pages.
+        waiting_rank: the ranks of all nodes of later stages, which are there from the start, in float32.
         slots: S of the one page that a stage writes; 0 without memory.
         batch_size, length: B and T of a micro-batch.
         num_scored: positions that meet the head, of B T: those of answers; all by default.
@@ -133,7 +135,7 @@ def estimate_memory(
     scored = batch_size * length if num_scored is None else num_scored
     estimate = MemoryEstimate(
         backbone=backbone,
-        tasks=size * (sealed_rank * a_rank + sealed_slots * a_slot),
+        tasks=size * (sealed_rank * a_rank + sealed_slots * a_slot) + 4 * waiting_rank * a_rank,
         training=4 * trained,
         gradients=4 * (num_stepping * node + page),
         optimizer=round(optimizer_bytes * trained),
@@ -180,6 +182,7 @@ def estimate_recipe(
     rank_of = {**dict.fromkeys(tree.names, rank), **{task["name"]: task["rank"] for task in onto.tasks}}
     batch_size, length = training.per_device_train_batch_size, length or training.max_length or 1024
     estimates, sealed_rank = [], sum(rank_of[task] for task in sealed)
+    waiting_rank = sum(rank_of[task] for task in tree.names if task not in sealed)
     sealed_slots = sum(page["slots"] for page in onto.pages if page["sealed"])
     for level in tree.levels():
         tasks = [task for task in level if task not in sealed]
@@ -187,6 +190,7 @@ def estimate_recipe(
             continue
         writers = training.writers(tasks, memory)
         slots, ranks = memory.slots if writers else 0, [rank_of[task] for task in tasks]
+        waiting_rank -= sum(ranks)
         path_ranks = [sum(rank_of[node] for node in tree.path(task)) for task in tasks]
         num_stepping = min(len(writers), training.gradient_accumulation_steps) if training.mixed_steps else 1
         estimates.append(
@@ -198,6 +202,7 @@ def estimate_recipe(
                 num_stepping=max(1, num_stepping),
                 sealed_rank=sealed_rank,
                 sealed_slots=sealed_slots,
+                waiting_rank=waiting_rank,
                 slots=slots,
                 batch_size=batch_size,
                 length=length,

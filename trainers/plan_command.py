@@ -35,16 +35,20 @@ def find_plan(args: argparse.Namespace) -> None:
     disable_progress_bars()
     recipe = planned_recipe(args)
     file = args.yaml or Path("plan.yaml")
-    HFTTrainingConfig(**recipe.training)
+    config = HFTTrainingConfig(**recipe.training)
     check_writable(file.parent)
     if file.exists():
         raise ValueError(
             f"'{file}' is here already and may have been edited; delete it, or name another file to write by --yaml."
         )
-    if without := [task for task in recipe.hierarchy if _lacks_validation(recipe, task)]:
+    without = [
+        task for task in recipe.hierarchy if recipe.data and not any(Path(recipe.data, task).glob("validation.jsonl*"))
+    ]
+    if without and (recipe.stage_eval_samples or config.needs_validation()):
+        key = "stage_eval_samples" if recipe.stage_eval_samples else "eval_strategy` or `rank_tolerance"
         print(
-            f"There is no {without[0]}/validation.jsonl ({len(without)} such), and `stage_eval_samples` scores by "
-            "it: give one before you train, or delete that key.",
+            f"There is no {without[0]}/validation.jsonl ({len(without)} such), and `{key}` goes by it: give one before you "
+            "train, or delete that key.",
             file=sys.stderr,
         )
     settings = ProbeSettings(
@@ -76,11 +80,6 @@ def find_plan(args: argparse.Namespace) -> None:
     print("\nWhat it would take:\n" + "\n".join(costs))
     write_text(file, as_recipe(found, recipe, costs))
     print(f"\nNext: hft train {file}")
-
-
-def _lacks_validation(recipe: Recipe, task: str) -> bool:
-    folder = Path(recipe.data or "") / task
-    return bool(recipe.stage_eval_samples and recipe.data) and not any(folder.glob("validation.jsonl*"))
 
 
 def planned_recipe(args: argparse.Namespace) -> Recipe:

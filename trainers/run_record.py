@@ -115,7 +115,8 @@ class RunRecord:
         write_json(Path(folder) / RECORD_FILE, asdict(self))
 
     def add_stage(self, stage: dict[str, Any]) -> None:
-        """Takes a stage's results in, in place of older ones of the same tasks."""
+        """Takes a stage's results in, in place of older ones of the same tasks. What the router does now is not known."""
+        self.routed, self.confusion = {}, {}
         self.stages = [old for old in self.stages if not set(old["tasks"]) & set(stage["tasks"])] + [stage]
         self.refreshed = [task for task in self.refreshed if task not in stage.get("scores", {})]
 

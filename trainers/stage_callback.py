@@ -43,5 +43,6 @@ class StageCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = state.log_history[-1]
         if found := self.mastery().observe_log(logs):
-            logger.warning(f"{found[0]} is mastered after step {logs['step']}: {found[1]}.")
+            stays = "" if found[0] in self.mastery().left else "; it learns on with those that write the page with it"
+            logger.warning(f"{found[0]} is mastered after step {logs['step']}: {found[1]}{stays}.")
             control.should_training_stop = control.should_training_stop or self.mastery().all_mastered()

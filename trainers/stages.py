@@ -1,5 +1,7 @@
 """The loop over stages: each is one training of TRL's, from its last checkpoint if it was cut off, and then sealed."""
 
+import hashlib
+import json
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +80,8 @@ class HFTStages:
             self._check_batches(checkpoint, level)
         self.accelerator.wait_for_everyone()  # all have read the folder before anyone writes
         if not (resume_from_checkpoint and run.is_same(own)):
-            own.begin(config.sealed_tasks())
+            with self.accelerator.main_process_first():  # what it removes, others must not still look at
+                own.begin(config.sealed_tasks())
             self._save_record()  # first: of a folder whose config names its tasks, a resume takes its record at its word
             self.save_model(_internal_call=True)
         elif level is not None and source.is_checkpoint():
@@ -117,6 +120,7 @@ class HFTStages:
             self.args.mastery_accuracy,
             self.args.mastery_patience,
             lambda task, step: self.make_sampler().turns_until(task, step),
+            self.args.writers(stage.tasks, self.model.config.memory_config),
         )
         self._checked, self._stepping, self._sampler = set(), set(), self.make_sampler()
         self._metrics["train"].clear()  # what the stage before had not logged yet
@@ -131,6 +135,7 @@ class HFTStages:
                 "seed": self.args.seed,
                 "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
                 "processes": self.args.world_size,
+                "order": self._order(),
             }
         self._begin_stage_record(stage)
         all_rows, self.train_dataset = self.train_dataset, self._rows_of(stage)
@@ -166,7 +171,7 @@ class HFTStages:
             return output
         if self.args.has_mastery():
             left = self.make_sampler().steps_after
-            saved = {task: left(step, self.state.max_steps)[task] for task, step in self.mastery.mastered.items()}
+            saved = {task: left(step, self.state.max_steps)[task] for task, step in self.mastery.left.items()}
             output.metrics["saved_steps"] = sum(saved.values())
             logger.warning(
                 f"{stage}: mastery saved {sum(saved.values())} of {self.state.max_steps} steps {saved or ''}"
@@ -188,7 +193,10 @@ class HFTStages:
     def _learn(self, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
         """TRL's training of the stage, or what is left of it after a checkpoint: nothing, if that was its last."""
         if checkpoint is None:
-            return super().train(**kwargs)
+            output = super().train(**kwargs)
+            if not self.mastery.left:
+                return output
+            return output._replace(training_loss=mean_loss(self.state.log_history) or output.training_loss)
         if not any(Path(checkpoint).glob("optimizer*")):
             logger.warning(
                 f"'{checkpoint}' has no optimizer's state (`save_only_model`): its optimizer begins anew, so "
@@ -298,6 +306,23 @@ class HFTStages:
                     f"{name} is {now}, and stage {level}, which is to be resumed, was begun with {before}; give that again, "
                     f"or delete the folder 'stage-{level}' of the run to begin the stage anew."
                 )
+
+        stage = next(
+            its for its in open_stages(self.model.hierarchy, self.model.config.sealed_tasks()) if its.level == level
+        )
+        self.stage = stage
+        if not self.args.auto_find_batch_size and begun.get("order") not in (None, self._order()):
+            raise ValueError(
+                f"The rows of stage {level}, which is to be resumed, do not come as when it was begun: `packing`, "
+                "`max_length`, `task_passes`, `mixed_steps` or `data_seed` is another; give that again, or delete the "
+                f"folder 'stage-{level}' of the run to begin the stage anew."
+            )
+
+    def _order(self) -> str:
+        """A short hash of how many rows the stage's tasks have, as they are prepared, and in which order they come."""
+        sampler = self.make_sampler()
+        order = [sampler.num_rows, sampler.block_size, sampler.seed, sampler.turns_a_block, sampler.turns(0)]
+        return hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]
 
     def _check_steps(self, stage: Stage) -> None:
         """Warns of tasks of a stage that take no step before they are sealed for good; refuses a stage without any."""

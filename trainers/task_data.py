@@ -140,6 +140,7 @@ def alone(rows: Dataset, count: int = 128) -> list[dict[str, list[int]]]:
             end = begin + length
             found.append({name: row[name][begin:end] for name in ("input_ids", "labels")})
             begin = end
+    found = [row for row in found if any(label != -100 for label in row["labels"][1:])]  # else cut off from its answer
     return [found[place] for place in evenly_spaced(len(found), count)]
 
 
@@ -172,10 +173,15 @@ def learnable(task: str, rows: Dataset, ready: Dataset, max_length: int | None, 
     found = [place for place, labels in enumerate(ready["labels"]) if any(label != -100 for label in labels)]
     before = len(ready) if packing else len(rows)
     if len(found) < before:
+        came_tokenised = "input_ids" in rows.column_names
+        was_cut = max_length is not None and (
+            not came_tokenised or any(len(ids) > max_length for ids in rows["input_ids"])
+        )
+        why = f"with `max_length`={max_length}, truncation cut off their whole answer. Raise it, or set "
+        why += "truncation_mode='keep_end'"
         logger.warning(
-            f"{before - len(found)} of the {before} {'packed ' if packing else ''}rows of task {task!r} were dropped: with "
-            f"`max_length`={max_length}, truncation cut off their whole answer. Raise it, or set "
-            "truncation_mode='keep_end'."
+            f"{before - len(found)} of the {before} {'packed ' if packing else ''}rows of task {task!r} were dropped: "
+            f"{why if was_cut else 'they have no answer, all their labels are -100'}."
         )
     return ready.select(found) if len(found) < len(ready) else ready
 
