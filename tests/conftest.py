@@ -4,6 +4,7 @@ import gc
 import os
 
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several threads add in no fixed order
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -51,14 +52,22 @@ def pytest_collection_finish():
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def _deterministic():
+def _hostile() -> None:
     """The same numbers each time, and NaN in every `torch.empty`, so that what nobody initialises shows."""
-    torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_configure(config):
+    _hostile()  # for what a module makes once, too
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    torch.manual_seed(0)
+    _hostile()
     yield
-    torch.use_deterministic_algorithms(False)
+    _hostile()
 
 
 @pytest.fixture

@@ -163,7 +163,9 @@ def test_the_quality_tables_by_hand(tmp_path, monkeypatch):
     ]
     learnt = {"a": [60.0, 59.0], "b": [65.0, 65.0]}
     ours = {"seed": 1, "method": "sequential", "test": {"forgetting": 1.0, "just_learnt": learnt}}
-    assert table.transfer(ours, cells[:2]) == (-1.0, 2.0)  # from 58 and 63, that seed's own LoRAs
+    assert table.transfer(ours, cells[:2]) == (-1.0, None)
+    cells[1]["test"]["first"] = {"a": 57.0, "b": 62.0}
+    assert table.transfer(ours, cells[:2]) == (-1.0, 3.0)  # above that seed's own LoRAs on the same rows
     assert table.transfer({**ours, "seed": 2}, cells[:2]) == table.transfer(cells[3], cells[:2]) == ()
     stays = {"forgetting": 0.0, "just_learnt": {"a": [60.0, 60.0], "b": [65.0, 65.0]}}  # of some rows; of all: 66, 66
     hft = {**cells[6], "test": {**cells[6]["test"], **stays}}

@@ -12,17 +12,33 @@ import torch
 from hft.trainers import doctor as doctors
 from hft.trainers.cli import main
 
+from .test_storage import run_clean
 
-def test_the_report_is_right_about_this_machine(capsys):
+
+def test_the_report_is_right_about_this_machine(monkeypatch, capsys):
+    usage = shutil.disk_usage(Path.cwd())._replace(free=7 * 2**30)  # others write meanwhile
+    monkeypatch.setattr(doctors.shutil, "disk_usage", lambda folder: usage)
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     for package in ("torch", "transformers", "trl", "peft", "bitsandbytes"):
         assert f"ok  {package:<16}{importlib.metadata.version(package)} (needs >=" in shown
     assert "4-bit (NF4)     forward and backward are right on" in shown
-    assert f"{shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB free in {Path.cwd()}" in shown
+    assert f"7 GiB free in {Path.cwd()}" in shown
     assert "matplotlib" not in shown  # nobody needs it to train
     assert "!!" not in shown and shown.endswith("All that training needs is here and works.\n")
     assert len(shown.splitlines()) < 40
+
+
+def test_it_asks_no_network(tmp_path):
+    code = """
+    import socket, sys
+    def refuse(*_):
+        raise SystemExit("it asks the network")
+    socket.socket.connect = socket.getaddrinfo = refuse
+    from hft.trainers.cli import main
+    main(["doctor"])
+    """
+    run_clean(code, tmp_path, HF_HUB_OFFLINE="0")
 
 
 def advised(capsys) -> str:

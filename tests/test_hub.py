@@ -244,3 +244,21 @@ def test_the_command_and_the_trainer(hub, tmp_path):
         assert line in card, line
     assert {"pictures/hierarchy.png", "report.html", "run.json"} <= names
     assert set(re.findall(r"\]\((pictures/[^)]+)\)", card)) <= names
+
+
+def test_a_removed_task_goes_from_the_hub_and_is_named(hub, tmp_path):
+    code = (
+        BUILD
+        + """
+    import logging
+    logging.basicConfig(stream=sys.stdout)
+    model.push_to_hub("me/hft")
+    model.remove_task("b")
+    model.push_to_hub("me/hft")
+    """
+    )
+    with serving(hub) as address:
+        said = run_clean(code, tmp_path, **environment(tmp_path, address))
+    before, after = (files(folder) for folder in list(hub.commits["me/hft"].values())[-2:])
+    assert {"tasks/b.safetensors", "pages/2.safetensors"} <= before - after
+    assert "me/hft has b, which '" in said and "newest commit lacks" in said

@@ -340,9 +340,7 @@ def test_the_command_removes_a_task_and_its_files(sealed, tmp_path, capsys):
 
 def test_what_borrows_a_node_depends_on_it(sealed):
     sealed.config.task("e")["borrows"] = ["c"]
-    with pytest.raises(
-        ValueError, match=r"Task 'c' cannot be removed: e, f, d depend on it|e, d, f|e.*d.* depend on it"
-    ):
+    with pytest.raises(ValueError, match=r"Task 'c' cannot be removed: e, d, f depend on it"):
         sealed.remove_task("c")
 
 

@@ -820,3 +820,14 @@ def test_a_target_is_a_whole_name(backbones):
         hft.HFTForCausalLM.from_backbone(
             backbones["llama"], {"a": []}, target_modules=["q_proj"], memory_config={"target_modules": ["v_proj"]}
         )
+
+
+def test_a_thread_started_within_a_block_takes_no_part_in_it(model):
+    x, found = prompts(2, 6), []
+    plain = bits(model(x).logits)
+    with model.activate("d"):
+        thread = threading.Thread(target=lambda: found.append(bits(model(x).logits)))
+        thread.start()
+        thread.join()
+        assert bits(model(x).logits) != plain
+    assert found == [plain]

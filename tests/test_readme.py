@@ -706,3 +706,11 @@ def test_its_python_is_python(code):
 def test_the_ten_lines_name_what_exists():
     for name in re.findall(r"\bhft\.(\w+)", "".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))):
         assert hasattr(hft, name) or name == "trainers", name
+
+
+def test_its_python_runs(backbones, tmp_path, monkeypatch, quantizable):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", TEXTS["README.md"], re.DOTALL)[:3]:
+        exec(code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(backbones["llama"])), names)
+    assert set(names["model"].config.sealed_tasks()) == {"common", "sst2", "yelp", "amazon"}

@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -19,11 +20,12 @@ import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig, commands, compute_dtype
 from hft.trainers.cli import main
 from hft.trainers.loading import load_tokenizer
-from hft.trainers.metrics import find_metric
+from hft.trainers.metrics import find_metric, rouge_l
 from hft.trainers.recipe_data import load_task, to_chat
 from hft.trainers.recipe_data import test_set as find_test_set  # else pytest takes it for a test
 from hft.trainers.recipes import read_recipe, read_value
 from hft.trainers.row_tokens import tokenize_rows
+from hft.trainers.run_record import RunRecord
 from hft.trainers.task_files import find_split, read_rows, tasks_in
 
 from .tiny import grow
@@ -239,7 +241,11 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
     assert main(["generate", str(tmp_path / "run"), "--task", "backbone", "--max_new_tokens", "3", "hello"]) == 0
     capsys.readouterr()
     assert main(["generate", str(tmp_path / "run"), "hello", "you", "--max_new_tokens", "3"]) == 0
-    assert len(re.findall(r"^\[\w+\]$", capsys.readouterr().err, re.M)) == 2  # who answers each
+    shown, alone = capsys.readouterr(), ""
+    for name, prompt in zip(re.findall(r"^\[(\w+)\]$", shown.err, re.M), ("hello", "you"), strict=True):
+        assert main(["generate", str(tmp_path / "run"), prompt, "--task", name, "--max_new_tokens", "3"]) == 0
+        alone += capsys.readouterr().out
+    assert shown.out == alone
     assert main(["generate", str(tmp_path / "run"), "hello", "--task", "rts"]) == 2
     assert "hft: error: Unknown task 'rts'. Did you mean 'rte'?" in capsys.readouterr().err
 
@@ -703,30 +709,82 @@ def test_wrong_plans(grown_folder, backbones, data, tmp_path, monkeypatch, capsy
     assert message in capsys.readouterr().err
 
 
-def test_refresh_saves_only_what_helps(grown_folder, data, capsys):
-    def files():
-        return {path.name: path.read_bytes() for path in grown_folder.rglob("*.safetensors")}
+@pytest.mark.parametrize("after", [1.0, 2.0])
+def test_refresh_saves_only_what_helps(grown_folder, data, monkeypatch, capsys, after):
+    """The rule is tested in test_refresh.py; here the loss falls, or does not, as told."""
+    losses = itertools.cycle([2.0, after])
 
-    before = files()
+    def as_told(self, task, rows, batch_size):
+        return [next(losses)] * len(rows)
+
+    def files():
+        return {str(path.relative_to(grown_folder)): path.read_bytes() for path in grown_folder.rglob("*.safetensors")}
+
+    monkeypatch.setattr(hft.HFTForCausalLM, "_losses", as_told)
+    score = {"score": 5.0, "se": 1.0, "rows": 2}
+    scores = {"sst2": score, "mnli": score}
+    RunRecord(stages=[{"level": 1, "tasks": list(scores), "log": [], "scores": scores}]).write(grown_folder)
+    before, is_kept = files(), after < 2
+    command = ["refresh", str(grown_folder), "--recipe", "cl14-small", "--data", str(data), "--samples", "3"]
+    assert main([*command, "--task", "sst2", "--steps", "2"]) == 0
+    assert f"sst2: {'refreshed' if is_kept else 'left as it was'}" in capsys.readouterr().out
+    changed = {name for name, its in files().items() if its != before[name]}
+    assert changed == ({"model.safetensors"} if is_kept else set())
+    assert ("sst2" in RunRecord.load(grown_folder).last_scores()) == (not is_kept)
+
+
+def test_what_can_be_refreshed(grown_folder, data, capsys):
     command = ["refresh", str(grown_folder), "--recipe", "cl14-small", "--data", str(data)]
-    no_learning = [*command, "--task", "sst2", "--steps", "1", "--samples", "3", "--batch_size", "4"]
-    assert main(no_learning) == 0
-    shown = capsys.readouterr().out
-    assert ("sst2: left as it was" in shown) == (files() == before)
     assert main([*command, "--task", "later"]) == 2
     assert "Task 'later' is not sealed" in capsys.readouterr().err
     assert main([*command, "--task", "sst3"]) == 2
     assert "Unknown task 'sst3'. Did you mean 'sst2'?" in capsys.readouterr().err
-    assert main([*command, "--task", "sst2", "--steps", "60"]) == 0
-    shown = capsys.readouterr().out
-    after = files()
-    changed = {name for name in after if after[name] != before[name]}
-    assert changed == ({"model.safetensors"} if "refreshed" in shown else set())  # it has no card
     assert main([*command, "--steps", "1", "--samples", "3"]) == 0  # each task that is sealed and has rows
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == ["sst2", "mnli", "yelp"]
     (grown_folder / "other.yaml").write_text("backbone: b\nhierarchy: {later: [], none: []}\n")
     assert main(["refresh", str(grown_folder), "--recipe", str(grown_folder / "other.yaml")]) == 2
     assert "has no sealed task of the recipe's (later, none)" in capsys.readouterr().err
+
+
+def test_eval_asks_for_what_its_columns_say(grown_folder, data, tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def score(model, tokenizer, its, task, *_, **__):
+        asked.append(task)
+        return [{"backbone": 0.0, None: 0.5}.get(task, 1.0)] * len(its.rows)
+
+    model = hft.HFTForCausalLM.from_pretrained(grown_folder)
+    model.add_routes("sst2", [[5, 6, 7 + i] for i in range(8)])
+    model.save_pretrained(grown_folder)
+    monkeypatch.setattr("hft.trainers.evaluation.score_task", score)
+    out = tmp_path / "scores.json"
+    command = ["eval", str(grown_folder), "--recipe", "cl14-small", "--data", str(data), "--out", str(out)]
+    assert main([*command, "--task", "mnli", "--task", "sst2"]) == 0
+    assert asked == ["backbone", "mnli", None, "backbone", "sst2", None]
+    cells = json.loads(out.read_text())["tasks"]["mnli"]
+    assert [cells[column] for column in ("backbone", "hft", "routed")] == [0.0, 100.0, 50.0]
+    assert "Not learnt to the end" not in capsys.readouterr().err
+
+
+def test_commands_that_have_nothing_to_do(grown_folder, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", ["\n"])
+    (tmp_path / "o.yaml").write_text(f"backbone: b\nhierarchy: {{other: []}}\ndata: {data}\n")
+    for command, message in (
+        (["generate", str(grown_folder)], "There is no prompt"),
+        (["eval", str(grown_folder), "--recipe", str(tmp_path / "o.yaml")], "describes none of the model's tasks"),
+    ):
+        assert main(command) == 2 and message in capsys.readouterr().err
+
+
+def test_a_recipe_cuts_inputs_and_answers_and_scores_as_it_says(tmp_path, tokenizer):
+    (tmp_path / "a").mkdir()
+    row = {"instruction": "Which?", "options": [], "input": "x" * 500, "output": "a"}
+    (tmp_path / "a/validation.jsonl").write_text(json.dumps(row))
+    keys = f"backbone: x\nhierarchy: {{a: []}}\ndata: {tmp_path}\n"
+    (tmp_path / "r.yaml").write_text(keys + "max_input_tokens: 20\nmax_new_tokens: 3\nmetric: {a: rouge_l}\n")
+    found = find_test_set(read_recipe(tmp_path / "r.yaml"), "a", "validation", tokenizer)
+    assert len(found.rows[0]["prompt"][0]["content"]) < 40
+    assert (found.max_new_tokens, found.score) == (3, rouge_l)
 
 
 def test_rows_are_tokenised_as_by_the_trainer(backbones, tokenizer, tmp_path):

@@ -106,14 +106,33 @@ def test_a_source_is_switched_off_and_on_again_to_the_bit(backbones, tokenizer):
         assert not torch.equal(model(ids, task="b").logits, whole)
         assert model.gates("b").mean()["a"] == 0.0
     assert torch.equal(model(ids, task="b").logits, whole) and snapshot(model) == before
-    data = EvalSet(rows_of("b"), OPTIONS)
-    whole_score, found = contributions(model, tokenizer, "b", data)
+
+
+def test_contributions_and_cross_scores_ask_for_what_they_say(backbones, tokenizer, monkeypatch):
+    model, asked = hft.HFTForCausalLM.from_backbone(backbones["llama"], TREE, rank=2), []
+    grow(model)
+
+    def score(model, tokenizer, data, task, *_):
+        asked.append((data, task, model.gates(task).values))
+        return [1 / len(asked)] * 8
+
+    monkeypatch.setattr("hft.trainers.interference.score_task", score)
+    sets = {task: EvalSet(rows_of(task), OPTIONS) for task in "ab"}
+    _, found = contributions(model, tokenizer, "b", sets["b"])
     assert list(found) == ["a", "b", "page:1", "page:2"]
-    for source in found.values():
-        assert source["drop"] == pytest.approx(whole_score["score"] - source["score"], abs=2e-3)
-    cross = cross_scores(model, tokenizer, {"a": EvalSet(rows_of("a"), OPTIONS), "b": data})
-    assert {"drop", "drop_se"} <= cross["b"]["a"].keys()
-    assert cross["b"]["b"] == whole_score and set(cross["a"]) == {"a", "b"}
+    (_, _, whole), *without = asked
+    assert all(data is sets["b"] and task == "b" for data, task, _ in asked)
+    for column, (_, _, values) in enumerate(without):
+        expected = whole.clone()
+        expected[:, column] = 0
+        assert torch.equal(values, expected)
+    assert [its["drop"] for its in found.values()] == pytest.approx([100 - 100 / n for n in (2, 3, 4, 5)], abs=0.01)
+    asked.clear()
+    cross = cross_scores(model, tokenizer, sets)
+    expected = [(sets[task], path) for task in "ab" for path in "ab"]
+    assert all(its[0] is data and its[1] == path for its, (data, path) in zip(asked, expected, strict=True))
+    shown = [cross[task][path]["score"] for task in "ab" for path in "ab"]
+    assert shown == pytest.approx([100, 50, 100 / 3, 25], abs=0.01)
 
 
 def test_advice_in_words():

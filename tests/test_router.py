@@ -136,11 +136,13 @@ def typical(kind: int, seed: int, length: int = 12) -> torch.Tensor:
     return ids
 
 
-def test_generate_asks_the_router_once_a_prompt(routed):
+def test_generate_asks_the_router_once_a_prompt(routed, monkeypatch):
+    asked, ask = [], routed.hft_router.route
+    monkeypatch.setattr(routed.hft_router, "route", lambda f_BD, *its: asked.append(len(f_BD)) or ask(f_BD, *its))
     x = torch.cat([typical(kind, seed=100 + kind) for kind in (2, 0, 1)])
     options = {"max_new_tokens": 4, "do_sample": False}
     answers, routes = routed.generate(x, return_route=True, **options)
-    assert [route.task for route in routes] == ["nli", "sst", "yelp"]
+    assert [route.task for route in routes] == ["nli", "sst", "yelp"] and asked == [3]
     assert answers.tolist() == routed.generate(x, task=["nli", "sst", "yelp"], **options).tolist()
     for i in range(3):
         alone, (route,) = routed.generate(x[i : i + 1], return_route=True, **options)
@@ -150,8 +152,31 @@ def test_generate_asks_the_router_once_a_prompt(routed):
     assert [route.task for route in routes] == ["backbone"] * 3
     backbone = AutoModelForCausalLM.from_pretrained(routed.config.backbone)
     assert plain.tolist() == backbone.generate(x, **options).tolist()
-    beams = routed.generate(x, num_beams=3, num_return_sequences=2, **options)
-    assert beams.shape[0] == 6
+    wide = {**options, "num_beams": 3, "num_return_sequences": 2, "eos_token_id": None}
+    beams = routed.generate(x, **wide)
+    for i, task in enumerate(("nli", "sst", "yelp")):
+        assert beams[2 * i : 2 * i + 2].tolist() == routed.generate(x[i : i + 1], task=task, **wide).tolist()
+    with torch.no_grad():
+        assert bits(routed(x).logits) == bits(backbone(x).logits)  # `forward` does not route
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"cache_implementation": "static"},
+        {"num_beams": 2},
+        {"prompt_lookup_num_tokens": 3},
+        {"do_sample": True, "top_k": 0},
+    ],
+    ids=lambda its: next(iter(its)),
+)
+def test_each_way_to_generate_is_routed_as_if_the_task_were_named(routed, more):
+    x, answers = typical(1, 101), []
+    options = {"do_sample": False, "max_new_tokens": 6, "eos_token_id": None, "pad_token_id": 0, **more}
+    for task in (None, "yelp"):
+        torch.manual_seed(4)
+        answers.append(routed.generate(x, task=task, **options).tolist())
+    assert routed.route(x)[0].task == "yelp" and answers[0] == answers[1]
 
 
 def test_what_is_reckoned_on_the_cpu_is_whatever_the_default_device(routed):

@@ -1,12 +1,16 @@
 """How people use a model: pipelines, streaming, sampling, static caches, each with tasks and with the router."""
 
+import sys
 import threading
+import types
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, pipeline
 
 import hft
+from hft.trainers.cli import main
 
 from .test_model import prompts
 from .test_router import routed, typical  # noqa: F401 (a fixture)
@@ -250,3 +254,15 @@ def test_pads_do_not_count_with_a_configuration_that_names_none(routed):  # noqa
     (route,) = routed.generate(padded, generation_config=config, return_route=True)[1]
     assert route.probabilities == expected.probabilities
     assert route.probabilities == pytest.approx(routed.route(x)[0].probabilities, abs=1e-4)
+
+
+def test_the_server_gets_the_architecture_and_its_arguments(monkeypatch, capsys):
+    seen, fake = [], types.ModuleType("transformers.cli.transformers")
+    fake.main = lambda: seen.append((sys.argv, transformers.HFTForCausalLM))
+    monkeypatch.setattr(sys, "argv", ["hft"])
+    monkeypatch.setattr(transformers, "HFTForCausalLM", None, raising=False)
+    monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    assert main(["serve", "M", "--port", "8000"]) == 0
+    assert seen == [(["transformers", "serve", "M", "--port", "8000"], hft.HFTForCausalLM)]
+    monkeypatch.setitem(sys.modules, fake.__name__, None)
+    assert main(["serve", "M"]) == 1 and "transformers[serving]" in capsys.readouterr().err

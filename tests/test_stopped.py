@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig
 from hft.trainers.checkpoints import RunFolder, last_checkpoint
+from hft.trainers.cli import main
 from hft.trainers.evaluation import EvalSet
 from hft.trainers.interference import advice
 from hft.trainers.metrics import metric_name
@@ -66,8 +67,11 @@ def test_a_signal_is_heard_in_each_stage(backbones, tokenizer, tmp_path):
     class Send(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if (trainer.stage.level, state.global_step) == (2, 1):
+                assert signal.getsignal(signal.SIGTERM) != before, "nobody listens"
                 os.kill(os.getpid(), signal.SIGTERM)
+                end = time.monotonic() + 60
                 while not manager.is_checkpoint_requested:
+                    assert time.monotonic() < end, "nobody heard it"
                     time.sleep(0.01)
 
     trainer.add_callback(Send())
@@ -280,7 +284,19 @@ def test_lists_of_tasks_may_be_tuples_and_are_resumed(backbones, tokenizer, tmp_
     trainer.add_callback(Kill(3, "step"))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    make(backbones, tokenizer, tmp_path, TREE, page_tasks=("a",)).train(resume_from_checkpoint=True)
+    again = make(backbones, tokenizer, tmp_path, TREE, page_tasks=("a",))
+    again.train(resume_from_checkpoint=True)
+    assert again.record.budget["page_tasks"] == ["a"] and again.model.config.sealed_tasks() == ["a", "b"]
+
+
+def test_a_task_of_a_half_trained_stage_stays(backbones, tokenizer, tmp_path, capsys):
+    killed = make(backbones, tokenizer, tmp_path, {"a": [], "e": []})
+    killed.add_callback(Kill(3, "step"))
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    before = files_of(tmp_path)
+    assert main(["remove", str(tmp_path), "--task", "a"]) == 2 and files_of(tmp_path) == before
+    assert "stage 1/1: a, e is half trained, and could not go on without 'a'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("include", ["all", "non_padding"])

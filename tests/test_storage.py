@@ -538,7 +538,7 @@ def test_a_relative_backbone_is_found_from_elsewhere(backbones, tmp_path, monkey
     monkeypatch.chdir(backbones["llama"].parent)
     hft.HFTForCausalLM.from_backbone(backbones["llama"].name, {"a": []}, rank=2).save_pretrained(tmp_path / "slim")
     monkeypatch.chdir(tmp_path)
-    AutoModelForCausalLM.from_pretrained("slim")
+    assert AutoModelForCausalLM.from_pretrained("slim").config.backbone == str(backbones["llama"])
 
 
 def test_models_of_one_config_do_not_share_it(backbones):

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import resource
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -309,8 +310,12 @@ def machine() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that matter."""
+    """Of the packages that matter, and the commit of this code."""
     found = run_record.versions()
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no clone
+        command = ["git", "describe", "--always", "--dirty"]
+        said = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        found["commit"] = said.stdout.strip()
     return {"hft": hft.__version__, **{name: number for name, number in found.items() if name != "modeling-hft"}}
 
 

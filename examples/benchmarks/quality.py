@@ -210,6 +210,9 @@ class Benchmark:
                     scores |= scores_of(split, task, rows, outcome.model_of(task), right_of=right, first=first)
                 guess = {task: majority(rows) for task, rows in self.rows[split].items()}
                 result[split] = {"ap": mean_accuracy(scores), "tasks": scores, "majority": guess}
+                if split == "test":
+                    of_first = {t: accuracy(its[:FORGETTING_ROWS])["accuracy"] for t, its in right.items()}
+                    result[split]["first"] = of_first
                 if split == "test" and just_learnt:  # without the last task, which nothing came after
                     points = {
                         t: [accuracy(its)["accuracy"], accuracy(right[t][: len(its)])["accuracy"]]

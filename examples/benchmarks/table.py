@@ -207,7 +207,8 @@ def quality_more(budget: str, tasks: str) -> str:
         if not (its := runs(cells, method)):
             continue
         moved = [transfer(cell, single) for cell in its]
-        shown = [mean_se([one[i] for one in moved if one]) if any(moved) else "" for i in range(2)]
+        known = [[one[i] for one in moved if one and one[i] is not None] for i in range(2)]
+        shown = [mean_se(values) if values else "" for values in known]
         able = [cell["general"] for cell in its if "general" in cell]
         measured = [
             [one["perplexity"] for one in able],
@@ -223,22 +224,23 @@ def quality_more(budget: str, tasks: str) -> str:
     return "\n".join(lines)
 
 
-def transfer(cell: Mapping, single: Sequence[Mapping]) -> tuple[float, ...]:
+def transfer(cell: Mapping, single: Sequence[Mapping]) -> tuple[float | None, ...]:
     """Of a method that sees a sequence: backward transfer, and forward transfer against one LoRA a task, in points.
 
     Backward: what tasks gained (or, below 0, lost) from when they were learnt to the end, but for the last, which nothing
-    came after. Forward: how much better a task is, as soon as it is learnt, than its own LoRA with the same seed. Both on
-    the test rows that are scored twice; a LoRA's own on all, and so HFT's, whose tasks stay as they were learnt. Empty if
-    it sees no sequence, or that LoRA was not run.
+    came after. Forward: how much better a task is, as soon as it is learnt, than its own LoRA of the same seed, on the same
+    rows: those that are scored twice, or for HFT, whose tasks stay as they were learnt, all. None if the LoRA's scores on
+    these were not kept. Empty if the method sees no sequence, or that LoRA was not run.
     """
-    alone = {its["seed"]: test_scores(its, "single") for its in single}.get(cell["seed"])
-    if alone is None or "just_learnt" not in cell["test"]:
+    own = {its["seed"]: its for its in single}.get(cell["seed"])
+    if own is None or "just_learnt" not in cell["test"]:
         return ()
     first = {task: score for task, (score, _last) in cell["test"]["just_learnt"].items()}
+    alone = own["test"].get("first")
     if cell["method"].startswith("hft") and all(now == then for now, then in cell["test"]["just_learnt"].values()):
-        first = test_scores(cell, cell["method"])
-    gains = [score - alone[task] for task, score in first.items()]
-    return 0.0 - cell["test"]["forgetting"], statistics.mean(gains)
+        first, alone = test_scores(cell, cell["method"]), test_scores(own, "single")
+    gains = [score - alone[task] for task, score in first.items()] if alone is not None else []
+    return 0.0 - cell["test"]["forgetting"], statistics.mean(gains) if gains else None
 
 
 def memory() -> str:
