@@ -27,8 +27,9 @@ class ProbeSettings:
         probe_rows: rows a task that losses are measured on; no pilot learns from them, unless they come twice.
         gradient_rows: rows a task that its gradient is taken over.
         max_length: longer rows lose their beginning; tokens.
-        max_candidates: how many parents are measured for a task: those whose prompts are nearest to its own in the features
-            that the router goes by. All of them up to this number + 1 tasks.
+        max_candidates: how many other new tasks are measured as parents of one: those whose prompts are nearest to its
+            own in the features that the router goes by. All of them up to this number + 1 tasks. Tasks that the model has
+            learnt are all measured.
         seed: of the choice and order of rows and of the pilots' factors.
     """
 
