@@ -118,7 +118,7 @@ train_samples: 4
     model = hft.HFTForCausalLM.from_pretrained(tmp_path / "run")
     assert set(model.hft_router.tasks()) == {"sst2", "mnli", "cb"}
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "The router sends no prompts to inference, which it was not taught." in card
+    assert "The router was not taught inference: prompts go there only where" in card
 
 
 @pytest.mark.parametrize(

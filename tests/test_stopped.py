@@ -405,11 +405,11 @@ def test_scores_of_what_is_sealed_stay_when_others_are_learnt():
 
 
 def test_a_loss_of_every_row_is_a_loss():
-    found = {"score": 0.0, "se": 0.0, "drop": 100.0, "drop_se": 0.0, "gate": 1.0}
+    found = {"score": 0.0, "se": 0.0, "rows": 9, "drop": 100.0, "drop_se": 0.0, "gate": 1.0}
     assert advice({"b": ["a"]}, {"b": {"a": found}}, {}) == ["b rests on a: without it, it loses 100.0 ± 0.0 points."]
     gains = {**found, "drop": -100.0}
     assert "is in the way of b" in advice({"b": ["a"]}, {"b": {"a": gains}}, {})[0]
-    nothing = {**found, "drop": 0.0}
+    nothing = {**found, "score": 50.0, "drop": 0.0}
     assert "does not measurably use" in advice({"b": ["a"]}, {"b": {"a": nothing}}, {})[0]
 
 

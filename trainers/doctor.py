@@ -133,11 +133,13 @@ def _packages() -> Iterator[Finding]:
         )
         return
     yield Finding(DISTRIBUTION, importlib.metadata.version(DISTRIBUTION))
+    seen = set()
     for requirement in map(Requirement, lines):
         is_needed = requirement.marker is None or any(
             requirement.marker.evaluate({"extra": extra}) for extra in NEEDED
         )
-        if is_needed and requirement.name != DISTRIBUTION:
+        if is_needed and requirement.name not in (DISTRIBUTION, *seen):
+            seen.add(requirement.name)  # two extras may name it
             yield _package(requirement)
 
 

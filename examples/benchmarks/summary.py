@@ -145,7 +145,8 @@ def quality() -> dict[str, float]:
                 continue
             if moved := [found for cell in its if (found := transfer(cell, single))]:
                 for i, key in enumerate(("bwt", "fwt")):
-                    _put(figures, f"{prefix}.{key}_{method}", [one[i] for one in moved])
+                    if values := [one[i] for one in moved if one[i] is not None]:
+                        _put(figures, f"{prefix}.{key}_{method}", values)
             if able := [cell["general"] for cell in its if "general" in cell]:
                 _put(figures, f"{prefix}.perplexity_{method}", [one["perplexity"] for one in able])
                 for task in sorted(set.intersection(*(set(one["unseen"]) for one in able))):
