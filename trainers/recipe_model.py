@@ -74,7 +74,8 @@ def load_again(recipe: Recipe, where: str, as_trained: bool = False, **defaults:
     if held is not None and (as_trained or not recipe.quantization):
         recipe.quantization = held
     how = {**defaults, **{key: recipe.model[key] for key in HOW_TO_LOAD if key in recipe.model}}
-    if recipe.backbone is not None and has_moved(read_config(where).backbone):
+    config = read_config(where)
+    if recipe.backbone is not None and config.slim and has_moved(config.backbone):
         how["backbone"] = recipe.backbone
     return hft.HFTForCausalLM.from_pretrained(where, quantization_config=recipe.quantization_config(), **how)
 
