@@ -4,7 +4,8 @@ python examples/benchmarks/table.py ablation --budget small    # `full` has all 
 python examples/benchmarks/table.py quality --budget small --tasks family    # `short` has less training
 python examples/benchmarks/table.py tasks --budget small --tasks family
 python examples/benchmarks/table.py more --budget small --tasks family
-python examples/benchmarks/table.py memory
+python examples/benchmarks/table.py hierarchies --budget small --tasks family
+python examples/benchmarks/table.py memory    # memory_related
 python examples/benchmarks/table.py speed
 """
 
@@ -243,9 +244,9 @@ def transfer(cell: Mapping, single: Sequence[Mapping]) -> tuple[float | None, ..
     return 0.0 - cell["test"]["forgetting"], statistics.mean(gains) if gains else None
 
 
-def memory() -> str:
+def memory(name: str = "memory") -> str:
     """Tasks in rows, as they were learnt: the score with and without page 1, and what share of the update it makes up."""
-    cells = read("memory")
+    cells = read(name)
     lines = ["| task | learnt | accuracy | with page 1 off | share of page 1 in the update |", "|---|---|---|---|---|"]
     for setting in dict.fromkeys(setting for setting, _ in cells):
         its = [cell for (name, _), cell in sorted(cells.items()) if name == setting]
@@ -364,6 +365,7 @@ def main() -> None:
     made = {
         "ablation": lambda: ablation(args.budget),
         "memory": memory,
+        "memory_related": lambda: memory("memory-related"),
         "speed": speed,
         "quality": lambda: quality(args.budget, args.tasks),
         "hierarchies": lambda: hierarchies(args.budget, args.tasks),
