@@ -178,6 +178,8 @@ def test_the_qualitys_sentences(figures):
         "HFT's size learns at 1e-3 only ({:.1f} on validation rows, and {:.1f} at 2e-3; one seed)".format(*wide)
         in PROSE
     )
+    turns = [first[f"sequential@{rate}"] for rate in (0.001, 0.0005, 0.002)]
+    assert "sequential LoRA ({:.1f} at 1e-3; {:.1f} at 5e-4, {:.1f} at 2e-3; seed 0)".format(*turns) in PROSE
     root = [first[f"hft_root_no_memory@{rate}"] for rate in (0.002, 0.001, 0.004)]
     words = "With one root for all 2e-3 is best ({:.1f}; {:.1f} at 1e-3, {:.1f} at 4e-3; seed 0; "
     over = [
@@ -617,6 +619,24 @@ def test_the_sentences_on_memory():
         for its in cell["added"].values() for layer in range(len(its["page:1"]))
     ]  # fmt: skip
     assert f"evenly over the layers ({min(layers):.0f} to {max(layers):.0f} % of each)" in PROSE
+
+
+def test_the_sentences_on_related_tasks():
+    related = [cell for cell in read_cells("memory.jsonl") if cell["name"] == "memory-related"]
+    cells = {(cell["setting"], cell["seed"]): cell["tasks"] for cell in related}
+    seeds = sorted({seed for _, seed in cells})
+    assert seeds == [0, 2]  # else the sentences are of others
+
+    def gains(task: str, way: str, key: str = "accuracy") -> str:
+        pairs = ([cells[f"{task}: {which}", seed][task][key] for which in (way, "without page 1")] for seed in seeds)
+        return mean_se([a - b for a, b in pairs], 1 if key == "accuracy" else 3)
+
+    amazon, cb, agnews = (gains(task, "reads page 1") for task in ("amazon", "cb", "agnews"))
+    lower = gains("cb", "reads page 1", "loss").removeprefix("-")
+    assert f"(like yelp and sst2) is {amazon} points above what it is without, cb (like rte and mnli) {cb} " in PROSE
+    assert f"at a loss {lower} nats lower, and agnews, which is like none of them, {agnews}." in PROSE
+    amazon, cb, agnews = (gains(task, "from 0") for task in ("amazon", "cb", "agnews"))
+    assert f"Let in from 0 they are {amazon}, {cb} and {agnews} points above it." in PROSE
 
 
 def test_the_sentence_on_compiling():
