@@ -49,7 +49,7 @@ def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str | Messages],
-    task: str | None = None,
+    task: str | Sequence[str] | None = None,
     max_new_tokens: int = 16,
     batch_size: int = 16,
     progress: str | None = None,
@@ -61,7 +61,8 @@ def generate_answers(
         model: an HFT model.
         tokenizer: its tokenizer, with a chat template if prompts are messages.
         prompts: strings, or lists of messages.
-        task: whose path to take; `"backbone"` for the plain backbone; None lets the router choose for each prompt.
+        task: whose path to take, or one name a prompt; `"backbone"` for the plain backbone; None lets the router choose for
+            each prompt.
         max_new_tokens: where an answer is cut off if no end-of-text token came; not counted is what the chat template
             writes before each, see `opening_length`.
         batch_size: prompts generated at once.
@@ -102,7 +103,7 @@ def generate_answers(
             with_answer = model.generate(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
-                task=task,
+                task=task if task is None or isinstance(task, str) else [task[i] for i in chosen],
                 max_new_tokens=max_new_tokens + opening,
                 **GREEDY,
             )

@@ -28,17 +28,11 @@ def answer_prompts(args: argparse.Namespace) -> None:
         raise ValueError("There is no prompt: give one as an argument, or one a line on standard input.")
     if tokenizer.chat_template is not None:
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    is_routed = args.task is None and bool(model.hft_router.tasks())
-    names = [args.task] * len(prompts)
-    if is_routed:
-        names = routes_of(model, tokenizer, [{"prompt": prompt} for prompt in prompts])
-    answers = [""] * len(prompts)
-    for name in dict.fromkeys(names):
-        places = [i for i, other in enumerate(names) if other == name]
-        its = generate_answers(model, tokenizer, [prompts[i] for i in places], name, args.max_new_tokens)
-        for i, answer in zip(places, its, strict=True):
-            answers[i] = answer
-    for name, answer in zip(names, answers, strict=True):
-        if is_routed:
-            print(f"[{name}]", file=sys.stderr, flush=True)
+    found = None
+    if args.task is None and model.hft_router.tasks():
+        found = routes_of(model, tokenizer, [{"prompt": prompt} for prompt in prompts])
+    answers = generate_answers(model, tokenizer, prompts, found or args.task, args.max_new_tokens)
+    for place, answer in enumerate(answers):
+        if found is not None:
+            print(f"[{found[place]}]", file=sys.stderr, flush=True)
         print(answer, flush=True)

@@ -21,7 +21,7 @@ from .recipe_data import load_task
 from .recipe_model import load_again, tokenizer_of
 from .recipes import HOW_TO_LOAD, Recipe, read_recipe
 from .run_record import RunRecord, write_text
-from .task_files import tasks_in
+from .task_files import has_split, tasks_in
 
 
 def find_plan(args: argparse.Namespace) -> None:
@@ -41,9 +41,8 @@ def find_plan(args: argparse.Namespace) -> None:
         raise ValueError(
             f"'{file}' is here already and may have been edited; delete it, or name another file to write by --yaml."
         )
-    without = [
-        task for task in recipe.hierarchy if recipe.data and not any(Path(recipe.data, task).glob("validation.jsonl*"))
-    ]
+    folder = Path(recipe.data) if recipe.data else None
+    without = [task for task in recipe.hierarchy if folder and not has_split(folder, task, "validation")]
     if without and (recipe.stage_eval_samples or config.needs_validation()):
         key = "stage_eval_samples" if recipe.stage_eval_samples else "eval_strategy` or `rank_tolerance"
         print(

@@ -77,7 +77,7 @@ class HFTStages:
         level = stages[0].level if checkpoint is not None and stages else None
         self._take_record(run.path, bool(resume_from_checkpoint), level)
         if level is not None:
-            self._check_batches(checkpoint, level)
+            self._check_batches(checkpoint, stages[0])
         self.accelerator.wait_for_everyone()  # all have read the folder before anyone writes
         if not (resume_from_checkpoint and run.is_same(own)):
             with self.accelerator.main_process_first():  # what it removes, others must not still look at
@@ -191,12 +191,15 @@ class HFTStages:
         return output
 
     def _learn(self, checkpoint: str | None, **kwargs: Any) -> TrainOutput:
-        """TRL's training of the stage, or what is left of it after a checkpoint: nothing, if that was its last."""
-        if checkpoint is None:
-            output = super().train(**kwargs)
-            if not self.mastery.left:
-                return output
-            return output._replace(training_loss=mean_loss(self.state.log_history) or output.training_loss)
+        """TRL's training of the stage, or what is left of it after a checkpoint; and its mean loss."""
+        output = super().train(**kwargs) if checkpoint is None else self._go_on(checkpoint, **kwargs)
+        if checkpoint is None and not self.mastery.left:
+            return output
+        # The Trainer divides what was lost since the checkpoint, by those who learn, by all steps.
+        return output._replace(training_loss=mean_loss(self.state.log_history) or output.training_loss)
+
+    def _go_on(self, checkpoint: str, **kwargs: Any) -> TrainOutput:
+        """What is left of the stage after a checkpoint: nothing, if that was its last."""
         if not any(Path(checkpoint).glob("optimizer*")):
             logger.warning(
                 f"'{checkpoint}' has no optimizer's state (`save_only_model`): its optimizer begins anew, so "
@@ -213,11 +216,8 @@ class HFTStages:
             else:
                 self.optimizer, self.lr_scheduler = None, None
             self.state = state
-            output = TrainOutput(state.global_step, 0.0, {"train_runtime": 0.0})
-        else:
-            output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        # The Trainer divides what was lost since by all steps.
-        return output._replace(training_loss=mean_loss(self.state.log_history) or output.training_loss)
+            return TrainOutput(state.global_step, 0.0, {"train_runtime": 0.0})
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _take_changes(self) -> None:
         """What people set on the trainer since it was made: other labels of its rows, another collator.
@@ -284,7 +284,7 @@ class HFTStages:
         """The prepared rows of a stage's tasks, in the order that its sampler counts on."""
         return concatenate_datasets([self._prepared[task] for task in stage.tasks])
 
-    def _check_batches(self, checkpoint: str, level: int) -> None:
+    def _check_batches(self, checkpoint: str, stage: Stage) -> None:
         """A stage goes on in batches as it was begun with: its steps are counted and its rows ordered by them.
 
         Raises:
@@ -294,7 +294,8 @@ class HFTStages:
         found = state.train_batch_size or self._train_batch_size
         if self.args.auto_find_batch_size:
             self._train_batch_size = found  # as the Trainer does, but before the stage's steps are counted
-        begun, world = self.record.rates.get(str(level), {}), self.args.world_size
+        level, world = stage.level, self.args.world_size
+        begun = self.record.rates.get(str(level), {})
         batch, each = "`per_device_train_batch_size` x processes", "gradient_accumulation_steps"
         accumulated = self.args.gradient_accumulation_steps
         for name, now, before in (
@@ -307,9 +308,6 @@ class HFTStages:
                     f"or delete the folder 'stage-{level}' of the run to begin the stage anew."
                 )
 
-        stage = next(
-            its for its in open_stages(self.model.hierarchy, self.model.config.sealed_tasks()) if its.level == level
-        )
         self.stage = stage
         if not self.args.auto_find_batch_size and begun.get("order") not in (None, self._order()):
             raise ValueError(

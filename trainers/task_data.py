@@ -140,7 +140,7 @@ def alone(rows: Dataset, count: int = 128) -> list[dict[str, list[int]]]:
             end = begin + length
             found.append({name: row[name][begin:end] for name in ("input_ids", "labels")})
             begin = end
-    found = [row for row in found if any(label != -100 for label in row["labels"][1:])]  # else cut off from its answer
+    found = [row for row in found if _is_predicted(row["labels"], ())]  # else cut off from its answer
     return [found[place] for place in evenly_spaced(len(found), count)]
 
 

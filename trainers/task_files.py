@@ -28,6 +28,15 @@ def tasks_in(folder: Path) -> list[str]:
     return names
 
 
+def has_split(folder: Path, task: str, split: str) -> bool:
+    """Whether there is a file for a split of a task."""
+    return bool(_files_of(folder, task, split))
+
+
+def _files_of(folder: Path, task: str, split: str) -> list[Path]:
+    return [file for ending in _ENDINGS if (file := folder / task / f"{split}{ending}").exists()]
+
+
 def find_split(folder: Path, task: str, split: str) -> Path:
     """The file that holds a split of a task.
 
@@ -35,7 +44,7 @@ def find_split(folder: Path, task: str, split: str) -> Path:
         FileNotFoundError: there is none.
         ValueError: there are two, of which one may be out of date.
     """
-    files = [file for ending in _ENDINGS if (file := folder / task / f"{split}{ending}").exists()]
+    files = _files_of(folder, task, split)
     if not files:
         raise FileNotFoundError(
             f"There is no '{folder / task / split}.jsonl' (or .jsonl.gz) for task {task!r}; is `data` the right folder?"
