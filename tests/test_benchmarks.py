@@ -111,6 +111,12 @@ def test_what_a_cell_has_done_is_kept_until_it_ends(tmp_path):
     with cell(out, "x", "nothing kept", 0):
         assert not list((tmp_path / ".unfinished").iterdir())
 
+    with cell(out, "x", "taken", 0):
+        with pytest.raises(OSError, match="Another command on this machine writes to"), cell(out, "x", "taken", 0):
+            pass
+        assert len(read_cells(out)) == 2
+    assert len(read_cells(out)) == 3
+
     Work(tmp_path / "w", {"machine": "a"}).remember("one", lambda: 1)
     assert Work(tmp_path / "w", {"machine": "a"}).remember("one", lambda: 2) == 1
     assert Work(tmp_path / "w", {"machine": "b"}).remember("one", lambda: 2) == 2  # never half by one, half by another

@@ -4,7 +4,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from hft.trainers import HFTTrainingConfig
 from hft.trainers.processes import check_fsdp
 
 from .test_trainer import make
-from .tiny import bits
+from .tiny import bits, free_port
 
 
 ROOT = Path(__file__).parent.parent
@@ -28,12 +27,6 @@ KILLED = 3  # as worker.py's `Kill` ends
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def launch(spec: dict, folder: Path, code: int = 0, file: str | None = None, worker: str = "worker.py") -> list[dict]:

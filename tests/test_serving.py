@@ -1,12 +1,13 @@
 """How people use a model: pipelines, streaming, sampling, static caches, each with tasks and with the router."""
 
+import json
+import subprocess
 import sys
 import threading
-import types
+import time
 
 import pytest
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, pipeline
 
 import hft
@@ -14,7 +15,7 @@ from hft.trainers.cli import main
 
 from .test_model import prompts
 from .test_router import routed, typical  # noqa: F401 (a fixture)
-from .tiny import grow, tiny_config
+from .tiny import free_port, grow, tiny_config
 
 
 @pytest.fixture
@@ -256,13 +257,42 @@ def test_pads_do_not_count_with_a_configuration_that_names_none(routed):  # noqa
     assert route.probabilities == pytest.approx(routed.route(x)[0].probabilities, abs=1e-4)
 
 
-def test_the_server_gets_the_architecture_and_its_arguments(monkeypatch, capsys):
-    seen, fake = [], types.ModuleType("transformers.cli.transformers")
-    fake.main = lambda: seen.append((sys.argv, transformers.HFTForCausalLM))
-    monkeypatch.setattr(sys, "argv", ["hft"])
-    monkeypatch.setattr(transformers, "HFTForCausalLM", None, raising=False)
-    monkeypatch.setitem(sys.modules, fake.__name__, fake)
-    assert main(["serve", "M", "--port", "8000"]) == 0
-    assert seen == [(["transformers", "serve", "M", "--port", "8000"], hft.HFTForCausalLM)]
-    monkeypatch.setitem(sys.modules, fake.__name__, None)
+def test_the_server_answers_with_tasks_and_says_what_a_request_has_wrong(mixed, tokenizer, tmp_path):
+    openai = pytest.importorskip("openai")
+    folder, port = str(tmp_path / "model"), free_port()
+    mixed.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = [sys.executable, "-m", "hft.trainers.cli", "serve", folder, "--port", str(port)]
+    with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
+        try:
+            client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+            chat = [{"role": "user", "content": "hello there"}]
+
+            def ask(task: str) -> str:
+                options = json.dumps({"task": task, "max_new_tokens": 5, "do_sample": False})
+                made = client.chat.completions.create(
+                    model=folder, messages=chat, extra_body={"generation_config": options}
+                )
+                return made.choices[0].message.content
+
+            while True:
+                try:
+                    answer = ask("b")
+                    break
+                except openai.APIConnectionError:
+                    assert server.poll() is None, (tmp_path / "log").read_text()
+                    time.sleep(0.5)
+            ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+            for task in ("a", "b", "backbone"):
+                new = mixed.generate(ids, task=task, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+                assert ask(task) == tokenizer.decode(new, skip_special_tokens=True)
+            assert answer == ask("b") != ask("backbone")
+            with pytest.raises(openai.BadRequestError, match=r"Unknown task 'bb'. Did you mean 'b'\?"):
+                ask("bb")
+        finally:
+            server.terminate()
+
+
+def test_without_the_servers_packages_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers.cli.transformers", None)
     assert main(["serve", "M"]) == 1 and "transformers[serving]" in capsys.readouterr().err

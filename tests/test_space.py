@@ -5,7 +5,6 @@ import itertools
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from transformers import AutoTokenizer
 
 import hft
 
-from .tiny import grow
+from .tiny import free_port, grow
 
 
 gr = pytest.importorskip("gradio")
@@ -169,9 +168,7 @@ def test_it_loads_where_the_package_is_missing(folder, tmp_path):
 @pytest.fixture
 def url(folder):
     """The app, started as anyone would, on a free port of loopback."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = {**os.environ, "HFT_MODEL": str(folder), "GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"}
     server = subprocess.Popen([sys.executable, APP], env=environment, stdout=subprocess.PIPE, text=True)
     try:

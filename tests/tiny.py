@@ -1,5 +1,7 @@
 """What tests share that is no fixture."""
 
+import socket
+
 import torch
 from transformers import AutoConfig, BitsAndBytesConfig
 
@@ -72,3 +74,10 @@ def snapshot(model) -> dict[str, bytes]:
         if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
             found[f"{name}.absmax"] = bits(state.absmax)
     return found
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

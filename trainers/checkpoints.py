@@ -120,8 +120,7 @@ class RunFolder:
                     stack.enter_context(FileLock(Path(tempfile.gettempdir()) / f"hft-{name}.lock", timeout=0))
                 except Timeout:
                     raise OSError(
-                        f"Another command on this machine writes to '{self.path}'; wait for its end, or take another "
-                        "output_dir."
+                        f"Another command on this machine writes to '{self.path}'; wait for its end, or take another folder."
                     ) from None
                 except OSError as error:
                     logger.info(f"'{self.path}' is not locked: {error}.")

@@ -232,21 +232,9 @@ def push(args: argparse.Namespace, _: dict[str, Any]) -> None:
 
 
 def serve(model: str, rest: Sequence[str]) -> int:
-    """`transformers serve` looks an architecture up in the package transformers itself; there it finds HFT's, too."""
-    import transformers
+    from .serve_command import serve
 
-    import hft
-
-    transformers.HFTForCausalLM = hft.HFTForCausalLM
-    try:
-        from transformers.cli.transformers import main as transformers_main
-    except ImportError as error:
-        raise ImportError(
-            f"`hft serve` needs the packages of transformers' server: pip install 'transformers[serving]' ({error})."
-        ) from error
-    sys.argv = ["transformers", "serve", model, *rest]
-    transformers_main()
-    return 0
+    return serve(model, rest)
 
 
 def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from unfinished import Work, WorkCallback
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig, run_record
+from hft.trainers.checkpoints import RunFolder
 from hft.trainers.compute_dtype import is_bfloat16_slow
 from hft.trainers.cpu_memory import give_freed_back, use_memory_well
 from hft.trainers.demo_backbone import find_backbone
@@ -352,9 +353,12 @@ class Cell(dict[str, Any]):
 
 def work_of(path: Path, *names: str | int) -> Work:
     """What was done for something that is in a result file only once it is done."""
-    folder = re.sub(r"[^\w.@-]+", "_", "-".join(map(str, names)))
     by = {"machine": machine(), "versions": versions(), **_named_backbone()}
-    return Work(path.parent / ".unfinished" / folder, by, peak_bytes)
+    return Work(_unfinished(path, *names), by, peak_bytes)
+
+
+def _unfinished(path: Path, *names: str | int) -> Path:
+    return path.parent / ".unfinished" / re.sub(r"[^\w.@-]+", "_", "-".join(map(str, names)))
 
 
 def _named_backbone() -> dict[str, str]:
@@ -363,20 +367,24 @@ def _named_backbone() -> dict[str, str]:
 
 @contextlib.contextmanager
 def cell(path: Path, name: str, setting: str, seed: int) -> Iterator[Cell]:
-    """Times a block, and appends what it puts into the dict as one line, if it ends without an error."""
-    reset_peak()
-    result = Cell()
-    result.work = work_of(path, name, setting, seed)
-    begun = "goes on " if result.work.is_begun() else ""
-    print(f"{name}: {setting}, seed {seed} {begun}...", end=" ", flush=True)
-    yield result
-    seconds = round(result.work.seconds(), 1)
-    line = {"name": name, "setting": setting, "seed": seed, **_named_backbone(), **result, "seconds": seconds,
-            "peak_gib": round(result.work.peak() / 2**30, 2), "machine": machine(), "versions": versions()}  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    result.work.forget()
-    print(f"{result.get('value')} ({seconds:.0f} s)", flush=True)
+    """Times a block, and appends what it puts into the dict as one line, if it ends without an error.
+
+    Raises OSError if another process of this machine is at this cell.
+    """
+    with RunFolder(_unfinished(path, name, setting, seed)).held():
+        reset_peak()
+        result = Cell()
+        result.work = work_of(path, name, setting, seed)
+        begun = " goes on" if result.work.is_begun() else ""
+        print(f"{name}: {setting}, seed {seed}{begun} ...", end=" ", flush=True)
+        yield result
+        seconds = round(result.work.seconds(), 1)
+        line = {"name": name, "setting": setting, "seed": seed, **_named_backbone(), **result, "seconds": seconds,
+                "peak_gib": round(result.work.peak() / 2**30, 2), "machine": machine(), "versions": versions()}  # fmt: skip
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        result.work.forget()
+        print(f"{result.get('value')} ({seconds:.0f} s)", flush=True)
