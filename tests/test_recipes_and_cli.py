@@ -687,6 +687,12 @@ def test_plan_draws_a_saved_model_without_its_backbone(grown_folder, tmp_path, c
             "--recipe says how the tasks of --data train; give --data",
         ),
         (
+            ["--model", "GROWN", "--steps", "9"],
+            2,
+            "--steps says how a hierarchy is found for the tasks of --data; give",
+        ),
+        (["--model", "GROWN", "--no_families"], 2, "--no_families says how a hierarchy is found for the tasks of"),
+        (
             ["--data", "cl14-small", "--recipe", "cl14-small"],
             2,
             "--data 'cl14-small' is no folder, so it is taken as a recipe, and --recipe 'cl14-small' is another one;",

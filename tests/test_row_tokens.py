@@ -1,5 +1,6 @@
 """Rows become the same token ids wherever they are used, and long ones lose what tells least."""
 
+import copy
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -57,10 +58,9 @@ def test_a_blank_that_joins_the_answer_is_part_of_it(joining):
 @pytest.fixture
 def thinking(tokenizer):
     """A tokenizer with Qwen3's chat template, which writes an empty thought before each answer."""
-    template = tokenizer.chat_template
-    tokenizer.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
-    yield tokenizer
-    tokenizer.chat_template = template
+    thinking = copy.deepcopy(tokenizer)
+    thinking.chat_template = (Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja").read_text()
+    return thinking
 
 
 def test_thoughts_are_no_part_of_an_answer(thinking):

@@ -26,7 +26,6 @@ def mixed(backbones):
 
 
 def test_pipeline_with_a_task_routed_and_plain(mixed, tokenizer):
-    tokenizer.padding_side = "left"
     pipe = pipeline("text-generation", model=mixed, tokenizer=tokenizer)
     options = {"max_new_tokens": 5, "do_sample": False, "return_full_text": False}
     text = "hello there"

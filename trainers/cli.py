@@ -18,6 +18,10 @@ from . import commands
 from .cpu_memory import use_memory_well
 
 
+# How `hft plan --data` finds a hierarchy, if nothing else is said.
+_USUAL = {"steps": 24, "rows": 48, "max_parents": 2, "no_families": False}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
@@ -119,10 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--recipe", help="with --data, a folder: backbone and settings; its hierarchy is ignored")
     plan.add_argument("--yaml", type=Path, help="with --data: write this recipe (plan.yaml)")
     plan.add_argument("--backbone", help="with --data, without --model: instead of the recipe's")
-    plan.add_argument("--steps", type=int, default=24, help="with --data: optimizer steps of a pilot (24)")
-    plan.add_argument("--rows", type=int, default=48, help="with --data: rows a task that losses are measured on (48)")
+    plan.add_argument("--steps", type=int, help="with --data: optimizer steps of a pilot (24)")
+    plan.add_argument("--rows", type=int, help="with --data: rows a task that losses are measured on (48)")
     plan.add_argument("--no_families", action="store_true", help="with --data: tasks get no common roots")
-    plan.add_argument("--max_parents", type=int, default=2, help="with --data: parents of a task, at most (2)")
+    plan.add_argument("--max_parents", type=int, help="with --data: parents of a task, at most (2)")
+    plan.set_defaults(**_USUAL)
 
     refresh = add("refresh", help="let old tasks learn anew what to let in; kept only where it helps")
     refresh.add_argument("model", help="folder of an HFT model; changed only if it helps")
@@ -231,6 +236,10 @@ def _check_plan(args: argparse.Namespace) -> None:
         raise ValueError("--yaml names the recipe that is written for the tasks of --data; give --data, too.")
     if args.recipe is not None and args.data is None:
         raise ValueError("--recipe says how the tasks of --data train; give --data, too, or leave it out.")
+    if args.data is None and (given := [key for key, usual in _USUAL.items() if getattr(args, key) != usual]):
+        raise ValueError(
+            f"--{given[0]} says how a hierarchy is found for the tasks of --data; give --data, too, or leave it out."
+        )
     if args.recipe is not None and not args.data.exists() and str(args.data) not in shipped_recipes():
         raise FileNotFoundError(f"--data is '{args.data}', and there is no such folder.")
     if args.recipe is not None and not args.data.is_dir():
