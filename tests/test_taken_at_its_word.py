@@ -10,6 +10,7 @@ from hft.hierarchy_hft import Hierarchy
 from hft.trainers import HFTTrainingConfig
 from hft.trainers.cli import main
 from hft.trainers.hft_trainer import HFTTrainer
+from hft.trainers.loading import load_model
 from hft.trainers.recipe_data import load_task
 from hft.trainers.recipe_model import load_again, model_of
 from hft.trainers.recipes import read_recipe
@@ -39,16 +40,19 @@ def test_a_backbone_is_held_in_4_bit_if_that_is_said(backbones, tmp_path, quanti
         read_recipe(tmp_path / "r.yaml", {"bnb_4bit_quant_type": "nf4"})
 
 
-def test_a_model_is_scored_as_it_was_trained(backbones, tmp_path, quantizable):
+def test_a_model_is_scored_and_asked_as_it_was_trained(backbones, tmp_path, quantizable):
     """Held as its record says, and over the recipe's backbone where its own has moved."""
     (tmp_path / "r.yaml").write_text(f"backbone: {backbones['llama']}\nhierarchy: {{a: []}}\nrank: 2\n")
     made = model_of(read_recipe(tmp_path / "r.yaml"))
     made.seal(["a"])
     made.save_pretrained(tmp_path / "m")
-    config = json.loads((tmp_path / "m/config.json").read_text())
-    (tmp_path / "m/config.json").write_text(json.dumps({**config, "backbone": "/nowhere"}))
+    assert linear_of(load_model(tmp_path / "m", None)) == "Linear"
     record = RunRecord(quantization={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"})
     record.write(tmp_path / "m")
+    for asked, expected in ((None, "Linear4bit"), (True, "Linear4bit"), (False, "Linear")):
+        assert linear_of(load_model(tmp_path / "m", asked)) == expected
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps({**config, "backbone": "/nowhere"}))
     assert linear_of(load_again(read_recipe(tmp_path / "r.yaml"), str(tmp_path / "m"))) == "Linear4bit"
     plain = read_recipe(tmp_path / "r.yaml", {"load_in_4bit": False})
     assert linear_of(load_again(plain, str(tmp_path / "m"))) == "Linear"

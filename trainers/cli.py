@@ -202,7 +202,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("prompt", nargs="*", help="one or more prompts; without any, one a line of standard input")
     generate.add_argument("--task", help="whose path to take, or backbone; without it, the router chooses")
     generate.add_argument("--max_new_tokens", type=int, default=64)
-    generate.add_argument("--load_in_4bit", action="store_true", help="hold the backbone in NF4")
+    generate.add_argument(
+        "--load_in_4bit",
+        action=argparse.BooleanOptionalAction,
+        help="hold the backbone in NF4, or in 16 or 32 bit; without it, as it was trained in that folder",
+    )
     return parser
 
 

@@ -1,6 +1,7 @@
 """A saved model and its tokenizer, as commands load them."""
 
 import os
+from pathlib import Path
 
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
@@ -9,24 +10,28 @@ import hft
 from hft.slim_hft import read_config
 
 from .compute_dtype import fast_dtype
+from .run_record import RunRecord
 
 
-def load_model(model: str | os.PathLike, load_in_4bit: bool = False) -> PreTrainedModel:
+def load_model(model: str | os.PathLike, load_in_4bit: bool | None = False) -> PreTrainedModel:
     """A saved HFT model, with its backbone in NF4 if that is asked for; raises as `from_pretrained`.
 
     Args:
         model: folder or Hub id.
-        load_in_4bit: hold the backbone in NF4.
+        load_in_4bit: hold the backbone in NF4; None: as it was trained in that folder, in 16 or 32 bit if that is not known.
     """
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,  # as all recipes have it
-        bnb_4bit_compute_dtype=fast_dtype(),
-    )
-    return hft.HFTForCausalLM.from_pretrained(
-        model, quantization_config=nf4 if load_in_4bit else None, device_map="auto"
-    )
+    if load_in_4bit is None and (held := RunRecord.load(Path(model)).quantization):
+        config = BitsAndBytesConfig(**held)
+    elif load_in_4bit:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,  # as all recipes have it
+            bnb_4bit_compute_dtype=fast_dtype(),
+        )
+    else:
+        config = None
+    return hft.HFTForCausalLM.from_pretrained(model, quantization_config=config, device_map="auto")
 
 
 def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
