@@ -77,6 +77,9 @@ def test_what_more_of_anything_costs():
     head = 4 * config.hidden_size
     assert estimate_memory(config, rank=4, num_scored=10).logits == (31 * 10 + head) * config.vocab_size + hidden
     assert estimate_memory(config, rank=4, num_scored=10, on_accelerator=True).logits == 2 * 10 * 32768 + hidden
+    for held, copied in ((True, 2 * 40 * 32), (False, 0)):  # the widest linear's
+        wide = estimate_memory(config, rank=4, num_scored=1, on_accelerator=True, load_in_4bit=held)
+        assert wide.logits + wide.working == 3 * 2 * 8 * 256 * 40 + copied and wide.process == 0
     assert base.total == sum(vars(base).values()) and "MiB (backbone 0, " in str(base)
     assert quantized_bytes(64 * 256, True) == 64 * 128 + 256 + 4
 

@@ -4,6 +4,7 @@ B batch, T tokens, V vocabulary, R rank, S slots.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -48,6 +49,8 @@ class MemoryEstimate:
         optimizer: two numbers for each that trains, in float32 or 8 bit.
         activations: what autograd keeps for the backward pass, without logits.
         logits: a tile of them, the gradient of the hidden states that are scored, on a CPU a part of the head.
+        working: on a GPU, what a layer's backward pass takes for a while, beyond the logits, which are gone by then: three
+            gradients as wide as its widest linear, and of one 4-bit weight a copy in 16 bit.
         process: on a CPU, kernels, the part of the mapped file whose weights were quantised, and holes between blocks.
     """
 
@@ -58,6 +61,7 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     logits: int
+    working: int = 0
     process: int = 0
 
     @property
@@ -143,7 +147,10 @@ def estimate_memory(
         logits=_loss_bytes(scored, text_config, on_accelerator),
     )
     if on_accelerator:
-        return estimate
+        shapes = [model.base_model.get_submodule(name).weight.shape for name in linears]
+        copy_bytes = 2 * max(map(math.prod, shapes)) if load_in_4bit else 0
+        passing = 3 * size * batch_size * length * max(map(max, shapes)) + copy_bytes
+        return replace(estimate, working=max(0, passing - estimate.logits))
     passing = estimate.gradients + estimate.activations + estimate.logits
     return replace(estimate, process=PROCESS_BYTES + mapped + round(HOLES * passing))
 
