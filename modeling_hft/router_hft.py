@@ -37,13 +37,14 @@ class HFTRoute:
 class HFTRouter:
     """Ridge regression from random features of a prompt to its task, from sums that tasks only add to.
 
-    With phi [M] the features of a prompt and y [K] the one-hot task, W = (G + ridge I)^-1 C with G = sum phi phi^T and
-    C = sum phi y^T, in float64. Adding a task adds its sums, so neither the order of tasks nor whether they came at once
-    matters, and nothing is forgotten (as in RanPAC, McDonnell et al. 2023, https://arxiv.org/abs/2307.02251, and analytic
-    class-incremental learning, Zhuang et al. 2022, https://arxiv.org/abs/2205.14922). phi = relu(f P), with a fixed random
-    P and f the normalised mean of the hidden states over the prompt's own tokens.
+    With phi [M] the features of a prompt and y [K] the one-hot task, W = (G + r I)^-1 C with G = sum phi phi^T and
+    C = sum phi y^T, in float64, and r = `ridge` times the mean of G's diagonal. Adding a task adds its sums, so neither the
+    order of tasks nor whether they came at once matters, and nothing is forgotten (as in RanPAC, McDonnell et al. 2023,
+    https://arxiv.org/abs/2307.02251, and analytic class-incremental learning, Zhuang et al. 2022,
+    https://arxiv.org/abs/2205.14922). phi = relu(f P), with a fixed random P and f the normalised mean of the hidden states
+    over the prompt's own tokens.
 
-    A prompt unlike all that was seen is told by its leverage phi^T (G + ridge I)^-1 phi, the variance of the ridge
+    A prompt unlike all that was seen is told by its leverage phi^T (G + r I)^-1 phi, the variance of the ridge
     prediction, relative to that of held-out prompts of the tasks.
 
     A task that is removed leaves its column of C: G has its prompts for good (a G of each task's own would be 4 MB a task),

@@ -57,6 +57,15 @@ class TestMaths:
         assert [edge.parent for edge in plan.edges_of("c")] == ["b", "a"]
         assert plan.share("c", "b") == pytest.approx(0.5, abs=0.02) and plan.share("alone", "b") == 0
 
+    def test_options_and_free_answers_are_not_compared_in_complexity(self):
+        simple, free = probe(0.1, b=0.3), replace(probe(0.5, a=0.5), has_options=False)
+        assert make_plan({"a": simple, "b": probe(0.5, a=0.2)}).parents == {"a": [], "b": ["a"]}
+        assert make_plan({"a": simple, "b": replace(free, losses=probe(0.5, a=0.2).losses)}).parents == {
+            "a": ["b"],
+            "b": [],
+        }
+        assert make_plan({"a": simple, "b": free}).parents == {"a": [], "b": ["a"]}  # the greater gain decides
+
     def test_a_second_parent_must_add_something(self):
         """a and b each know half of z's rows; c knows what a knows."""
         known, unknown = [0.02] * 32, [1.0] * 32

@@ -103,9 +103,9 @@ def test_the_qualitys_sentences(figures):
     first = {cell["setting"]: cell["value"] for cell in small if cell["seed"] == 0}
     assert of["hft_minus_single"] > 0 > of["hft_minus_joint"]
     t = of["hft_minus_single"] / of["hft_minus_single_se"]
-    assert f"p is {1 - t / (t * t + 2) ** 0.5:.2f})" in PROSE  # Student's t with two degrees of freedom, two-sided
+    assert f"p is {1 - t / (t * t + 2) ** 0.5:.2f};" in PROSE  # Student's t with two degrees of freedom, two-sided
     copa = (f"{of['unseen_copa_joint']:.1f} ± {of['unseen_copa_joint_se']:.1f}", f"{of['unseen_copa_hft']:.1f}")
-    assert f"On copa, on which nothing was trained, joint LoRA loses nothing ({copa[0]} and {copa[1]})" in PROSE
+    assert f"tells nothing: joint LoRA has {copa[0]}, the backbone {copa[1]}, as a guess has." in PROSE
     assert f"HFT is {gap('hft_minus_joint')} points below joint LoRA (goal: 1.0 above)" in PROSE
     assert f"and {gap('hft_minus_single')} above one LoRA a task (goal: 2.0)." in PROSE
     hft, joint = (
@@ -162,17 +162,28 @@ def test_the_qualitys_sentences(figures):
     routed = of["ap_hft_routed"] - of["ap_hft"]
     more = "more" if routed > 0 else "less"
     assert f"A routed task scores {abs(routed):.1f} points {more} than a given one" in PROSE
+    found = [its["found"] for cell in hft for its in cell["test"]["routed"]["tasks"].values()]
+    assert f"the router names the right one for {statistics.mean(found):.0f} % of the prompts only" in PROSE
+    for setting, words in (
+        ("hft_arriving@0.002", "{} points with tasks one by one"),
+        ("hft_shared@0.002", "{} with no hierarchy and one page."),
+    ):
+        cells = [cell["test"] for cell in small if cell["setting"] == setting]
+        assert words.format(mean_se([its["ap"] - its["routed"]["ap"] for its in cells])) in PROSE and len(cells) == 3
     general: dict[str, list[float]] = {}
     for cell in small:
         general.setdefault(cell["setting"], []).append(cell.get("general", {}).get("perplexity", math.nan))
     ends = [end(general[f"joint@{rate}"]) for rate in (0.002, 0.001) for end in (min, max)]
-    words = "stays {:.0f}. Joint LoRA's rises to {:.0f} to {:.0f} at 2e-3 and to {:.0f} to {:.0f} at 1e-3, "
+    words = "stays {:.0f}. Joint LoRA's, switched on, rises to {:.0f} to {:.0f} at 2e-3 and to {:.0f} to {:.0f} at 1e-3, "
     words += "OSF's to {:.0f}, Arrow's to {:.0f}."
     others = [general[name][0] for name in ("osf@0.0001", "arrow@0.002")]
     assert words.format(general["hft_root_no_memory@0.002"][0], *ends, *others) in PROSE
-    lower = [cell["test"]["ap"] for cell in small if cell["setting"] == "joint@0.001"]
-    words = f"the one that is better on test rows: {of['ap_joint']:.1f}, not {statistics.mean(lower):.1f}."
+    lower_cells = [cell for cell in small if cell["setting"] == "joint@0.001"]
+    lower = [cell["test"]["ap"] for cell in lower_cells]
+    words = f"it has {of['ap_joint']:.1f} on test rows, and at 1e-3 {statistics.mean(lower):.1f}."
     assert words in PROSE
+    higher = statistics.mean(a["value"] - b["value"] for a, b in zip(joint, lower_cells, strict=True))
+    assert f"(65.2 on validation rows, 2e-3 higher by {higher:.2f})" in PROSE
     wide = [first[f"joint_wide@{rate}"] for rate in (0.001, 0.002)]
     assert (
         "HFT's size learns at 1e-3 only ({:.1f} on validation rows, and {:.1f} at 2e-3; one seed)".format(*wide)
@@ -219,9 +230,16 @@ def test_the_sentence_on_tasks_one_by_one():
         error = statistics.stdev(gains) / len(gains) ** 0.5
         shown = f"{statistics.mean(gains):.1f} ± {error:.1f}"
         assert words.format(shown) in PROSE
+        routed = mean_se(
+            [cell["test"]["routed"]["ap"] - its[method, rate, cell["seed"]]["test"]["ap"] for cell in arriving]
+        )
+        assert method == "single" or words.partition(",")[0].replace(" points", "").format(routed) in PROSE
         if method in ("sequential", "olora"):  # what is said first
-            assert shown in TEXTS["README.md"].split("**State.**")[1].split("\n\n")[0]
+            state = TEXTS["README.md"].split("**State.**")[1].split("\n\n")[0]
+            assert shown in state and routed in state
         assert "in each seed" not in words or min(gains) > 0
+    at = statistics.mean(cell["test"]["routed"]["ap"] for cell in arriving)
+    assert f"Where the router finds it, HFT is at {at:.1f}, " in PROSE
     edges = collections.Counter(
         (task, up) for cell in arriving for task, ups in cell["notes"]["tree"].items() for up in ups
     )

@@ -149,7 +149,7 @@ def test_advice_in_words():
         "yelp lets nothing of memory page:1 in.",
         "copa does not measurably use its parent rte (+0.5 ± 1.0 points): it could be a root.",
         "memory page:1 is in the way of copa, which gains 6.0 ± 2.0 points without it: refresh its gates (`hft refresh`).",
-        "yelp falls from 60.0 to 20.0 on the path of copa: trained into the same weights, the one would hurt the other.",
+        "yelp falls from 60.0 to 20.0 on the path of copa, which answers something else.",
     ]
     cross["yelp"]["copa"]["drop_se"] = 21.0  # of the differences row by row
     assert len(advice({"yelp": ["sst2"], "copa": ["rte"]}, sources, cross)) == 4

@@ -69,9 +69,8 @@ def cross_scores(
 ) -> dict[str, dict[str, Score]]:
     """Each task's rows on each task's path: task -> path -> score.
 
-    Off the diagonal it shows what answering one task does to another, which sequential training would build into shared
-    weights; beside the score stands how much less it is than on the task's own path, "drop", with the error "drop_se" (of
-    the differences row by row), in points.
+    Off the diagonal it shows whether a path answers another task, too; beside the score stands how much less it is than on
+    the task's own path, "drop", with the error "drop_se" (of the differences row by row), in points.
     """
     found: dict[str, dict[str, Score]] = {}
     for task, data in sets.items():
@@ -131,8 +130,8 @@ def advice(
         worst = min((path for path in row if path != task), key=lambda path: row[path]["score"], default=None)
         if worst is not None and "drop" in row[worst] and _is_needed(row[worst]):  # not in earlier versions' records
             said.append(
-                f"{task} falls from {row[task]['score']:.1f} to {row[worst]['score']:.1f} on the path of {worst}: "
-                "trained into the same weights, the one would hurt the other."
+                f"{task} falls from {row[task]['score']:.1f} to {row[worst]['score']:.1f} on the path of {worst}, which "
+                "answers something else."
             )
     return said
 

@@ -245,8 +245,9 @@ def as_probe(task: str, sample: Sample, raw: Mapping[str, list[Any]]) -> TaskPro
         )
     scale = statistics.fmean(guess)
     if len(set(map(reference, sample.probe))) == 1 or not scale > 0:
-        return TaskProbe(0.0, 0.0, losses, note)
-    return TaskProbe(statistics.fmean(own) / scale, statistics.stdev(own) / len(own) ** 0.5 / scale, losses, note)
+        return TaskProbe(0.0, 0.0, losses, note, sample.has_options)
+    error = statistics.stdev(own) / len(own) ** 0.5 / scale
+    return TaskProbe(statistics.fmean(own) / scale, error, losses, note, sample.has_options)
 
 
 def nearest_tasks(model: PreTrainedModel, samples: Mapping[str, Sample], count: int) -> dict[str, set[str]]:

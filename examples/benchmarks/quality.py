@@ -1,4 +1,4 @@
-"""The claim: HFT learns several tasks better than one LoRA for all, or one each, and forgets nothing.
+"""Does HFT learn several tasks better than one LoRA for all, or one each, and what is forgotten?
 
     python examples/benchmarks/quality.py --data DIR --tasks family --budget small    # goes on where it stopped
 
@@ -10,7 +10,7 @@ answered, so begin with what the comparison rests on, at one rate:
 
 A cell is a method at a learning rate with a seed. With seed 0 each method runs at every rate of the grid; the rate with the
 best average on validation rows (over the seeds that all its rates have run) is its own, and runs with the further seeds.
-Test rows are scored in the same pass and looked at by `table.py` only, for the chosen rate.
+Test rows are scored in the same pass; no choice goes by them, and the tables show them for the chosen rate.
 """
 
 import gc

@@ -123,7 +123,7 @@ def quality() -> dict[str, float]:
         if above:
             figures[f"{prefix}.learnable_tasks"] = len(above)
         best = own_hierarchy(cells)
-        routed = [f"{method}_routed" for method in HIERARCHIES]
+        routed = [f"{method}_routed" for method in (*HIERARCHIES, *ARRIVING)]
         stands_for = {method: method for method in (*BASELINES, *HIERARCHIES, *ARRIVING, *routed)}
         if best is not None:
             stands_for |= {"hft": best, "hft_routed": f"{best}_routed"}
@@ -155,11 +155,15 @@ def quality() -> dict[str, float]:
                     )
         pairs = [
             *itertools.product(("hft", *HIERARCHIES, *ARRIVING), ("joint", "single")),
-            *itertools.product(ARRIVING, ("sequential", "sequential_replay", "olora")),  # of the same kind
+            # Of the same kind, and told no task's name, either, when they answer.
+            *itertools.product(
+                (*ARRIVING, *(f"{method}_routed" for method in ARRIVING)), ("sequential", "sequential_replay", "olora")
+            ),
         ]
         for ours, other in pairs:
             if seeds := of.get(ours, {}).keys() & of.get(other, {}).keys():
-                gaps = [of[ours][seed]["test"]["ap"] - of[other][seed]["test"]["ap"] for seed in seeds]
+                its = {seed: statistics.mean(test_scores(of[ours][seed], ours).values()) for seed in seeds}
+                gaps = [round(its[seed], 3) - of[other][seed]["test"]["ap"] for seed in seeds]
                 _put(figures, f"{prefix}.{ours}_minus_{other}", gaps)
         if budget == "small" and "hft" in of and "single" in of:
             both = [

@@ -148,10 +148,16 @@ def quality(budget: str, tasks: str) -> str:
 
 
 def titles(cells: Mapping[tuple[str, int], dict], routed: bool = False) -> dict[str, str]:
-    """Method -> its name in the tables: the baselines, HFT on the hierarchy that validation rows choose, and one by one."""
+    """Method -> its name in the tables: the baselines, HFT on the hierarchy that validation rows choose, and one by one.
+
+    Args:
+        routed: with HFT routed, too.
+    """
     best = own_hierarchy(cells)
-    ours = {} if best is None else {best: "HFT", **({f"{best}_routed": "HFT, routed"} if routed else {})}
-    return BASELINES | ours | ARRIVING
+    found = BASELINES.copy()
+    for method, title in (({} if best is None else {best: "HFT"}) | ARRIVING).items():
+        found |= {method: title, **({f"{method}_routed": f"{title}, routed"} if routed else {})}
+    return found
 
 
 def hierarchies(budget: str, tasks: str) -> str:
