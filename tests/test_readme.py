@@ -174,7 +174,9 @@ def test_the_qualitys_sentences(figures):
     for cell in small:
         general.setdefault(cell["setting"], []).append(cell.get("general", {}).get("perplexity", math.nan))
     ends = [end(general[f"joint@{rate}"]) for rate in (0.002, 0.001) for end in (min, max)]
-    words = "stays {:.0f}. Joint LoRA's, switched on, rises to {:.0f} to {:.0f} at 2e-3 and to {:.0f} to {:.0f} at 1e-3, "
+    words = (
+        "stays {:.0f}. Joint LoRA's, switched on, rises to {:.0f} to {:.0f} at 2e-3 and to {:.0f} to {:.0f} at 1e-3, "
+    )
     words += "OSF's to {:.0f}, Arrow's to {:.0f}."
     others = [general[name][0] for name in ("osf@0.0001", "arrow@0.002")]
     assert words.format(general["hft_root_no_memory@0.002"][0], *ends, *others) in PROSE

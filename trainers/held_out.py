@@ -2,16 +2,18 @@
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 from datasets import Dataset
 from transformers.trainer_utils import PredictionOutput
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from hft.hierarchy_hft import nearest
 
 from .curriculum import NOT_OWN_ROWS, Mastery
-from .task_data import TASK_ID, is_tagged, split_by_task
+from .task_data import TASK_ID, OneTaskCollator, is_tagged, split_by_task
 
 
 class HFTHeldOut:
@@ -58,8 +60,19 @@ class HFTHeldOut:
                 ready = self._prepare_dataset(rows, self.processing_class, args, False, self._formatting_func, task)
                 _check_all_there(task, rows, ready, args.max_length)
                 rows = ready
-        with self._looking_at(True):
+        with self._looking_at(True), self._row_by_row():
             return super().predict(rows, ignore_keys, metric_key_prefix)
+
+    @contextlib.contextmanager
+    def _row_by_row(self) -> Iterator[None]:
+        """Predictions are of rows, so that TRL's collator pads them, even where training lays them end to end."""
+        usual = self.data_collator
+        if isinstance(usual.collator, DataCollatorForLanguageModeling):
+            self.data_collator = OneTaskCollator(dataclasses.replace(usual.collator, padding_free=False))
+        try:
+            yield
+        finally:
+            self.data_collator = usual
 
     @contextlib.contextmanager
     def _looking_at(self, others: bool) -> Iterator[None]:
@@ -76,8 +89,11 @@ class HFTHeldOut:
             self.mastery = Mastery([])
             # With persistent workers the Trainer keeps a loader a name, and has one name for all rows that it is given.
             getattr(self, "_eval_dataloaders", {}).pop("eval", None)
+        # Within a stage accelerate wraps the model; outside it computes in the same precision.
+        precision = contextlib.nullcontext() if self._is_in_stage else self.accelerator.autocast()
         try:
-            yield
+            with precision:
+                yield
         finally:
             self.mastery = judge
             if self.is_in_train:

@@ -151,6 +151,18 @@ class HFTTrainingConfig(SFTConfig):
                 f"`hub_strategy` is {str(self.hub_strategy)!r}, and HFT pushes the model whenever a stage is learnt; leave "
                 "it out."
             )
+        if self.mastery_patience is not None and self.loss_type == "dft":
+            raise ValueError(
+                "`mastery_patience` does not go with `loss_type='dft'`, which rises while a task begins to learn; take "
+                "another loss, or `mastery_accuracy`."
+            )
+        if self.eval_packing and not (self.packing or self.padding_free):
+            raise ValueError(
+                "`eval_packing` is set without `packing`, and so the rows of one pack would read one another; set "
+                "`padding_free`, too, or leave it out."
+            )
+        if self.activation_offloading and not accelerator.is_available():
+            raise ValueError("`activation_offloading` takes activations from a GPU, and there is none; leave it out.")
         if self.has_mastery() and self.fp16:
             raise ValueError(
                 "`fp16` does not go with `mastery_accuracy` or `mastery_patience`: its scaler cannot pass over the steps of "
@@ -260,9 +272,10 @@ class HFTTrainingConfig(SFTConfig):
             return self.learning_rate, self.gate_learning_rate
         return own[task], self.gate_learning_rate * own[task] / self.learning_rate
 
-    def base_rates(self) -> dict[str, float]:
-        """The learning rates of tasks that have none of their own."""
-        return {"learning_rate": self.learning_rate, "gate_learning_rate": self.gate_learning_rate}
+    def begun_with(self) -> dict[str, Any]:
+        """What a stage that goes on must have as it was begun: the optimizer's state is of these."""
+        names = ("learning_rate", "gate_learning_rate", "weight_decay", "seed")
+        return {**{name: getattr(self, name) for name in names}, "optim": str(self.optim.value)}
 
     def writers(self, tasks: Sequence[str], memory: HFTMemoryConfig) -> list[str]:
         """Those of a stage's tasks that write its memory page; none where there is no memory."""
@@ -296,11 +309,20 @@ class HFTTrainingConfig(SFTConfig):
 
 def check_callback(callback: Any) -> None:
     """Raises ValueError for a callback that goes by one metric of all stages."""
-    if isinstance(callback, EarlyStoppingCallback) or callback is EarlyStoppingCallback:
+    if issubclass(callback if isinstance(callback, type) else type(callback), EarlyStoppingCallback):
         raise ValueError(
             "HFTTrainer takes no EarlyStoppingCallback: each stage evaluates other tasks, so no one metric could stop them; "
             "set `mastery_patience`, the evaluations without progress after which a task leaves its stage."
         )
+
+
+def how_to_load(given: Mapping[str, Any], quantization_config: Any) -> dict[str, Any]:
+    """The arguments of `from_pretrained`, of which `quantization_config` may stand in two places; ValueError if in both."""
+    if quantization_config is None:
+        return dict(given)
+    if given.get("quantization_config") is not None:
+        raise ValueError("`quantization_config` is given, and stands in `model_init_kwargs`, too; give one of them.")
+    return {**given, "quantization_config": quantization_config}
 
 
 def check_given(model: Any, args: Any, train_dataset: Any, others: Mapping[str, Any]) -> None:

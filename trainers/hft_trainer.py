@@ -1,12 +1,13 @@
 """`HFTTrainer`: TRL's SFTTrainer on a hierarchy: data, loss and optimizer of a stage. The loop over stages: `stages.py`."""
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
@@ -24,7 +25,8 @@ from .compiled import CompiledDecoder
 from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
 from .held_out import HFTHeldOut
-from .hft_config import HFTTrainingConfig, check_callback, check_given
+from .hft_config import HFTTrainingConfig, check_callback, check_given, how_to_load
+from .loading import load_tokenizer
 from .mixtures import with_mixtures
 from .processes import HFTProcesses, use_one_gpu
 from .progress import StagePrinter, StageProgress
@@ -42,7 +44,9 @@ from .task_data import (
     check_completions,
     check_messages,
     check_tokens,
+    formatted,
     is_tagged,
+    joined,
     learnable,
     open_sets,
     split_by_task,
@@ -91,10 +95,12 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         test_sets: Mapping[str, EvalSet] | None = None,
         **kwargs: Any,
     ):
-        args = HFTTrainingConfig() if args is None else args
+        args = HFTTrainingConfig() if args is None else copy.copy(args)  # people may make another trainer with it
         if isinstance(model, str):
-            how = {**(args.model_init_kwargs or {}), "quantization_config": kwargs.pop("quantization_config", None)}
-            model = HFTForCausalLM.from_pretrained(model, **{k: v for k, v in how.items() if v is not None})
+            how = args.model_init_kwargs or {}
+            if kwargs.get("processing_class") is None:
+                kwargs["processing_class"] = load_tokenizer(model, how.get("revision"))
+            model = HFTForCausalLM.from_pretrained(model, **how_to_load(how, kwargs.pop("quantization_config", None)))
             args.model_init_kwargs = None  # TRL would say that they were not used
         check_given(model, args, train_dataset, kwargs)
         use_one_gpu(args, model)
@@ -161,7 +167,9 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         if args.torch_compile:
             self._compiled = CompiledDecoder(model, args.torch_compile_backend, args.torch_compile_mode)
         progress = StagePrinter if args.disable_tqdm else StageProgress
-        self.remove_callback(PrinterCallback if args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+        usual = PrinterCallback if args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK
+        for callback in [its for its in self.callback_handler.callbacks if type(its) is usual]:  # not people's own
+            self.callback_handler.callbacks.remove(callback)
         self.add_callback(progress(lambda: self.stage, lambda: self.mastery))
         self.add_callback(StageCallback(self._step_taken, lambda: self.mastery, lambda: self._sampler))
 
@@ -186,8 +194,8 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         return learnable(task, rows, tagged, args.max_length, packing)
 
     def _join(self, prepared: dict[str, Dataset]) -> Dataset:
+        self._joined = joined(prepared)
         self._prepared = prepared
-        self._joined = concatenate_datasets(list(prepared.values()))
         return self._joined
 
     def _prepare_dataset(
@@ -216,10 +224,15 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
             try:
                 if args.assistant_only_loss:  # here, too
                     check_messages(task, rows)
+                texts = formatted(rows, formatting_func, args.dataset_text_field)
                 tokenized = super(HFTTrainer, self)._prepare_dataset(
-                    rows, processing_class, args, packing, formatting_func, f"{task} ({split})"
+                    texts, processing_class, args, packing, None, f"{task} ({split})"
                 )
             except (AttributeError, IndexError, KeyError, TypeError) as error:  # none of which names the task
+                if getattr(processing_class, "eos_token", "") is None:
+                    raise ValueError(
+                        "The tokenizer has no `eos_token`, with which a text ends; set it, or name a token by `eos_token`."
+                    ) from error
                 raise ValueError(why_unfit(task, rows, args.dataset_text_field, formatting_func, error)) from error
             return self._ready(task, rows, args, tokenized, packing)
 
@@ -324,6 +337,10 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         else:
             with self.model.activate(task, rank=self._compiled.rank), self._compiled.running():
                 yield
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All that trains; the Trainer goes by names such as "bias", which a task may have. (Gates get none later.)"""
+        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As the Trainer's, in groups by learning rate: tasks may have one of their own, and gates have, without decay."""

@@ -34,23 +34,24 @@ def load_model(model: str | os.PathLike, load_in_4bit: bool | None = False) -> P
     return hft.HFTForCausalLM.from_pretrained(model, quantization_config=config, device_map="auto")
 
 
-def load_tokenizer(model: str | os.PathLike) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str | os.PathLike, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a saved HFT model: the backbone's where the model was saved, or pushed, without one.
 
     Args:
         model: folder or Hub id.
+        revision: of a Hub id: branch, tag or commit.
 
     Raises:
         OSError: if the backbone, whose it is then, cannot be found.
     """
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    if cached_file(os.fspath(model), "tokenizer_config.json", **lenient) is None:
-        config = read_config(os.fspath(model))
+    if cached_file(os.fspath(model), "tokenizer_config.json", revision=revision, **lenient) is None:
+        config = read_config(os.fspath(model), revision=revision)
         return AutoTokenizer.from_pretrained(
             config.backbone, revision=config.backbone_revision, trust_remote_code=False
         )
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except OSError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower

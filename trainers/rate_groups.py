@@ -43,6 +43,7 @@ def group_by_rate(
         by_rate = itertools.groupby(sorted(others, key=its_rate_of, reverse=True), its_rate_of)
         groups += [{**group, "params": list(parameters), "lr": one} for one, parameters in by_rate]
     optimizer.param_groups[:] = groups
+    optimizer.defaults["lr"] = args.learning_rate  # by which some schedules count, where the class has one of its own
     for one, parameters in gates.items():
         optimizer.add_param_group({"params": parameters, "lr": one, "weight_decay": 0.0})
 

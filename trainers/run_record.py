@@ -66,8 +66,8 @@ class RunRecord:
         sources: task -> source -> {"score", "se", "drop", "drop_se", "gate"}: with that source switched off.
         cross: task -> path -> score of the task's rows on another task's path.
         refreshed: tasks whose gates were learnt anew after they were scored.
-        rates: level of a stage -> the learning rates that it was begun with, the seed, the accumulation, and how many
-            processes.
+        rates: level of a stage -> the learning rates that it was begun with, the optimizer, the seed, the accumulation, and
+            how many processes.
         quantization: the keys of BitsAndBytesConfig by which the backbone was held; {}: in 16 or 32 bit; None: not known.
         machine, versions: what it ran on.
     """
@@ -82,7 +82,7 @@ class RunRecord:
     sources: dict[str, dict[str, Score]] = field(default_factory=dict)
     cross: dict[str, dict[str, Score]] = field(default_factory=dict)
     refreshed: list[str] = field(default_factory=list)
-    rates: dict[str, dict[str, float]] = field(default_factory=dict)
+    rates: dict[str, dict[str, Any]] = field(default_factory=dict)
     quantization: dict[str, Any] | None = None
     machine: str = ""
     versions: dict[str, str] = field(default_factory=dict)

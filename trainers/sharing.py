@@ -66,7 +66,7 @@ class HFTSharing:
                 )
         # A stage goes on at the rates that its optimizer was saved with; by them its groups are told apart.
         begun = self.record.rates.get(str(within), {})
-        for name, now in {**self.args.base_rates(), "seed": self.args.seed}.items():
+        for name, now in self.args.begun_with().items():
             if name in begun and now != begun[name]:
                 raise ValueError(
                     f"`{name}` is {now}, and stage {within}, which is to be resumed, was begun with {begun[name]}; give "
@@ -105,6 +105,11 @@ class HFTSharing:
         log = [entry for entry in self.state.log_history if "loss" in entry]
         entry = {"level": stage.level, "tasks": list(stage.tasks), "steps": output.global_step}
         entry |= {"seconds": round(output.metrics["train_runtime"], 1), "log": log, "scores": scores}
+        self.record.budget["per_device_train_batch_size"] = (
+            self._train_batch_size
+        )  # `auto_find_batch_size` may lower it
+        if self.optimizer_cls_and_kwargs is not None:
+            self.record.budget["optim"] = self.optimizer_cls_and_kwargs[0].__name__
         entry["trims"] = {trim.task: {k: v for k, v in asdict(trim).items() if k != "task"} for trim in trims}
         if self.is_world_process_zero():
             print(*trims, sep="\n", end="\n" if trims else "", flush=True)
@@ -138,19 +143,28 @@ class HFTSharing:
         gates = {task: self.model.gates(task) for task in self.model.hierarchy.names}
         write_model_card(self.model.config, gates, folder, record, self.hub_model_id)
 
-    def push_to_hub(self, commit_message: str = "End of training", token: str | None = None, **kwargs: Any) -> str:
+    def push_to_hub(
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> str:
         """Uploads the model, its tokenizer, its card and the run's record in one commit; no checkpoints.
 
         Args:
             commit_message: of the commit.
-            token: to use instead of `args.hub_token`.
-            kwargs: `revision`; `args.hub_revision` by default.
+            blocking: as transformers has it; the upload is always waited for.
+            token, revision: to use instead of `args.hub_token` and `args.hub_revision`.
+            private: whether the repository, if it is made, is private; `args.hub_private_repo` by default.
 
         Returns:
             The commit's address.
         """
+        private = self.args.hub_private_repo if private is None else private
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token)
+            self.init_hf_repo(token=token, private=private)
         if not self.is_world_process_zero():
             return ""
         check_shareable(self.model.config)
@@ -163,9 +177,9 @@ class HFTSharing:
                 folder,
                 self.hub_model_id,
                 commit_message,
-                self.args.hub_private_repo,
+                private,
                 token or self.args.hub_token,
-                kwargs.get("revision") or self.args.hub_revision,
+                revision or self.args.hub_revision,
             )
         return str(commit)
 

@@ -20,6 +20,7 @@ from .checkpoints import RunFolder, last_checkpoint, step_in
 from .curriculum import Mastery, Stage, open_stages
 from .routes import learn_routes
 from .task_data import TASK_ID, alone, is_tagged
+from .trackers import one_run
 
 
 logger = logging.get_logger(__name__)
@@ -52,7 +53,7 @@ class HFTStages:
                 numbers that are not finite.
         """
         own = RunFolder(self._root, self.args.should_save)
-        with own.held():
+        with own.held(), one_run(self.callback_handler.callbacks):
             return self._train_all(own, resume_from_checkpoint, **kwargs)
 
     def _train_all(self, own: RunFolder, resume_from_checkpoint: str | bool | None, **kwargs: Any) -> TrainOutput:
@@ -131,8 +132,7 @@ class HFTStages:
         self._place_own()
         if checkpoint is None:
             self.record.rates[str(stage.level)] = {
-                **self.args.base_rates(),
-                "seed": self.args.seed,
+                **self.args.begun_with(),
                 "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
                 "processes": self.args.world_size,
                 "order": self._order(),
@@ -152,7 +152,8 @@ class HFTStages:
         try:
             output = self._learn(checkpoint, **kwargs)
             wanted = min(self.state.max_steps, self._num_steps())  # of batches of people's own there may be fewer
-            is_stopped = self.state.global_step < wanted and not self.mastery.all_mastered()
+            is_cut = self.control.should_training_stop and self.state.global_step < wanted
+            is_stopped = is_cut and not self.mastery.all_mastered()
             if is_stopped:
                 self._keep_checkpoint()
             elif self.optimizer is not None:

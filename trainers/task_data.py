@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value
+from datasets import ClassLabel, Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from transformers.utils import logging
 from trl import is_conversational
 
@@ -126,6 +126,17 @@ def tag_rows(task: str, dataset: Dataset, task_id: int, with_others: bool = Fals
     return dataset.cast(Features({**layout, TASK_ID: Value("int64")}))
 
 
+def joined(sets: Mapping[str, Dataset]) -> Dataset:
+    """The tagged rows of all tasks, one task after another; ValueError if columns that they kept cannot stand together."""
+    try:
+        return concatenate_datasets(list(sets.values()))
+    except ValueError as error:  # only with `remove_unused_columns=False` there are others than HFT's
+        raise ValueError(
+            f"The rows of {', '.join(sets)} have columns of one name and different types ({error}); give them one type, or "
+            "leave `remove_unused_columns` on."
+        ) from error
+
+
 def is_tagged(data: Any) -> bool:
     """Whether these are rows as `tag_rows` gives them."""
     return isinstance(data, Dataset) and "input_ids" in data.features and TASK_ID in data.features
@@ -222,6 +233,17 @@ def check_completions(
             f"`formatting_func` is given, and the rows of task {task!r} have prompts and completions, which it would join, "
             "so that prompts were learnt; format them beforehand, or set `completion_only_loss=False`."
         )
+
+
+def formatted(rows: Dataset, formatting_func: Callable[[dict], str] | None, text_field: str) -> Dataset:
+    """Rows as the texts that `formatting_func` makes of them, in the column `text_field`; as they are without it.
+
+    TRL itself would go on with prompts, messages and conversations, and with any other text field, where rows have them.
+    """
+    if formatting_func is None or "input_ids" in rows.column_names:
+        return rows
+    replaced = [name for name in rows.column_names if name in ("prompt", "completion", "messages", "conversations")]
+    return rows.map(lambda row: {text_field: formatting_func(row)}, remove_columns=replaced)
 
 
 def check_messages(task: str, rows: Dataset) -> None:

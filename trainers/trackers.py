@@ -2,11 +2,14 @@
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations import (
+    ClearMLCallback,
+    MLflowCallback,
     TensorBoardCallback,
     TrackioCallback,
     WandbCallback,
@@ -42,6 +45,26 @@ def check_trackers(report_to: Iterable[str]) -> None:
                 f"`report_to` names {name!r}, which is not installed or is switched off; install it (pip install {name}) "
                 "or leave it out."
             )
+
+
+@contextmanager
+def one_run(callbacks: Iterable[TrainerCallback]) -> Iterator[None]:
+    """Around all stages: MLflow's and ClearML's runs, which end with a training of transformers', end after the last one."""
+    ends: dict[TrainerCallback, functools.partial] = {}
+    those = [callback for callback in callbacks if isinstance(callback, (ClearMLCallback, MLflowCallback))]
+    for callback in those:
+
+        def later(*given: Any, callback: Any = callback, **more: Any) -> None:
+            ends[callback] = functools.partial(type(callback).on_train_end, callback, *given, **more)
+
+        callback.on_train_end = later
+    try:
+        yield
+    finally:
+        for callback in those:
+            del callback.on_train_end
+        for end in ends.values():
+            end()
 
 
 def begin_stage(callbacks: Iterable[TrainerCallback]) -> None:
