@@ -1,6 +1,7 @@
 """The configuration of an HFT model: a picture of its hierarchy, readable in config.json."""
 
 import copy
+import math
 import numbers
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -37,9 +38,9 @@ class HFTGatingConfig(PreTrainedConfig):
     trainable: bool = True
 
     def __post_init__(self, **kwargs):
-        if self.init == 0:
+        if self.init == 0 or not math.isfinite(self.init):
             raise ValueError(
-                "`init` of the gates is 0, and a node behind a gate of 0 cannot learn; give another number."
+                f"`init` of the gates is {self.init}, and a node behind such a gate cannot learn; give another number."
             )
         super().__post_init__(**kwargs)
 
@@ -72,9 +73,9 @@ class HFTMemoryConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.slots < 1:
             raise ValueError(f"`slots` is {self.slots}; a page needs 1 or more.")
-        if self.init == 0:
+        if self.init == 0 or not math.isfinite(self.init):
             raise ValueError(
-                "`init` of the memory is 0, and a page behind a gate of 0 cannot learn; give another number."
+                f"`init` of the memory is {self.init}, and a page behind such a gate cannot learn; give another number."
             )
         super().__post_init__(**kwargs)
 
@@ -110,7 +111,7 @@ class HFTRouterConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.layer is not None and self.layer < 1:
             raise ValueError(f"`layer` of the router is {self.layer}; it must be 1 or more.")
-        if self.num_features < 1 or self.ridge <= 0 or not 0 <= self.confidence <= 1:
+        if self.num_features < 1 or not 0 < self.ridge < math.inf or not 0 <= self.confidence <= 1:
             raise ValueError(
                 f"The router's `num_features` is {self.num_features} (1 or more), its `ridge` {self.ridge} (above 0), its "
                 f"`confidence` {self.confidence} (0 to 1); one of them is out of its range."
@@ -194,8 +195,7 @@ class HFTConfig(PreTrainedConfig):
         self.left_out = copy.deepcopy(self.left_out or {})
         for kind, entries, key in (
             ("tasks", self.tasks, "name"),
-            ("pages", self.pages, "id"),
-            ("pages", self.pages, "slots"),
+            *(("pages", self.pages, key) for key in ("id", "slots", "sealed", "writers")),
         ):
             if bare := [entry for entry in entries if key not in entry]:
                 raise ValueError(f"An entry of `{kind}` lacks {key!r}: {bare[0]}. Was config.json edited, or cut?")
@@ -207,13 +207,16 @@ class HFTConfig(PreTrainedConfig):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"The task {name!r} is a duplicate in `tasks`; each name stands once.")
+        ids = [page["id"] for page in self.pages]
+        if twice := [page_id for page_id in ids if ids.count(page_id) > 1]:
+            raise ValueError(f"The page {twice[0]!r} is a duplicate in `pages`; each id stands once.")
         for task in self.tasks:
             if odd := sorted(task.keys() - {*defaults, "name", "dtype", "hash"}):
                 raise ValueError(
                     f"Task {task['name']!r} has the unknown key {odd[0]!r}. {nearest(odd[0], list(defaults))}"
                 )
             task["rank"] = check_rank(task["rank"], task["name"])
-            for kind, known in (("pages", [page["id"] for page in self.pages]), ("borrows", names)):
+            for kind, known in (("pages", ids), ("borrows", names)):
                 for other in task[kind]:
                     if other not in known:
                         raise ValueError(f"Task {task['name']!r} reads {other!r} in `{kind}`. {nearest(other, known)}")
@@ -330,7 +333,8 @@ class HFTConfig(PreTrainedConfig):
         for page in self.pages:
             if page["id"] == page_id:
                 return page
-        raise ValueError(f"Unknown memory page {page_id!r}. {nearest(page_id, [page['id'] for page in self.pages])}")
+        ids = ", ".join(str(page["id"]) for page in self.pages)
+        raise ValueError(f"Unknown memory page {page_id!r}; pages have numbers, and there are: {ids or 'none'}.")
 
 
 def of_backbone(names: Iterable[str], text_config: Mapping[str, Any] | PreTrainedConfig) -> list[str]:

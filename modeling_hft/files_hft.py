@@ -178,7 +178,8 @@ def read_tensors(
         with safe_open(path, "pt") as file:
             held = set(file.keys())
             odd = sorted(expected - held) or sorted(set() if may_hold_more else held - expected)
-            tensors = {} if odd else {name: file.get_tensor(name) for name in sorted(held)}
+            # Copies, where PyTorch would lay them: some products of a CPU round by the place of their factors in memory.
+            tensors = {} if odd else {name: file.get_tensor(name).clone() for name in sorted(held)}
     except (SafetensorError, OSError) as error:
         raise OSError(
             f"'{path}' is no whole safetensors file ({error}); it was cut short or damaged. Copy or download it again."

@@ -26,7 +26,8 @@ class HFTFolding:
 
         The path is computed once: one pair, down [R, I] and up [O, R] with the gates in it, a linear. Passes no longer look
         whether a parameter has changed; logits are the same bits as before. It takes the pairs' memory besides the nodes':
-        2 (I + O) R bytes a linear in 16 bit, and twice as much again while a CPU generates.
+        2 (I + O) R bytes a linear in 16 bit, and twice as much again while a CPU generates. Passes through parts, as
+        `model.base_model(...)`, stay the plain backbone's unless it is merged: for them there is `activate`.
 
         Args:
             task: its name.
@@ -43,7 +44,7 @@ class HFTFolding:
         """
         self.hierarchy.check(task)
         self._check_unfolded()
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             path, pairs = self._ready_path(task, rank)
             if merge:
                 self._check_mergeable(task)

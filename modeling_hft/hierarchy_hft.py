@@ -109,27 +109,26 @@ class Hierarchy:
         """The ancestors of `task`, each once however many ways lead to it, parents first, and `task` itself last."""
         self.check(task)
         seen: dict[str, None] = {}
-
-        def visit(node: str) -> None:
-            if node in seen:
-                return
-            for parent in self._parents[node]:
-                visit(parent)
-            seen[node] = None
-
-        visit(task)
+        waiting = [task]
+        while waiting:
+            left = [parent for parent in self._parents[waiting[-1]] if parent not in seen]
+            if left:
+                waiting.append(left[0])
+            else:
+                seen[waiting.pop()] = None
         return tuple(seen)
 
     def extended(self, parents: Mapping[str, Sequence[str]]) -> "Hierarchy":
         """These tasks and more: task -> its parents, as for a new one; ValueErrors alike."""
         return Hierarchy({**{task: self.parents(task) for task in self.names}, **parents})
 
-    def lowest_common_ancestor(self, tasks: Sequence[str]) -> str | None:
-        """The task of the highest level that is on the path of each of these; None if they share nothing.
+    def lowest_common_ancestor(self, tasks: Iterable[str]) -> str | None:
+        """The task of the highest level that is on the path of each of these; None if they share nothing, or there are none.
 
         Of several at that level, the first by name: a part of a model chooses as the whole does.
         """
-        common = sorted(name for name in self.names if all(name in self.path(task) for task in tasks))
+        paths = [self.path(task) for task in tasks]
+        common = sorted(set(paths[0]).intersection(*paths)) if paths else []
         return max(common, key=self.level, default=None)  # the first of equals
 
     def levels(self) -> list[tuple[str, ...]]:

@@ -1,9 +1,11 @@
 """Which fused factors of earlier passes are still right: looked up once a pass, not once a linear."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .path_hft import Pair
 
@@ -40,6 +42,11 @@ class HFTKept:
 
     def __init__(self):
         self._entries: dict[str, _Entry] = {}  # what was asked for last is last
+        self._lock = threading.Lock()
+
+    def __reduce__(self):
+        """A copy has parameters of its own, and begins anew."""
+        return HFTKept, ()
 
     def clear(self) -> None:
         """Forgets all."""
@@ -58,12 +65,15 @@ class HFTKept:
             return None
         if torch.is_grad_enabled() or any(parameter.is_inference() for parameter in parameters):
             return None
+        if torch._C._are_functorch_transforms_active() or isinstance(torch.empty(0), FakeTensor):
+            return None  # what is made now is of a transform, or of a mode without numbers
         # A change in place raises a tensor's version; another tensor is elsewhere in memory.
         made_of = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
-        entry = self._entries.pop(task, None)
-        if entry is None or entry.made_of != made_of:
-            entry = _Entry(made_of, [parameter.detach() for parameter in parameters])
-        self._entries[task] = entry
-        while len(self._entries) > max(MOST_TASKS, num_tasks):
-            del self._entries[next(iter(self._entries))]
+        with self._lock:
+            entry = self._entries.pop(task, None)
+            if entry is None or entry.made_of != made_of:
+                entry = _Entry(made_of, [parameter.detach() for parameter in parameters])
+            self._entries[task] = entry
+            while len(self._entries) > max(MOST_TASKS, num_tasks):
+                del self._entries[next(iter(self._entries))]
         return entry.factors

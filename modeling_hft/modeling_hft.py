@@ -12,18 +12,17 @@ B batch, T tokens, L layers, R rank of a path.
 
 import copy
 import numbers
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .backbone_hft import decoder_of, keep_weights
+from .backbone_hft import keep_weights
 from .configuration_hft import HFTConfig
 from .folded_hft import HFTFolding
 from .fused_hft import HFTFused
@@ -33,7 +32,8 @@ from .hierarchy_hft import BACKBONE, Hierarchy, nearest
 from .kept_hft import HFTKept
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTFactors, HFTNodes, adapted_linears, beside, flat
-from .path_hft import HFTConstants, HFTOwner, HFTPath, HFTTaskPath, Pair, active_path, keep_path, made_paths, on_path
+from .passed_on_hft import HFTPassedOn
+from .path_hft import HFTConstants, HFTOwner, HFTPath, HFTTaskPath, Pair, active_path, made_paths, on_path
 from .refresh_hft import HFTRefreshing
 from .router_hft import HFTRouter
 from .routing_hft import HFTRouting
@@ -42,7 +42,9 @@ from .tasks_hft import HFTTasks
 from .trimmed_hft import HFTTrimming
 
 
-class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRouting, HFTStorage, PreTrainedModel):
+class HFTPreTrainedModel(
+    HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRouting, HFTStorage, HFTPassedOn, PreTrainedModel
+):
     """What `HFTModel` and `HFTForCausalLM` share: the backbone, the tasks, saving and loading.
 
     Its parts, which use one another's names with an underscore:
@@ -55,6 +57,7 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
         HFTRefreshing   refresh_hft.py    a sealed task's gates learn anew; losses of rows
         HFTRouting      routing_hft.py    the router is taught and asked
         HFTStorage      storage_hft.py    saving and loading; slim_hft.py: what tasks have learnt
+        HFTPassedOn     passed_on_hft.py  what transformers asks of the whole model, and the backbone answers
     """
 
     config_class = HFTConfig
@@ -130,7 +133,8 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
                 inside meets the same graph for every task (see `fold`). Within, no parameter may change, and one backward
                 pass may run.
 
-        What tasks read, and ranks, cannot change within (`start_stage`, `refresh_gates`, `trim`, `remove_task`).
+        What tasks read, and ranks, cannot change within (`start_stage`, `refresh_gates`, `trim`, `remove_task`, `restore`,
+        `import_lora`).
 
         Raises:
             ValueError: an unknown name, or another number of names than of rows; a rank that is too small, or given while a
@@ -236,28 +240,11 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
                 raise ValueError(f"`task` holds the id {i}; ids go from -1 (the backbone) to {len(known) - 2}.")
         return [known[int(i)] for i in ids]
 
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Callable[..., Any] = checkpoint, **kwargs: Any
-    ) -> None:
-        if not any(hasattr(module, "gradient_checkpointing") for module in self.backbone.modules()):
-            raise ValueError(
-                f"The layers of a {self.config.text_config.model_type!r} cannot be checkpointed in transformers; train with "
-                "gradient_checkpointing=False."
-            )
-        super()._set_gradient_checkpointing(enable, keep_path(gradient_checkpointing_func), **kwargs)
-
     def _finish(self) -> None:
         """What must be done again whenever transformers has filled or replaced modules."""
         self._attach()
         self.set_trainable(self.config.open_tasks())
         keep_weights(self.backbone)
-
-    def is_custom_code(self) -> bool:
-        """Whether the backbone is: then transformers initialises less, for code that writes over what is loaded.
-
-        HFT's own does not, and of a backbone of transformers no module may be left out, as Falcon-H1's would.
-        """
-        return self.backbone.is_custom_code()
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HFTFactors):
@@ -268,40 +255,6 @@ class HFTPreTrainedModel(HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRo
                 self._reset_gates(task)
         else:
             super()._init_weights(module)
-
-    @property
-    def base_model(self) -> PreTrainedModel:
-        """The decoder without its head: what trainers call when they compute the loss themselves."""
-        return decoder_of(self.backbone)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        return self.backbone.get_output_embeddings()
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.backbone.set_output_embeddings(new_embeddings)
-
-    def resize_token_embeddings(
-        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
-    ) -> nn.Module:
-        """The embeddings as they are: what HFT saves does not hold any, and new ones would never learn.
-
-        Raises:
-            ValueError: another size than the backbone has.
-        """
-        size = self.get_input_embeddings().num_embeddings
-        wanted, multiple = size if new_num_tokens is None else new_num_tokens, pad_to_multiple_of or 1
-        if (wanted := -(-wanted // multiple) * multiple) != size:
-            raise ValueError(
-                f"The backbone has {size} embeddings and is frozen, so they cannot become {wanted}. Resize the plain "
-                "model, save it, and build on that: HFTForCausalLM.from_backbone(folder)."
-            )
-        return self.get_input_embeddings()
 
     def dequantize(self, *args: Any, **kwargs: Any):
         self._check_unfolded()

@@ -124,7 +124,7 @@ def adapted_linears(decoder: nn.Module, target_modules: str | Sequence[str]) -> 
         )
     if target_modules == "all-linear":
         return layer_of
-    if not isinstance(target_modules, Sequence):
+    if not isinstance(target_modules, Sequence) or not target_modules:
         raise ValueError(
             f"`target_modules` is {target_modules!r}; give 'all-linear', or a list of the last names of linears."
         )

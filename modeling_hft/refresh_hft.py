@@ -48,6 +48,7 @@ class HFTRefresh:
 class HFTRefreshing:
     """The part of `HFTPreTrainedModel` that refreshes gates."""
 
+    @torch.inference_mode(False)
     def refresh_gates(
         self,
         task: str,
@@ -93,6 +94,8 @@ class HFTRefreshing:
         ):
             if not number >= least:
                 raise ValueError(f"`{name}` of the refresh is {number}; it must be {least} or more.")
+        if not learning_rate > 0:
+            raise ValueError(f"`learning_rate` of the refresh is {learning_rate}; it must be above 0.")
         entry = self.config.sealed_task(task)
         rows = list(dataset)
         checks = list(validation) if validation is not None else rows[::3]
@@ -200,6 +203,8 @@ class HFTRefreshing:
         """
         if not self.can_generate():
             raise TypeError(f"{type(self).__name__} has no head to compute a loss with; load HFTForCausalLM.")
+        if not rows:
+            return []
         for row in rows:
             if len(row["input_ids"]) < 2 or len(row["labels"]) != len(row["input_ids"]):
                 raise ValueError(

@@ -25,6 +25,7 @@ class HFTRoom(HFTOwnership):
             if flat(name) in self.hft_memory:
                 self.hft_memory[flat(name)].add(str(page["id"]), page["slots"], _dtype(page), device)
 
+    @torch.inference_mode(False)
     def _make_room(self) -> None:
         """Empty parameters for all that the config lists and the model lacks; none for pages that it no longer lists."""
         listed = {str(page["id"]) for page in self.config.pages}

@@ -5,7 +5,7 @@ B batch, T tokens, D hidden size, M random features, K tasks.
 
 import functools
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,12 +121,14 @@ class HFTRouter:
                 f"Hidden states of prompts of task {task!r} are not finite; the router learns nothing of them."
             )
         phi_BM = self.expand(f_BD)
-        self.gram_MM = self.gram_MM + phi_BM.T @ phi_BM
         self.cross_M[task] = self.cross_M.get(task, 0) + phi_BM.sum(0)
         held_out_ND = self._normalised(held_out_ND).half()  # as they are, some models' would overflow
         before = self.held_out_ND.get(task, held_out_ND[:0])
         self.held_out_ND[task] = torch.cat([before, held_out_ND])[:64]
         self.config.tasks = sorted({*self.tasks(), task})
+        self.gram_MM = (
+            self.gram_MM + phi_BM.T @ phi_BM
+        )  # last: by it, a thread that solves meanwhile sees that it was late
         self._solved = None
 
     def clear(self) -> None:
@@ -202,7 +204,7 @@ class HFTRouter:
             )
             return [next(routes) if f_D.isfinite().all() else empty if f_D.isnan().all() else broken for f_D in f_BD]
         solved = self._solve()
-        names = self.names()
+        names = solved.names
         phi_BM = self.expand(f_BD)
         score_BK, novelty_B = solved.scores(phi_BM), solved.leverage(phi_BM) / solved.most_leverage
         routes = []
@@ -229,23 +231,24 @@ class HFTRouter:
         return order_K[sorted_K >= least].tolist()
 
     def _solve(self) -> "_Solution":
-        """The solution of all that was added so far; solved anew only after something was added."""
-        if self._solved is None:
-            M = self.config.num_features
-            scale = self.gram_MM.diagonal().mean().clamp(min=1e-12)
-            regular_MM = self.gram_MM + self.config.ridge * scale * torch.eye(M, dtype=torch.float64, device="cpu")
-            factor_MM = torch.linalg.cholesky(regular_MM)
-            cross_MK = torch.stack([self.cross_M[name] for name in self.names()], 1)
-            solved = _Solution(factor_MM, torch.cholesky_solve(cross_MK, factor_MM))
-            self._calibrate(solved)
-            self._solved = solved  # whole: another thread may ask meanwhile
+        """The solution of all that was added so far; solved anew after something was added, or with another `ridge`."""
+        solved, ridge, gram_MM, held_out_ND = self._solved, self.config.ridge, self.gram_MM, dict(self.held_out_ND)
+        if solved is not None and solved.ridge == ridge:
             return solved
-        return self._solved
+        scale = gram_MM.diagonal().mean().clamp(min=1e-12)
+        regular_MM = gram_MM + ridge * scale * torch.eye(len(gram_MM), dtype=torch.float64, device="cpu")
+        factor_MM, names = torch.linalg.cholesky(regular_MM), tuple(sorted(held_out_ND))
+        cross_MK = torch.stack([self.cross_M[name] for name in names], 1)
+        solved = _Solution(names, ridge, factor_MM, torch.cholesky_solve(cross_MK, factor_MM))
+        self._calibrate(solved, [held_out_ND[name] for name in names])
+        if self.gram_MM is gram_MM:  # else another thread has added meanwhile
+            self._solved = solved
+        return solved
 
-    def _calibrate(self, solved: "_Solution") -> None:
+    def _calibrate(self, solved: "_Solution", held_out: Sequence[torch.Tensor]) -> None:
         """Sets temperature and thresholds on the held-out prompts of all tasks."""
-        phi_NM = torch.cat([self.expand(self.held_out_ND[name].double()) for name in self.names()])
-        counts = torch.tensor([len(self.held_out_ND[name]) for name in self.names()], device="cpu")
+        phi_NM = torch.cat([self.expand(its_ND.double()) for its_ND in held_out])
+        counts = torch.tensor([len(its_ND) for its_ND in held_out], device="cpu")
         label_N = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
         score_NK = solved.scores(phi_NM)
         grid = [2.0**-power for power in range(8)]
@@ -256,8 +259,19 @@ class HFTRouter:
 
 @dataclass
 class _Solution:
-    """Args: factor: Cholesky factor of G + ridge I. weights: W [M, K]."""
+    """What routes go by.
 
+    Args:
+        names: the K tasks.
+        ridge: that of the config.
+        factor_MM: the Cholesky factor of G + r I.
+        weights_MK: W.
+        temperature: of the probabilities.
+        most_leverage: of prompts that are like those of the tasks.
+    """
+
+    names: tuple[str, ...]
+    ridge: float
     factor_MM: torch.Tensor
     weights_MK: torch.Tensor
     temperature: float = 1.0

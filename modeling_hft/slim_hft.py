@@ -34,6 +34,8 @@ _GATE = "gates."  # begins the names of what the shared file holds
 class HFTSlimFiles:
     """The part of `HFTStorage` that reads and writes what tasks have learnt."""
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _read_tasks(
         self,
         repo: str | os.PathLike,
@@ -166,10 +168,14 @@ class HFTSlimFiles:
                 page that they write.
 
         Raises:
-            ValueError: if the folder's tasks are others, or its tensors have other shapes.
+            ValueError: another `part`, a folder whose tasks are others, or tensors of other shapes; a folded model; or
+                within `activate`.
             OSError: if a file is missing or cut short. Then, as ever, nothing has changed.
         """
+        if part not in ("all", "sealed", "open"):
+            raise ValueError(f"`part` is {part!r}; it is 'all', 'sealed' or 'open'.")
         self._check_unfolded()
+        self._check_inactive()
         saved = read_config(os.fspath(folder))
         both_open = {*saved.open_tasks()} & {*self.config.open_tasks()}
 

@@ -127,6 +127,11 @@ class HFTStorage(HFTSlimFiles):
         if mapping := key_mapping_of(config.text_config):
             kwargs["key_mapping"] = {**mapping, **(kwargs.get("key_mapping") or {})}
         model, _ = cls._load_whole(config.backbone, config=config, **kwargs)
+        if getattr(model, "_hf_peft_config_loaded", False) or getattr(model.backbone, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"'{config.backbone}' holds a PEFT adapter beside the weights, which transformers attached, and HFT's "
+                "backbone is the plain one. Merge it first, or move it (and make it a task by `import_lora`)."
+            )
         return model
 
     @classmethod
@@ -160,6 +165,9 @@ class HFTStorage(HFTSlimFiles):
                 f"'{repo}' does not fit its config.json: its weights lack {missing[0]!r} ({len(missing)} such). "
                 "Copy or download it again, or is it another model?"
             )
+        for name, parameter in model.named_parameters():  # as `read_tensors` gives them
+            if name.startswith("hft_") and parameter.device.type == "cpu":
+                parameter.data = parameter.data.clone()
         if offloaded := [name for name, p in model.named_parameters() if "hft_" in name and p.device.type == "meta"]:
             raise ValueError(
                 f"`device_map` puts what HFT owns ({offloaded[0]}, {len(offloaded)} such) where it cannot be computed with; "

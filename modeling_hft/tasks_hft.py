@@ -3,7 +3,7 @@
 import contextlib
 import importlib
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,8 @@ class HFTTasks(HFTRoom):
             download: `revision`, `token`, ... of the adapter.
 
         Raises:
-            ValueError: an adapter that is no plain LoRA, or for another backbone; a name or parent as in `add_task`.
+            ValueError: an adapter that is no plain LoRA, or for another backbone; a name or parent as in `add_task`; or
+                within `activate`.
             OSError: if there is no adapter.
             ImportError: in a model loaded as remote code, without the package.
         """
@@ -87,6 +88,7 @@ class HFTTasks(HFTRoom):
             raise ImportError(
                 "Importing a LoRA needs the package hft itself; install it from its repository."
             ) from error
+        self._check_inactive()  # else what fails could not be undone
         if len(prompts):
             self._check_prompts(name, prompts)
         factors, parents = reader.read_lora(adapter, self, **download), _listed(parents)
@@ -164,7 +166,7 @@ class HFTTasks(HFTRoom):
         self.hierarchy = self.config.hierarchy()
         return removed
 
-    def start_stage(self, tasks: Iterable[str], writers: Collection[str] | None = None) -> None:
+    def start_stage(self, tasks: Iterable[str], writers: Iterable[str] | None = None) -> None:
         """Begins a stage: these tasks, and nothing else, become trainable, and get a memory page that they write together.
 
         Tasks that have learnt nothing yet begin as what their parents are now, and may read all pages that are sealed.
@@ -179,6 +181,7 @@ class HFTTasks(HFTRoom):
         """
         self._check_inactive()
         tasks = self._each_once(tasks)
+        writers = None if writers is None else list(writers)
         for writer in writers or ():
             self.hierarchy.check(writer)
             if writer not in tasks:
@@ -255,6 +258,7 @@ class HFTTasks(HFTRoom):
             for parameter in self.learning_parameters(task).values():
                 parameter.requires_grad_(True)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def seal(
         self,

@@ -49,6 +49,7 @@ class HFTTrim:
 class HFTTrimming:
     """The part of `HFTPreTrainedModel` that cuts nodes to the rank that they need."""
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def trim(
         self,

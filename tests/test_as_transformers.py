@@ -188,7 +188,10 @@ TASK = {"name": "a", "sealed": True}
         ({"tasks": [{"rank": 3}]}, "An entry of `tasks` lacks 'name'"),
         ({"pages": [{"id": 1}]}, "An entry of `pages` lacks 'slots'"),
         ({"tasks": [{**TASK, "dtype": "floaty"}]}, "`dtype` of 'a' is 'floaty'"),
-        ({"tasks": [{**TASK, "pages": [1, 1]}], "pages": [{"id": 1, "slots": 2}]}, "reads 1 twice in `pages`"),
+        (
+            {"tasks": [{**TASK, "pages": [1, 1]}], "pages": [{"id": 1, "slots": 2, "sealed": False, "writers": []}]},
+            "reads 1 twice in `pages`",
+        ),
         ({"tasks": [{**TASK, "borrows": ["a"]}]}, "Task 'a' borrows 'a', which is on its path already"),
         ({"tasks": [{"name": "b"}, {**TASK, "parents": ["b"]}]}, "Task 'a' is sealed, and its parent 'b' is not"),
     ],

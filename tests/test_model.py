@@ -475,7 +475,7 @@ def test_untrained_gates_stay_fixed(backbones):
 
 @pytest.mark.parametrize("part", ["gating_config", "memory_config"])
 def test_a_start_that_nothing_could_learn_behind_is_refused(backbones, part):
-    with pytest.raises(ValueError, match=r"behind a gate of 0 cannot learn; give another number\."):
+    with pytest.raises(ValueError, match=r"behind such a gate cannot learn; give another number\."):
         hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, **{part: {"init": 0.0}})
 
 

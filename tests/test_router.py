@@ -465,9 +465,9 @@ def test_threads_that_ask_at_once_see_whole_solutions(monkeypatch):
     router = router_of(clusters("abcd"), "abcd")
     calibrate = HFTRouter._calibrate
 
-    def slowly(self, solved):
+    def slowly(self, solved, held_out):
         assert self._solved is None
-        calibrate(self, solved)
+        calibrate(self, solved, held_out)
 
     monkeypatch.setattr(HFTRouter, "_calibrate", slowly)
     router.route(clusters("a")["a"], hft.Hierarchy({name: [] for name in "abcd"}))
