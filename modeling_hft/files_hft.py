@@ -85,37 +85,63 @@ def replacing(directory: str | os.PathLike, last: str = "config.json", stale: It
         os.rename(staging, directory / staging.name.replace(WRITING, WRITTEN))
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    finish_writing(directory)
+    finish_writing(directory, is_own=True)
 
 
-def finish_writing(directory: str | os.PathLike, subfolder: str | None = None) -> bool:
+def finish_writing(directory: str | os.PathLike, subfolder: str | None = None, is_own: bool = False) -> bool:
     """Moves to their places the files of a `replacing` that was cut off once all was written.
 
     Args:
         directory: any folder. Another process may be doing the same.
         subfolder: the one in it that is meant.
+        is_own: whether this process wrote them: else they may be anybody's, and no place outside the folder is touched.
 
     Returns:
         Whether there were any.
 
     Raises:
         OSError: they cannot be moved; they will be next time.
+        ValueError: they would be moved out of the folder.
     """
     directory, found = Path(directory) / (subfolder or ""), False
     for written in sorted(directory.glob(f"{WRITTEN}*")):
         if (written / _PLAN).is_file():  # else all has been moved
             found = True
             plan = json.loads((written / _PLAN).read_text())
+            for name in () if is_own else (*plan["files"], *plan["stale"]):
+                _check_within(directory, name, written)
             for name in plan["files"]:
                 (directory / name).parent.mkdir(parents=True, exist_ok=True)
                 with suppress(FileNotFoundError):  # moved already
-                    os.replace(written / name, directory / name)
+                    _move(written / name, directory / name)
             for pattern in plan["stale"]:
                 for path in directory.glob(pattern):
                     if path.relative_to(directory).as_posix() not in plan["files"]:
                         path.unlink(missing_ok=True)
         shutil.rmtree(written, ignore_errors=True)
     return found
+
+
+def _check_within(directory: Path, name: str, written: Path) -> None:
+    parent = (directory / name).parent  # of a pattern, too: its stars are in the last part
+    if os.path.isabs(name) or ".." in Path(name).parts or not parent.resolve().is_relative_to(directory.resolve()):
+        raise ValueError(
+            f"'{written}' is what is left of a save that was cut off, and says to change '{name}', outside '{directory}'. "
+            "If the folder is not yours, do not trust it; else delete that."
+        )
+
+
+def _move(source: Path, target: Path) -> None:
+    """As `os.replace`, onto another disk, too: the target is the old file, or the new one, whole."""
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        near = target.with_name(f"{WRITING}{target.name}")
+        shutil.copyfile(source, near)
+        os.replace(near, target)
+        source.unlink()
 
 
 def check_writable(directory: str | os.PathLike) -> None:

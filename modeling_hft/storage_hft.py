@@ -25,7 +25,7 @@ from .backbone_hft import (
     without_weights,
 )
 from .configuration_hft import HFTConfig, HFTGatingConfig, HFTMemoryConfig, HFTRouterConfig, check_keys, of_backbone
-from .files_hft import SHARED_FILE, disk_errors, finish_writing, replacing
+from .files_hft import ROUTER_FILE, SHARED_FILE, disk_errors, finish_writing, replacing
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
 from .slim_hft import HFTSlimFiles, read_config
@@ -311,7 +311,7 @@ class HFTStorage(HFTSlimFiles):
         if is_main_process:
             # Weights of the other form, which a reader would take for this one's, and shards of an older save.
             own = ("model.*safetensors*",) if slim else (SHARED_FILE, f"{SHARED_FILE}.index.json")
-            stale = ("model-*-of-*.safetensors", *own)
+            stale = ("model-*-of-*.safetensors", ROUTER_FILE, *own)
             stale = () if kwargs.get("variant") else stale  # of which a folder may hold several
             with replacing(save_directory, stale=stale) as folder, disk_errors(save_directory):
                 if slim:

@@ -18,14 +18,32 @@ from .slim_hft import files_left, read_config
 logger = logging.get_logger(__name__)
 
 # A model's files: not what else people keep beside it, as checkpoints, exports, data or notes.
-_OWN = [
-    *("config.json", "generation_config.json", "*_hft.py", SHARED_FILE, ROUTER_FILE),
-    *("tasks/*.safetensors", "pages/*.safetensors"),
-    *("tokenizer*", "tokenization_*.py", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt"),
-    *("*.model", "*.tiktoken", "tekken.json", "*.jinja", "additional_chat_templates/*"),
-    *("preprocessor_config.json", "processor_config.json"),
-    *("README.md", "report.html", "pictures/*", "run.json", "LICENSE*", "NOTICE*"),
+TOKENIZER_FILES = [
+    *("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json", "tokenization_*.py"),
+    *(
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "*.tiktoken",
+        "tekken.json",
+    ),
+    *("spiece.model", "spm.model", "bpe.model", "sentencepiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "additional_chat_templates/*.jinja", "preprocessor_config.json", "processor_config.json"),
 ]
+PICTURES = [
+    f"pictures/{name}.{kind}"
+    for name in ("hierarchy", "gates", "matrix", "scores", "loss", "cross", "router")
+    for kind in ("png", "svg")
+]
+OWN_FILES = [
+    *("config.json", "generation_config.json", "*_hft.py", SHARED_FILE, ROUTER_FILE),
+    *("tasks/*.safetensors", "pages/*.safetensors", *TOKENIZER_FILES),
+    *("README.md", "report.html", *PICTURES, "run.json", "LICENSE*", "NOTICE*"),
+]
+# Of a model that was there before: what this one may have nothing in the place of.
+_GONE = ["tasks/*.safetensors", "pages/*.safetensors", ROUTER_FILE, "report.html", *PICTURES]
 
 
 def check_shareable(config: HFTConfig) -> None:
@@ -57,8 +75,7 @@ def upload(
     """
     api = HfApi(token=token)
     config = read_config(os.fspath(folder))
-    own = {path.relative_to(folder) for pattern in _OWN for path in Path(folder).glob(pattern) if path.is_file()}
-    own -= set(files_left(folder, config))  # of tasks that were removed
+    own = own_files(folder, config)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     if gone := sorted(_tasks_there(repo_id, token, revision) - set(config.task_names())):
         logger.warning(
@@ -71,8 +88,15 @@ def upload(
         commit_message=commit_message,
         revision=revision,
         allow_patterns=[glob.escape(path.as_posix()) for path in own],
-        delete_patterns=["tasks/*.safetensors", "pages/*.safetensors"],  # of tasks that were removed
+        delete_patterns=_GONE,
     )
+
+
+def own_files(folder: str | os.PathLike, config: HFTConfig) -> set[Path]:
+    """A model's files in its folder, as paths within it, without those of tasks that were removed."""
+    own = {path.relative_to(folder) for name in OWN_FILES for path in Path(folder).glob(name) if path.is_file()}
+    own -= set(files_left(folder, config))
+    return own if config.router_config.tasks else own - {Path(ROUTER_FILE)}
 
 
 def _tasks_there(repo_id: str, token: str | bool | None, revision: str | None) -> set[str]:

@@ -18,7 +18,7 @@ from hft.trainers.cli import main
 from hft.trainers.evaluation import EvalSet, score_options
 from hft.trainers.interference import advice, contributions, cross_scores, switched_off
 from hft.trainers.metrics import OPTIONS
-from hft.trainers.model_card import naming_repository, write_model_card
+from hft.trainers.model_card import write_model_card
 from hft.trainers.report import write_report
 from hft.trainers.run_record import RunRecord, as_score
 from tests.tiny import grow, snapshot
@@ -262,17 +262,7 @@ def test_the_card_is_a_card_whatever_came_from_where(run, tmp_path, monkeypatch)
     write_model_card(run.model.config, gates, tmp_path, record)
     how = "BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4')`"
     assert "with the backbone in 4 bit (nf4): " in file.read_text() and how in file.read_text()
-    before = file.read_text()
-    assert "<this repository>" in before
-    with pytest.raises(OSError, match="the hub"), naming_repository(tmp_path, "me/mine"):
-        text = file.read_text()
-        assert "<this repository>" not in text and text.count('"me/mine"') == 4 and "- name: mine\n" in text
-        with naming_repository(tmp_path, "me/other"):
-            assert file.read_text() == text  # it has a name
-        raise OSError("the hub")
-    assert file.read_text() == before
-    with naming_repository(tmp_path / "nowhere", "me/other"):
-        pass
+    assert "<this repository>" in file.read_text()
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "README.md").write_text("# my own notes")
     write_model_card(run.model.config, gates, tmp_path / "own", record)

@@ -108,7 +108,8 @@ def scores_chart(matrix: Matrix, stages: Sequence[str]) -> Any:
         points = [(stage, row[task]) for stage, row in enumerate(matrix, start=1) if task in row]
         line, marker = _STYLES[place % len(_STYLES)]
         axes.plot(*zip(*points, strict=True), line, marker=marker, color=str(0.55 * (place % 3) / 2), label=task)
-    axes.set_xticks(range(1, len(matrix) + 1), stages)
+    aslant = dict(rotation=30, ha="right") if max(map(len, stages)) > 8 else {}
+    axes.set_xticks(range(1, len(matrix) + 1), stages, **aslant)
     axes.set_xlabel("after stage")
     axes.set_ylabel("score (%)")
     axes.set_ylim(0, 102)

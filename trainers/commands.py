@@ -178,7 +178,10 @@ def merge(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from .merge import merge_models, parse_rename
 
     config, _gates = hft.read_gates(args.other)
-    rename = dict(parse_rename(text, config.task_names()) for text in args.rename)
+    pairs = [parse_rename(text, config.task_names()) for text in args.rename]
+    rename = dict(pairs)
+    if len(rename) < len(pairs):
+        raise ValueError(f"--rename names a task twice: {', '.join(args.rename)}.")
     new = merge_models(args.one, args.other, args.out, rename)
     config, _gates = hft.read_gates(args.out)
     print(config.hierarchy().draw())
@@ -220,14 +223,15 @@ def push(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
     from hft.upload_hft import check_shareable, upload
 
-    from .model_card import naming_repository
+    from .model_card import as_pushed
 
     check_folder(args.model)
     config, _gates = hft.read_gates(args.model)
     check_shareable(config)
-    repo_id = create_repo(args.repo_id, private=args.private, exist_ok=True).repo_id
-    with naming_repository(args.model, repo_id):
-        commit = upload(args.model, repo_id, args.message, args.private)
+    private = args.private or None  # without it the Hub goes by the account's own default
+    repo_id = create_repo(args.repo_id, private=private, exist_ok=True).repo_id
+    with as_pushed(args.model, repo_id) as folder:
+        commit = upload(folder, repo_id, args.message, private)
     print(f"{len(config.tasks)} tasks are in {commit.repo_url}, commit {commit.oid}")
 
 
@@ -282,7 +286,7 @@ def report(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from hft.files_hft import check_writable
 
     from .interference import advice
-    from .report import write_report
+    from .report import REPORT_FILE, is_report, write_report
     from .run_record import RunRecord
 
     check_folder(args.model)
@@ -292,7 +296,11 @@ def report(args: argparse.Namespace, _: dict[str, Any]) -> None:
         )
     args.samples = args.samples or 32
     config, gates = hft.read_gates(args.model)
-    record = RunRecord.load(args.model)
+    if not is_report(args.model):
+        raise ValueError(
+            f"'{args.model / REPORT_FILE}' is no report of HFT's, and would be overwritten; move it away."
+        )
+    record = RunRecord.load(args.model).of(config.task_names())
     check_writable(args.model)
     if args.recipe is not None:
         _measure(args, record)

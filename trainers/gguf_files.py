@@ -128,7 +128,10 @@ def write_lora(factors: Factors, config: PreTrainedConfig, path: Path, name: str
 
 def read_lora_gguf(path: Path, config: PreTrainedConfig) -> Factors:
     """The path in a file that `write_lora` wrote: A [R, I] and B [O, R] at each linear, float32, the scaling in B."""
-    reader, names = GGUFReader(path), _names(config)
+    try:
+        reader, names = GGUFReader(path), _names(config)
+    except ValueError as error:  # the writer itself says nothing of a disk that is full
+        raise OSError(f"'{path}' cannot be read again ({error}); it was cut short: is the disk full?") from error
     alpha = reader.fields[Keys.Adapter.LORA_ALPHA].contents()
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
     factors = {}

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file
 
 from hft.configuration_hft import HFTConfig
-from hft.files_hft import ROUTER_FILE, SHARED_FILE, WRITING, page_file, replacing, task_file, write_tensors
-from hft.hierarchy_hft import nearest
+from hft.files_hft import ROUTER_FILE, SHARED_FILE, page_file, replacing, task_file, write_tensors
+from hft.hierarchy_hft import check_new_name, nearest
 from hft.path_hft import HFTSources
 from hft.slim_hft import lineage, read_config
+from hft.upload_hft import TOKENIZER_FILES, own_files
 
 from .model_card import renew_model_card
 from .run_record import RunRecord
@@ -93,8 +94,9 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
                 "union instead."
             )
     config = HFTConfig.from_dict(config.to_dict())  # checks that it is a hierarchy
+    words = _whose_words(one, other)
     with replacing(out) as staging:
-        _copy_model(one, staging)
+        _copy_model(one, first, words, staging)
         for name in second.task_names():
             if name not in common:
                 shutil.copyfile(other / task_file(name), staging / task_file(rename.get(name, name)))
@@ -118,14 +120,52 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
     return [rename.get(name, name) for name in second.task_names() if name not in common]
 
 
-def _copy_model(source: Path, target: Path) -> None:
-    """The files of a model, not of its run, as files of one's own: those of an archive may be read-only, or links."""
-    for path in sorted(source.rglob("*")):
-        at = path.relative_to(source)
-        is_runs = at.parts[0].startswith(("stage-", WRITING)) or at == Path("config.json")
-        if path.is_file() and not is_runs:
-            (target / at).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / at)
+def _copy_model(source: Path, config: HFTConfig, words: Path, target: Path) -> None:
+    """The files of a model, and of nothing else, as files of one's own: those of an archive may be read-only, or links.
+
+    Args:
+        source, config: the model.
+        words: the folder whose tokenizer and generation config are taken.
+        target: where to.
+    """
+    of_words = [Path("generation_config.json")]
+    of_words += [path.relative_to(words) for name in TOKENIZER_FILES for path in words.glob(name)]
+    own = dict.fromkeys(own_files(source, config) - {Path("config.json")}, source)
+    if words != source:
+        own |= {at: words for at in of_words if (words / at).is_file()}
+    for at, folder in sorted(own.items()):
+        (target / at).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / at, target / at)
+
+
+def _whose_words(one: Path, other: Path) -> Path:
+    """The folder whose tokenizer the union takes: the first's, or the only one that there is.
+
+    Raises:
+        ValueError: two tokenizers, by which one model's tasks would get other tokens or another form of prompt, or not see
+            where an answer ends.
+    """
+    if not (other / "tokenizer_config.json").exists():
+        return one
+    if not (one / "tokenizer_config.json").exists():
+        return other
+    for name, read in (
+        ("tokenizer.json", lambda file: _vocabulary(json.loads(file.read_text(encoding="utf-8")))),
+        ("chat_template.jinja", lambda file: file.read_text(encoding="utf-8")),
+        ("generation_config.json", lambda file: json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")),
+    ):
+        ours, theirs = (read(folder / name) if (folder / name).exists() else None for folder in (one, other))
+        if ours != theirs:
+            raise ValueError(
+                f"The models differ in {name}, so that prompts and answers of one's tasks would have another form in the "
+                "union; give both the same, if they were trained by the same."
+            )
+    return one
+
+
+def _vocabulary(saved: Mapping[str, Any]) -> Any:
+    """Of a tokenizer.json: not how rows were cut or padded when it was saved."""
+    return [saved.get(key) for key in ("model", "added_tokens", "pre_tokenizer", "normalizer")]
 
 
 def _moved_entry(task: Mapping[str, Any], rename: Mapping[str, str], page_ids: Mapping[int, int]) -> dict[str, Any]:
@@ -234,4 +274,5 @@ def parse_rename(text: str, names: list[str]) -> tuple[str, str]:
         raise ValueError(f"--rename takes OLD=NEW, not {text!r}.")
     if old not in names:
         raise ValueError(f"--rename names the unknown task {old!r}. {nearest(old, names)}")
+    check_new_name(new)
     return old, new

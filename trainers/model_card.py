@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
@@ -16,8 +18,9 @@ from yaml import YAMLError
 from hft.configuration_hft import HFTConfig
 from hft.gates_hft import HFTGateTable
 from hft.slim_hft import read_gates
+from hft.upload_hft import PICTURES, own_files
 
-from .report import PICTURES, REPORT_FILE, score_table, shareable_name, write_report
+from .report import REPORT_FILE, is_report, score_table, shareable_name, write_report
 from .run_record import RunRecord, write_text
 
 
@@ -46,7 +49,8 @@ def write_model_card(
         record: what its training found out.
         repo_id: where it will be, for the snippets; it may be unknown.
     """
-    record, has_pictures = record or RunRecord(), is_matplotlib_available()
+    record = (record or RunRecord()).of(config.task_names())
+    has_pictures = is_matplotlib_available() and is_report(Path(folder))
     if has_pictures:
         write_report(config, gates, record, Path(folder))
     if (file := Path(folder) / CARD_FILE).exists() and not _is_card(file):
@@ -59,7 +63,8 @@ def write_model_card(
             _metadata(config, record, repo_id),
             template_path=str(path),
             tree=config.hierarchy().draw(),
-            tasks=config.task_names(),
+            tasks=config.sealed_tasks(),
+            open_tasks=config.open_tasks(),
             backbone=shareable_name(config.backbone),
             repository=repo_id or THIS_REPOSITORY,
             columns=columns,
@@ -106,9 +111,9 @@ def renew_model_card(folder: Path, record: RunRecord) -> None:
         record.write(folder)
     has_report, has_card = (folder / REPORT_FILE).exists(), (folder / CARD_FILE).exists()
     config, gates = read_gates(folder)
-    if has_report:  # of the model that was
-        shutil.rmtree(folder / PICTURES, ignore_errors=True)
-        (folder / REPORT_FILE).unlink()
+    if has_report := has_report and is_report(folder):  # of the model that was
+        for picture in (*PICTURES, REPORT_FILE):
+            (folder / picture).unlink(missing_ok=True)
     if has_card and _is_card(folder / CARD_FILE):
         write_model_card(config, gates, folder, record)
     elif has_report and is_matplotlib_available():
@@ -116,19 +121,34 @@ def renew_model_card(folder: Path, record: RunRecord) -> None:
 
 
 @contextlib.contextmanager
-def naming_repository(folder: Path, repo_id: str) -> Iterator[None]:
-    """Within the block, the card of a folder names the repository that it is uploaded to, if it is ours and names none."""
+def as_pushed(folder: Path, repo_id: str) -> Iterator[Path]:
+    """Within the block, a folder with a model's own files as they are to be uploaded; the model's own stays as it is.
+
+    A card of HFT's names the repository there; one of another hierarchy than the model has now is written anew.
+    """
+    config, gates = read_gates(folder)
     file = folder / CARD_FILE
     text = file.read_text(encoding="utf-8", errors="replace") if file.exists() else ""
-    if CARD_TITLE not in text or THIS_REPOSITORY not in text:
-        yield
-        return
-    name = f"- name: {repo_id.split('/')[-1]}\n"
-    write_text(file, text.replace(THIS_REPOSITORY, repo_id).replace(f"- name: {UNNAMED}\n", name, 1))
-    try:
-        yield
-    finally:  # it may fail, or be uploaded elsewhere, too
-        write_text(file, text)
+    is_ours, fits = CARD_TITLE in text, config.hierarchy().draw() in text
+    with tempfile.TemporaryDirectory() as made:
+        staging, own = Path(made), own_files(folder, config)
+        if is_ours and not fits:
+            own -= {Path(name) for name in (CARD_FILE, REPORT_FILE, *PICTURES)}
+        for at in own:
+            (staging / at).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.symlink((folder / at).resolve(), staging / at)
+            except OSError:  # as on Windows, where not everybody may
+                shutil.copyfile(folder / at, staging / at)
+        if is_ours and fits:
+            named = re.search(r'from_pretrained\("([^"]+)"', text)
+            text = text.replace(named[1] if named else THIS_REPOSITORY, repo_id)
+            (staging / CARD_FILE).unlink()
+            name = f"- name: {repo_id.split('/')[-1]}\n"
+            (staging / CARD_FILE).write_text(text.replace(f"- name: {UNNAMED}\n", name, 1), encoding="utf-8")
+        elif is_ours:
+            write_model_card(config, gates, staging, RunRecord.load(folder), repo_id)
+        yield staging
 
 
 def _metadata(config: HFTConfig, record: RunRecord, repo_id: str | None) -> ModelCardData:

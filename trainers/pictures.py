@@ -1,5 +1,6 @@
 """Pictures, drawn without a display: PNG or SVG by the file's name."""
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -48,9 +49,14 @@ def prepare_picture(path: Path) -> None:
 def _draw(hierarchy: Hierarchy, means: Mapping[str, Mapping[str, float]], path: Path) -> None:
     prepare_picture(path)
     place = _places(hierarchy)
+    listed = {name: sum(":" in source for source in means[name]) for name in hierarchy.names}
+    most = [max((listed[name] for name in level), default=0) for level in ((), *hierarchy.levels())]
+    rise = [1 + 0.14 * (below + above) / 2 for below, above in itertools.pairwise(most)]  # a page takes a line
+    height = list(itertools.accumulate(rise, initial=0.0))
+    place = {name: (x, height[int(y)]) for name, (x, y) in place.items()}
     width = 1 + max(x for x, _ in place.values())
     column = max(1.9, 0.6 + 0.09 * max(map(len, place)))  # inches, of which a letter takes 0.08
-    figure = new_figure(max(5.0, column * width), 1.1 + 1.3 * (1 + len(hierarchy.levels())), layout=None)
+    figure = new_figure(max(5.0, column * width), 1.1 + 1.3 * (1 + height[-1]), layout=None)
     axes = figure.subplots()
     axes.set_axis_off()
     for task in hierarchy.names:

@@ -24,7 +24,7 @@ from .pictures import draw_hierarchy
 from .run_record import RunRecord
 
 
-REPORT_FILE = "report.html"
+REPORT_FILE, TITLE = "report.html", "Hierarchical Fine-Tuning: report"
 PICTURES = "pictures"  # the folder beside it
 
 MEANINGS = {
@@ -52,6 +52,7 @@ def write_report(config: HFTConfig, gates: Mapping[str, HFTGateTable], record: R
     Raises:
         ImportError: without matplotlib.
     """
+    record = record.of(config.task_names())
     figures = _figures(gates, record)
     with replacing(folder, last=REPORT_FILE) as staging:
         (staging / PICTURES).mkdir()
@@ -64,6 +65,12 @@ def write_report(config: HFTConfig, gates: Mapping[str, HFTGateTable], record: R
         pictures = {name: _Picture(alt, _uri(staging / PICTURES / f"{name}.svg")) for name, alt in alts.items()}
         (staging / REPORT_FILE).write_text(_page(config, record, pictures), encoding="utf-8")
     return Path(folder) / REPORT_FILE
+
+
+def is_report(folder: Path) -> bool:
+    """Whether a folder's report.html is one of HFT's, or there is none: another one would be lost."""
+    file = folder / REPORT_FILE
+    return not file.exists() or TITLE in file.read_text(encoding="utf-8", errors="replace")
 
 
 class _Picture:
@@ -111,7 +118,7 @@ def _page(config: HFTConfig, record: RunRecord, pictures: Mapping[str, _Picture]
         Environment(autoescape=True)
         .from_string(template)
         .render(
-            title="Hierarchical Fine-Tuning: report",
+            title=TITLE,
             backbone=shareable_name(config.backbone),
             machine=record.machine,
             tasks=config.task_names(),

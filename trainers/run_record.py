@@ -99,7 +99,16 @@ class RunRecord:
             return cls()
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**{name: values[name] for name in (f.name for f in fields(cls)) if name in values})
+            record = cls(**{name: values[name] for name in (f.name for f in fields(cls)) if name in values})
+            for scores in (
+                record.before,
+                record.start,
+                record.routed,
+                *(its.get("scores", {}) for its in record.stages),
+            ):
+                if bare := [task for task, score in scores.items() if not {"score", "se", "rows"} <= score.keys()]:
+                    raise ValueError(f"a score of {bare[0]!r} lacks its number, error or rows")
+            return record
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"'{path}' is no record of a run ({error}); delete it, and only the report is lost."
@@ -124,6 +133,16 @@ class RunRecord:
         """What a new training of a model that has learnt these tasks goes on with: what is known of them, stage by stage."""
         known = {*self.data, *self.before, *(task for stage in self.stages for task in stage["tasks"])}
         return replace(self.without(known - set(tasks)), budget={}, rates={})
+
+    def of(self, tasks: Collection[str]) -> "RunRecord":
+        """What is known of these tasks: others are no longer there."""
+        known = {
+            task
+            for kind in (self.data, self.before, self.start, self.routed, self.sources, self.cross)
+            for task in kind
+        }
+        known |= {task for stage in self.stages for task in stage["tasks"]}
+        return self.without(known - set(tasks)) if known - set(tasks) else self
 
     def without(self, tasks: Collection[str]) -> "RunRecord":
         """The record of a model that these tasks were removed from. What the router did is not known any more."""
