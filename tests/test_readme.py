@@ -72,7 +72,10 @@ def test_the_recipes_numbers():
 
 @pytest.mark.parametrize(
     "table",
-    [["ablation"], ["memory"], ["memory_related"], ["speed"], ["quality"], ["more"], ["hierarchies"], ["tasks"]],
+    [
+        *(["ablation"], ["memory"], ["memory_related"], ["speed"], ["quality"], ["more"], ["hierarchies"], ["tasks"]),
+        *(["quality", "--tasks", "cl14"], ["tasks", "--tasks", "cl14"]),
+    ],
     ids=" ".join,
 )
 def test_the_benchmarks_tables(table):
@@ -313,13 +316,33 @@ def test_no_hierarchy_against_a_root():
     assert f"joint LoRA; on test rows it is {root:.1f} and {joint:.1f} below them." in PROSE
 
 
-def test_the_fourteen_tasks():
+def test_the_fourteen_tasks(figures):
     cells = {cell["method"]: cell for cell in read("quality-small-cl14").values()}
-    hft, joint = cells["hft_families_thirds"], cells["joint"]
-    scores = f"HFT {hft['test']['ap']:.1f} with ids and {hft['test']['routed']['ap']:.1f} routed"
-    assert f"{scores}, forgetting {hft['test']['forgetting']:.1f}; joint LoRA {joint['test']['ap']:.1f}." in PROSE
-    assert f"On validation rows it is {hft['value']:.1f} and {joint['value']:.1f}" in PROSE
-    assert (hft["learning_rate"], joint["learning_rate"]) == (2e-3, 1e-3)
+    assert sorted(cells) == ["hft_root_no_memory", "joint", "single"]
+    hft, joint, single = cells["hft_root_no_memory"], cells["joint"], cells["single"]
+    assert (hft["learning_rate"], joint["learning_rate"], single["learning_rate"]) == (2e-3, 1e-3, 2e-3)
+    of = {key.removeprefix("quality.small.cl14."): value for key, value in figures.items()}
+    above = (
+        f"{of['hft_minus_single']:.1f} points above one LoRA a task (goal: 2.0) and {of['hft_minus_joint']:.1f} above"
+    )
+    assert f"On test rows HFT is {above} joint LoRA (goal: 1.0), " in PROSE
+    assert f"routed {of['ap_hft'] - of['ap_hft_routed']:.1f} less (goal: within 0.3)" in PROSE
+    assert f"on validation rows it is {joint['value'] - hft['value']:.1f} below joint LoRA" in PROSE
+    assert of["forgetting_hft"] == 0
+    assert f"HFT has {of['ap_learnable_hft']:.1f}, one LoRA a task {of['ap_learnable_single']:.1f}." in PROSE
+    few = ("cb", "copa", "rte", "wic")
+    alone = next(
+        cell
+        for cell in read_cells("quality.jsonl")
+        if cell["name"] == "quality-small-low_resource" and cell["method"] == "single"
+    )
+    gaps = [f"{accuracy(hft, few) - accuracy(theirs, few):.1f}" for theirs in (single, alone)]
+    words = "HFT is {} points above these LoRAs, and {} above those of `--tasks low_resource` (goal: 5)"
+    assert words.format(*gaps) in PROSE
+    for cell in (hft, single, alone):
+        for task in few[1:]:  # two answers each
+            score = cell["test"]["tasks"][task]
+            assert score["accuracy"] - cell["test"]["majority"][task] < 2 * score["se"]
 
 
 def test_the_planners_estimates():
