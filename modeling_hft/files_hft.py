@@ -127,7 +127,7 @@ def _check_within(directory: Path, name: str, written: Path) -> None:
     if os.path.isabs(name) or ".." in Path(name).parts or not parent.resolve().is_relative_to(directory.resolve()):
         raise ValueError(
             f"'{written}' is what is left of a save that was cut off, and says to change '{name}', outside '{directory}'. "
-            "If the folder is not yours, do not trust it; else delete that."
+            "If the folder is not yours, do not trust it; else move what is in it to its place, and delete it."
         )
 
 

@@ -126,9 +126,8 @@ class HFTRouter:
         before = self.held_out_ND.get(task, held_out_ND[:0])
         self.held_out_ND[task] = torch.cat([before, held_out_ND])[:64]
         self.config.tasks = sorted({*self.tasks(), task})
-        self.gram_MM = (
-            self.gram_MM + phi_BM.T @ phi_BM
-        )  # last: by it, a thread that solves meanwhile sees that it was late
+        # Last: by it, a thread that solves meanwhile sees that it was late.
+        self.gram_MM = self.gram_MM + phi_BM.T @ phi_BM
         self._solved = None
 
     def clear(self) -> None:

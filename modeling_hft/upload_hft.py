@@ -20,19 +20,12 @@ logger = logging.get_logger(__name__)
 # A model's files: not what else people keep beside it, as checkpoints, exports, data or notes.
 TOKENIZER_FILES = [
     *("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json", "tokenization_*.py"),
-    *(
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "vocab.txt",
-        "merges.txt",
-        "*.tiktoken",
-        "tekken.json",
-    ),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("*.tiktoken", "tekken.json"),
     *("spiece.model", "spm.model", "bpe.model", "sentencepiece.model", "sentencepiece.bpe.model"),
     *("chat_template.jinja", "additional_chat_templates/*.jinja", "preprocessor_config.json", "processor_config.json"),
 ]
-PICTURES = [
+PICTURE_FILES = [
     f"pictures/{name}.{kind}"
     for name in ("hierarchy", "gates", "matrix", "scores", "loss", "cross", "router")
     for kind in ("png", "svg")
@@ -40,10 +33,10 @@ PICTURES = [
 OWN_FILES = [
     *("config.json", "generation_config.json", "*_hft.py", SHARED_FILE, ROUTER_FILE),
     *("tasks/*.safetensors", "pages/*.safetensors", *TOKENIZER_FILES),
-    *("README.md", "report.html", *PICTURES, "run.json", "LICENSE*", "NOTICE*"),
+    *("README.md", "report.html", *PICTURE_FILES, "run.json", "LICENSE*", "NOTICE*"),
 ]
 # Of a model that was there before: what this one may have nothing in the place of.
-_GONE = ["tasks/*.safetensors", "pages/*.safetensors", ROUTER_FILE, "report.html", *PICTURES]
+_GONE = ["tasks/*.safetensors", "pages/*.safetensors", ROUTER_FILE, "report.html", *PICTURE_FILES]
 
 
 def check_shareable(config: HFTConfig) -> None:

@@ -519,7 +519,9 @@ def test_one_process_trains_on_one_gpu(backbones, tokenizer, tmp_path, caplog):
     args = HFTTrainingConfig(output_dir=str(tmp_path), max_steps=1, report_to="none")
     args._n_gpu = 2
     trainer = HFTTrainer(model, args, {"a": rows(1)}, processing_class=tokenizer)
-    assert trainer.args.n_gpu == 1 and "sees 2 GPUs and trains on one; start it with `accelerate launch`" in caplog.text
+    assert (
+        trainer.args.n_gpu == 1 and "sees 2 GPUs and trains on one; start it with `accelerate launch`" in caplog.text
+    )
     args._n_gpu, model.hf_device_map = 2, {"a": 0, "b": 1}
     caplog.clear()
     trainer = HFTTrainer(model, args, {"a": rows(1)}, processing_class=tokenizer)

@@ -18,7 +18,7 @@ from yaml import YAMLError
 from hft.configuration_hft import HFTConfig
 from hft.gates_hft import HFTGateTable
 from hft.slim_hft import read_gates
-from hft.upload_hft import PICTURES, own_files
+from hft.upload_hft import PICTURE_FILES, own_files
 
 from .report import REPORT_FILE, is_report, score_table, shareable_name, write_report
 from .run_record import RunRecord, write_text
@@ -112,7 +112,7 @@ def renew_model_card(folder: Path, record: RunRecord) -> None:
     has_report, has_card = (folder / REPORT_FILE).exists(), (folder / CARD_FILE).exists()
     config, gates = read_gates(folder)
     if has_report := has_report and is_report(folder):  # of the model that was
-        for picture in (*PICTURES, REPORT_FILE):
+        for picture in (*PICTURE_FILES, REPORT_FILE):
             (folder / picture).unlink(missing_ok=True)
     if has_card and _is_card(folder / CARD_FILE):
         write_model_card(config, gates, folder, record)
@@ -133,7 +133,7 @@ def as_pushed(folder: Path, repo_id: str) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as made:
         staging, own = Path(made), own_files(folder, config)
         if is_ours and not fits:
-            own -= {Path(name) for name in (CARD_FILE, REPORT_FILE, *PICTURES)}
+            own -= {Path(name) for name in (CARD_FILE, REPORT_FILE, *PICTURE_FILES)}
         for at in own:
             (staging / at).parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -105,9 +105,8 @@ class HFTSharing:
         log = [entry for entry in self.state.log_history if "loss" in entry]
         entry = {"level": stage.level, "tasks": list(stage.tasks), "steps": output.global_step}
         entry |= {"seconds": round(output.metrics["train_runtime"], 1), "log": log, "scores": scores}
-        self.record.budget["per_device_train_batch_size"] = (
-            self._train_batch_size
-        )  # `auto_find_batch_size` may lower it
+        # What was taken in the end: `auto_find_batch_size` may have lowered it.
+        self.record.budget["per_device_train_batch_size"] = self._train_batch_size
         if self.optimizer_cls_and_kwargs is not None:
             self.record.budget["optim"] = self.optimizer_cls_and_kwargs[0].__name__
         entry["trims"] = {trim.task: {k: v for k, v in asdict(trim).items() if k != "task"} for trim in trims}
