@@ -213,6 +213,11 @@ def test_the_qualitys_sentences(figures):
                         for measure in (lambda cell: cell["value"], lambda cell: cell["test"]["ap"]))  # fmt: skip
     words = "(seed 0: {} in float32 and {} on validation rows, {} and {} on test rows)"
     assert words.format(*validation, *test) in PROSE
+    alone = [next(cell for cell in small if (cell["setting"], cell["seed"]) == (f"{name}@0.002", 0))
+             for name in ("single_float32", "single")]  # fmt: skip
+    figures = (*(cell["value"] for cell in alone), *(cell["test"]["ap"] for cell in alone))
+    words = "float32 is no better ({:.1f} and {:.1f} on validation rows, {:.1f} and {:.1f} on test rows)"
+    assert words.format(*figures) in PROSE and figures[0] < figures[1]
     short = {m: f"{of[f'quality.short.family.ap_{m}']:.1f}" for m in ("joint", "hft_chains", "single")}
     assert (
         f"joint LoRA {short['joint']}, HFT with chains {short['hft_chains']}, one LoRA a task {short['single']}"

@@ -225,7 +225,7 @@ class Benchmark:
                     result[split].update(routed={"ap": mean_accuracy(routed), "tasks": routed})
             result.update(value=result["validation"]["ap"], trainable=outcome.trainable, stored=outcome.stored)
             result.update(notes=outcome.notes)
-            if method != "single":  # one model a task: there is no one model to ask
+            if not method.startswith("single"):  # one model a task: there is no one model to ask
                 plain = outcome.model_of(self.tasks[-1])
                 result["general"] = general_ability(plain, self.tokenizer, self.unseen, self.texts, result.work)
                 del plain
