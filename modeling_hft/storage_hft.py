@@ -127,7 +127,7 @@ class HFTStorage(HFTSlimFiles):
         if mapping := key_mapping_of(config.text_config):
             kwargs["key_mapping"] = {**mapping, **(kwargs.get("key_mapping") or {})}
         model, _ = cls._load_whole(config.backbone, config=config, **kwargs)
-        if getattr(model, "_hf_peft_config_loaded", False) or getattr(model.backbone, "_hf_peft_config_loaded", False):
+        if getattr(model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"'{config.backbone}' holds a PEFT adapter beside the weights, which transformers attached, and HFT's "
                 "backbone is the plain one. Merge it first, or move it (and make it a task by `import_lora`)."

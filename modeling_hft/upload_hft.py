@@ -3,6 +3,7 @@
 import glob
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, HfApi, hf_hub_download
@@ -87,9 +88,13 @@ def upload(
 
 def own_files(folder: str | os.PathLike, config: HFTConfig) -> set[Path]:
     """A model's files in its folder, as paths within it, without those of tasks that were removed."""
-    own = {path.relative_to(folder) for name in OWN_FILES for path in Path(folder).glob(name) if path.is_file()}
-    own -= set(files_left(folder, config))
+    own = files_like(folder, OWN_FILES) - set(files_left(folder, config))
     return own if config.router_config.tasks else own - {Path(ROUTER_FILE)}
+
+
+def files_like(folder: str | os.PathLike, patterns: Iterable[str]) -> set[Path]:
+    """The files in a folder that any of these patterns fits, as paths within it."""
+    return {path.relative_to(folder) for name in patterns for path in Path(folder).glob(name) if path.is_file()}
 
 
 def _tasks_there(repo_id: str, token: str | bool | None, revision: str | None) -> set[str]:

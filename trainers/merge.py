@@ -16,7 +16,7 @@ from hft.files_hft import ROUTER_FILE, SHARED_FILE, page_file, replacing, task_f
 from hft.hierarchy_hft import check_new_name, nearest
 from hft.path_hft import HFTSources
 from hft.slim_hft import lineage, read_config
-from hft.upload_hft import TOKENIZER_FILES, own_files
+from hft.upload_hft import TOKENIZER_FILES, files_like, own_files
 
 from .model_card import renew_model_card
 from .run_record import RunRecord
@@ -128,11 +128,8 @@ def _copy_model(source: Path, config: HFTConfig, words: Path, target: Path) -> N
         words: the folder whose tokenizer and generation config are taken.
         target: where to.
     """
-    of_words = [Path("generation_config.json")]
-    of_words += [path.relative_to(words) for name in TOKENIZER_FILES for path in words.glob(name)]
     own = dict.fromkeys(own_files(source, config) - {Path("config.json")}, source)
-    if words != source:
-        own |= {at: words for at in of_words if (words / at).is_file()}
+    own |= dict.fromkeys(files_like(words, [*TOKENIZER_FILES, "generation_config.json"]), words)
     for at, folder in sorted(own.items()):
         (target / at).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(folder / at, target / at)

@@ -131,8 +131,7 @@ class RunRecord:
 
     def past_of(self, tasks: Collection[str]) -> "RunRecord":
         """What a new training of a model that has learnt these tasks goes on with: what is known of them, stage by stage."""
-        known = {*self.data, *self.before, *(task for stage in self.stages for task in stage["tasks"])}
-        return replace(self.without(known - set(tasks)), budget={}, rates={})
+        return replace(self.of(tasks), budget={}, rates={})
 
     def of(self, tasks: Collection[str]) -> "RunRecord":
         """What is known of these tasks: others are no longer there."""
@@ -142,7 +141,7 @@ class RunRecord:
             for task in kind
         }
         known |= {task for stage in self.stages for task in stage["tasks"]}
-        return self.without(known - set(tasks)) if known - set(tasks) else self
+        return self.without(known - set(tasks))
 
     def without(self, tasks: Collection[str]) -> "RunRecord":
         """The record of a model that these tasks were removed from. What the router did is not known any more."""

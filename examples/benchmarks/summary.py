@@ -22,12 +22,12 @@ RESULTS = Path(__file__).parent / "results"
 def read(name: str) -> dict[tuple[str, int], dict]:
     """(setting, seed) -> cell, of all committed cells of that name that were run on the default backbone."""
     lines = [line for path in sorted(RESULTS.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    lines = [cell for cell in map(json.loads, lines) if "backbone" not in cell]
-    cells = [cell for cell in lines if cell["name"] == name]
+    all_cells = [cell for cell in map(json.loads, lines) if "backbone" not in cell]
+    cells = [cell for cell in all_cells if cell["name"] == name]
     if name.startswith("quality-"):
         cells = [cell if "questions" in cell else without_cut_questions(cell) for cell in cells]
     its = {(cell["setting"], cell["seed"]): cell for cell in cells}
-    return joined_singles(name, its, lines) | its if its and name.endswith("-cl14") else its
+    return joined_singles(name, its, all_cells) | its if its and name.endswith("-cl14") else its
 
 
 def without_cut_questions(cell: dict) -> dict:
