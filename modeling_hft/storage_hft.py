@@ -41,8 +41,9 @@ AUTO_MAP = {
 }
 
 # What `PreTrainedModel.save_pretrained` and `push_to_hub` take besides.
+_HUB_ARGUMENTS = ("commit_message", "private", "token", "revision", "tags")
 _SAVE_ARGUMENTS = {
-    *("repo_id", "commit_message", "private", "token", "revision"),
+    *("repo_id", *_HUB_ARGUMENTS),
     *("max_shard_size", "variant", "safe_serialization", "save_peft_format"),
 }
 _NO_MATTER = {"save_function", "save_original_format"}  # of `PreTrainedModel`'s, for files in other forms than HFT's
@@ -306,7 +307,7 @@ class HFTStorage(HFTSlimFiles):
                 "push_to_hub uploads the slim form; save the full form and upload its folder with `hf upload`."
             )
         repo_id = kwargs.pop("repo_id", os.path.basename(os.path.abspath(save_directory)))
-        hub = {name: kwargs.pop(name) for name in ("commit_message", "private", "token", "revision") if name in kwargs}
+        hub = {name: kwargs.pop(name) for name in _HUB_ARGUMENTS if name in kwargs}
         finds_backbone = self._check_place(save_directory, slim, kwargs.get("variant"))
         if is_main_process:
             # Weights of the other form, which a reader would take for this one's, and shards of an older save.
@@ -337,6 +338,7 @@ class HFTStorage(HFTSlimFiles):
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
+        tags: Sequence[str] | None = None,
     ) -> CommitInfo:
         """Uploads the slim form in one commit: all its files, or none. What the Hub has already is not sent again.
 
@@ -346,6 +348,7 @@ class HFTStorage(HFTSlimFiles):
             private: whether a new repository is private.
             token: to use instead of the one that you logged in with.
             revision: a branch that exists; `main` by default.
+            tags: for the repository's card, as are those of `add_model_tags`; a card is made if it has none.
 
         Raises:
             ValueError: a backbone in a folder of this machine, which nobody else could load; or a part of a model.
@@ -354,7 +357,8 @@ class HFTStorage(HFTSlimFiles):
         check_shareable(self.config)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            return upload(folder, repo_id, commit_message, private, token, revision)
+            tags = [*(self.model_tags or ()), *(tags or ())]
+            return upload(folder, repo_id, commit_message, private, token, revision, tags)
 
     def _write_config_and_code(self, folder: os.PathLike, slim: bool) -> None:
         config = copy.deepcopy(self.config)

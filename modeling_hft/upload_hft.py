@@ -3,10 +3,10 @@
 import glob
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import logging
 
@@ -18,6 +18,7 @@ from .slim_hft import files_left, read_config
 
 logger = logging.get_logger(__name__)
 
+CARD_FILE = "README.md"
 # A model's files: not what else people keep beside it, as checkpoints, exports, data or notes.
 TOKENIZER_FILES = [
     *("tokenizer.json", "tokenizer.model", "tokenizer.model.v*", "tokenizer_config.json", "tokenization_*.py"),
@@ -34,7 +35,7 @@ PICTURE_FILES = [
 OWN_FILES = [
     *("config.json", "generation_config.json", "*_hft.py", SHARED_FILE, ROUTER_FILE),
     *("tasks/*.safetensors", "pages/*.safetensors", *TOKENIZER_FILES),
-    *("README.md", "report.html", *PICTURE_FILES, "run.json", "LICENSE*", "NOTICE*"),
+    *(CARD_FILE, "report.html", *PICTURE_FILES, "run.json", "LICENSE*", "NOTICE*"),
 ]
 # Of a model that was there before: what this one may have nothing in the place of.
 _GONE = ["tasks/*.safetensors", "pages/*.safetensors", ROUTER_FILE, "report.html", *PICTURE_FILES]
@@ -62,15 +63,20 @@ def upload(
     private: bool | None = None,
     token: str | bool | None = None,
     revision: str | None = None,
+    tags: Sequence[str] = (),
 ) -> CommitInfo:
     """Makes a folder's model the newest commit of a model repository; arguments as for `push_to_hub`.
 
-    What else lies in the folder stays there. Tasks that the repository has and the folder lacks go, with a warning.
+    What else lies in the folder stays there. With tags, and without a card in the folder, the repository's is tagged and put
+    there. Tasks that the repository has and the folder lacks go, with a warning.
     """
     api = HfApi(token=token)
     config = read_config(os.fspath(folder))
     own = own_files(folder, config)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if tags and Path(CARD_FILE) not in own:
+        _tagged_card(repo_id, config.backbone, tags, token).save(Path(folder, CARD_FILE))
+        own.add(Path(CARD_FILE))
     if gone := sorted(_tasks_there(repo_id, token, revision) - set(config.task_names())):
         logger.warning(
             f"{repo_id} has {', '.join(gone)}, which '{folder}' has not, and which its newest commit lacks from now on. If "
@@ -95,6 +101,17 @@ def own_files(folder: str | os.PathLike, config: HFTConfig) -> set[Path]:
 def files_like(folder: str | os.PathLike, patterns: Iterable[str]) -> set[Path]:
     """The files in a folder that any of these patterns fits, as paths within it."""
     return {path.relative_to(folder) for name in patterns for path in Path(folder).glob(name) if path.is_file()}
+
+
+def _tagged_card(repo_id: str, backbone: str | None, tags: Iterable[str], token: str | bool | None) -> ModelCard:
+    """The card that a repository has, or one of metadata only, with more tags."""
+    try:
+        card = ModelCard.load(repo_id, token=token)
+    except EntryNotFoundError:
+        data = ModelCardData(base_model=backbone, base_model_relation="adapter", library_name="transformers")
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n")
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or ()), *tags]))
+    return card
 
 
 def _tasks_there(repo_id: str, token: str | bool | None, revision: str | None) -> set[str]:

@@ -39,6 +39,8 @@ def test_a_checked_lora(grown, tokenizer, tmp_path):
     assert bits(grown(x, task="b").logits) == logits
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(grown.config.backbone), tmp_path / "lora")
     torch.testing.assert_close(peft(input_ids=x).logits, grown(x, task="b").logits, rtol=1e-4, atol=1e-4)
+    kept = AutoTokenizer.from_pretrained(tmp_path / "lora")  # by which a server asks as the task was trained
+    assert kept.chat_template == tokenizer.chat_template and kept.get_vocab() == tokenizer.get_vocab()
 
 
 def test_a_lora_in_16_bit_is_checked_to_the_bit(grown, tokenizer, tmp_path):
@@ -177,7 +179,7 @@ def test_the_command(grown, tokenizer, tmp_path, capsys):
     for task in "ab":
         assert (tmp_path / f"all/{task}/adapter_config.json").exists()
     notes = (tmp_path / "all/README.md").read_text()
-    assert "--enable-lora --max-lora-rank 16 --max-loras 2 --lora-modules a=a b=b" in notes
+    assert "--tokenizer a --enable-lora --max-lora-rank 16 --max-loras 2 --lora-modules a=a b=b" in notes
     assert "--all --to gguf" in notes and ".gguf" not in notes
     assert main(["export", str(folder), str(tmp_path / "cut"), "--task", "b", "--max_rank", "4"]) == 0
     assert re.search(r"rank 10 in 8, cut with an error of 0\.\d+", capsys.readouterr().out)

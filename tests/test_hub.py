@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 from .hub import Hub, serving
 from .test_storage import run_clean, start_clean
@@ -216,7 +217,7 @@ def test_the_command_and_the_trainer(hub, tmp_path):
     rows = Dataset.from_list([{"prompt": "1", "completion": " 2"}] * 2)
     trainer = HFTTrainer(model, args, train_dataset={"t": rows}, processing_class=AutoTokenizer.from_pretrained("me/base"))
     trainer.train()
-    trainer.push_to_hub()
+    trainer.push_to_hub(dataset_name="me/rows", tags="mine")
     """
     )
     with serving(hub) as address:
@@ -240,10 +241,32 @@ def test_the_command_and_the_trainer(hub, tmp_path):
     assert not [name for name in names if name.startswith("stage-") or "optimizer" in name]
     card = (folder / "README.md").read_text()
     assert str(tmp_path) not in card + (folder / "run.json").read_text() + (folder / "report.html").read_text()
+    data = ModelCard(card).data
+    assert data.datasets == ["me/rows"] and {"hft", "trl", "sft", "mine"} <= set(data.tags)
     for line in ("base_model: me/base", "base_model_relation: adapter", "license: apache-2.0", '"me/by-trainer"'):
         assert line in card, line
     assert {"pictures/hierarchy.png", "report.html", "run.json"} <= names
     assert set(re.findall(r"\]\((pictures/[^)]+)\)", card)) <= names
+
+
+def test_tags_are_added_to_the_card_that_the_hub_has(hub, tmp_path):
+    code = (
+        BUILD
+        + """
+    model.push_to_hub("me/hft")
+    model.add_model_tags("one")
+    model.push_to_hub("me/hft")
+    model.model_tags = None
+    model.save_pretrained(sys.argv[1] + "/hft", push_to_hub=True, repo_id="me/hft", tags=["two"])
+    model.push_to_hub("me/hft")
+    """
+    )
+    with serving(hub) as address:
+        run_clean(code, tmp_path, str(tmp_path), **environment(tmp_path, address))
+    cards = [folder / "README.md" for folder in list(hub.commits["me/hft"].values())[-4:]]
+    found = [ModelCard.load(card).data.tags if card.exists() else [] for card in cards]
+    assert found == [[], ["one"], ["one", "two"], ["one", "two"]]
+    assert ModelCard.load(cards[-1]).data.base_model == "me/base"
 
 
 def test_a_removed_task_goes_from_the_hub_and_is_named(hub, tmp_path):

@@ -87,7 +87,7 @@ def export_peft(
 
     Args:
         model, task, max_rank: as for `export_lora`.
-        tokenizer: the model's.
+        tokenizer: the model's; saved beside it, with the chat template that the task learnt with.
         folder: made if missing.
         prompts: what both are asked.
         tolerance: the highest mean KL divergence, in nats a token; with `max_rank`, where the path is cut on purpose, it is
@@ -116,6 +116,7 @@ def export_peft(
         agreement = compare(ours, theirs)
         report = {"task": task, "form": "peft", **report, **asdict(agreement), "prompts": len(prompts)}
         check(report, tolerance if report["svd_error"] == 0 else None)
+        tokenizer.save_pretrained(staging)
         write_json(staging / "export.json", report)
     return report
 
@@ -178,8 +179,10 @@ def write_serving_notes(folder: Path, backbone: str | None, tasks: Sequence[str]
 vLLM, all at once (a request names one by `"model": "{tasks[0]}"`):
 
 ```
-vllm serve {backbone} --enable-lora {limits} --lora-modules {modules}
+vllm serve {backbone} --tokenizer {tasks[0]} --enable-lora {limits} --lora-modules {modules}
 ```
+
+The tokenizer, in each folder the same, has the chat template that the tasks learnt with.
 
 llama-server reads GGUF files instead, which `hft export MODEL FOLDER --all --to gguf` writes.
 

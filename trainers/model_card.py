@@ -18,14 +18,13 @@ from yaml import YAMLError
 from hft.configuration_hft import HFTConfig
 from hft.gates_hft import HFTGateTable
 from hft.slim_hft import read_gates
-from hft.upload_hft import PICTURE_FILES, own_files
+from hft.upload_hft import CARD_FILE, PICTURE_FILES, own_files
 
 from .report import REPORT_FILE, is_report, score_table, shareable_name, write_report
 from .run_record import RunRecord, write_text
 
 
 logger = logging.get_logger(__name__)
-CARD_FILE = "README.md"
 THIS_REPOSITORY, UNNAMED = "<this repository>", "hft-model"  # of a card whose repository is not known yet
 CARD_TITLE = "# A Hierarchical Fine-Tuning (HFT) model"  # of the template: no card without it is ours to write anew
 
@@ -153,7 +152,8 @@ def as_pushed(folder: Path, repo_id: str) -> Iterator[Path]:
 
 def _metadata(config: HFTConfig, record: RunRecord, repo_id: str | None) -> ModelCardData:
     backbone = config.backbone if shareable_name(config.backbone) == config.backbone else None
-    sources = {its["source"] for its in record.data.values() if "source" in its}
+    sources = {its["source"] for its in record.data.values() if "source" in its} | set(record.card.get("datasets", ()))
+    tags = ["hft", "continual-learning", *(["qlora"] if (record.quantization or {}).get("load_in_4bit") else [])]
     last = record.last_scores()
     places = {task: (its.get("source"), its.get("config")) for task, its in record.data.items()}
     results = []
@@ -178,7 +178,7 @@ def _metadata(config: HFTConfig, record: RunRecord, repo_id: str | None) -> Mode
         datasets=sorted(sources) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["hft", "continual-learning", "qlora"],
+        tags=list(dict.fromkeys([*tags, *record.card.get("tags", ())])),
         model_name=(repo_id or UNNAMED).split("/")[-1] if results else None,
         eval_results=results or None,
     )

@@ -69,6 +69,7 @@ class RunRecord:
         rates: level of a stage -> the learning rates that it was begun with, the optimizer, the seed, the accumulation, and
             how many processes.
         quantization: the keys of BitsAndBytesConfig by which the backbone was held; {}: in 16 or 32 bit; None: not known.
+        card: what the model card's metadata name beside all this: {"tags": [...], "datasets": [their Hub ids]}.
         machine, versions: what it ran on.
     """
 
@@ -84,6 +85,7 @@ class RunRecord:
     refreshed: list[str] = field(default_factory=list)
     rates: dict[str, dict[str, Any]] = field(default_factory=dict)
     quantization: dict[str, Any] | None = None
+    card: dict[str, list[str]] = field(default_factory=dict)
     machine: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 

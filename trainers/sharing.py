@@ -129,14 +129,34 @@ class HFTSharing:
         if self.args.should_save:
             self.record.save(self._root)
 
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
         """Writes README.md, with pictures where matplotlib is installed; TRL's own card knows nothing of tasks.
 
         Not within a stage, where TRL asks for a card at each checkpoint: drawing takes seconds.
+
+        Args:
+            model_name: as TRL has it; the card takes the repository's.
+            dataset_name: Hub ids of datasets that were loaded in another way than by `load_dataset(id)`, which is seen.
+            tags: beside HFT's and the model's own (`model.add_model_tags`).
         """
         within_stage = self.args.output_dir != str(self._root)
         if self.is_world_process_zero() and not within_stage:
-            self._write_card(self._root, RunRecord.load(self._root))
+            self._write_card(self._root, self._labelled_record(dataset_name, tags))
+
+    def _labelled_record(self, dataset_name: str | list[str] | None, tags: str | list[str] | None) -> RunRecord:
+        """The folder's record, which from now on names these datasets and tags for every later card, too."""
+        record = RunRecord.load(self._root)
+        more = {"tags": [*(self.model.model_tags or ()), *_listed(tags)], "datasets": _listed(dataset_name)}
+        card = {name: list(dict.fromkeys([*record.card.get(name, ()), *its])) for name, its in more.items()}
+        if card != record.card:
+            record.card = card
+            record.save(self._root)
+        return record
 
     def _write_card(self, folder: Path, record: RunRecord) -> None:
         gates = {task: self.model.gates(task) for task in self.model.hierarchy.names}
@@ -149,6 +169,9 @@ class HFTSharing:
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
+        model_name: str | None = None,
+        dataset_name: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
     ) -> str:
         """Uploads the model, its tokenizer, its card and the run's record in one commit; no checkpoints.
 
@@ -157,6 +180,7 @@ class HFTSharing:
             blocking: as transformers has it; the upload is always waited for.
             token, revision: to use instead of `args.hub_token` and `args.hub_revision`.
             private: whether the repository, if it is made, is private; `args.hub_private_repo` by default.
+            model_name, dataset_name, tags: as for `create_model_card`.
 
         Returns:
             The commit's address.
@@ -169,7 +193,7 @@ class HFTSharing:
         check_shareable(self.model.config)
         with tempfile.TemporaryDirectory() as folder:
             self._save(folder)
-            record = RunRecord.load(self._root)
+            record = self._labelled_record(dataset_name, tags)
             record.save(Path(folder))
             self._write_card(Path(folder), record)
             commit = upload(
@@ -181,6 +205,10 @@ class HFTSharing:
                 revision or self.args.hub_revision,
             )
         return str(commit)
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def _origin(rows: Dataset) -> dict[str, Any]:
