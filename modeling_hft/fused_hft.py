@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 from .memory_hft import HFTMemory
 from .nodes_hft import HFTNodes
@@ -104,9 +105,13 @@ class HFTFused:
         pair = task.kept.get(self.name)
         if pair is not None and torch.compiler.is_compiling():
             return pair[0].to(like), pair[1].to(like)  # to make it again, a graph would have to know the task
-        if pair is None or pair[0].dtype != like.dtype or pair[0].device != like.device:
-            pair = task.kept[self.name] = self._fuse(task, like)
-        return pair
+        if pair is None:
+            task.kept[self.name] = self._fuse(task, like)
+        elif pair[0].dtype != like.dtype or pair[0].device != like.device:
+            has_graph = any(factor.requires_grad for factor in pair)  # as it was made, it is made again
+            with torch.inference_mode(False), torch.set_grad_enabled(has_graph):
+                task.kept[self.name] = self._fuse(task, like)
+        return task.kept[self.name]
 
     def _wide_factors(self, task: HFTTaskPath, wide: dict[str, Pair], like: torch.Tensor) -> Pair:
         """The same numbers in float32, as many bytes again twice; they go when the last token has come."""
@@ -171,8 +176,9 @@ def _concatenated(pairs: Sequence[Pair], like: torch.Tensor) -> Pair:
 
 
 def _is_traced() -> bool:
-    """Whether something stronger than autograd looks at a pass, and needs plain operations: a compiler, or `torch.func`."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether something that needs plain operations looks at a pass: a compiler, a tracer, `torch.func`, forward-mode AD."""
+    is_compiled = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return is_compiled or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _PathProduct(torch.autograd.Function):

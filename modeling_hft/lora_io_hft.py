@@ -205,7 +205,13 @@ def read_lora(repo: str | os.PathLike, model: PreTrainedModel, **download: Any) 
     for key, tensor in tensors.items():
         name, _, kind = key.removesuffix(".weight").rpartition(".lora_")
         linear = name.removeprefix(decoder)
-        if not key.startswith(decoder) or kind not in ("A", "B") or linear not in model._layer_of:
+        if not key.startswith(decoder):
+            raise ValueError(
+                f"'{repo}' adapts {key!r}, which is outside the decoder's layers; nodes stand beside those only."
+            )
+        if kind not in ("A", "B"):
+            raise ValueError(f"'{repo}' holds {key!r}, no A or B of a LoRA; only plain LoRA can become a node.")
+        if linear not in model._layer_of:
             raise ValueError(
                 f"'{repo}' adapts {key!r}, which is none of the linears that this model's nodes stand beside; make the "
                 "model with `target_modules` that cover it."

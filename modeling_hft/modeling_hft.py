@@ -40,10 +40,19 @@ from .routing_hft import HFTRouting
 from .storage_hft import HFTStorage
 from .tasks_hft import HFTTasks
 from .trimmed_hft import HFTTrimming
+from .upload_hft import HFTUploading
 
 
 class HFTPreTrainedModel(
-    HFTTasks, HFTTrimming, HFTFolding, HFTRefreshing, HFTRouting, HFTStorage, HFTPassedOn, PreTrainedModel
+    HFTTasks,
+    HFTTrimming,
+    HFTFolding,
+    HFTRefreshing,
+    HFTRouting,
+    HFTStorage,
+    HFTUploading,
+    HFTPassedOn,
+    PreTrainedModel,
 ):
     """What `HFTModel` and `HFTForCausalLM` share: the backbone, the tasks, saving and loading.
 
@@ -57,6 +66,7 @@ class HFTPreTrainedModel(
         HFTRefreshing   refresh_hft.py    a sealed task's gates learn anew; losses of rows
         HFTRouting      routing_hft.py    the router is taught and asked
         HFTStorage      storage_hft.py    saving and loading; slim_hft.py: what tasks have learnt
+        HFTUploading    upload_hft.py     to the Hub
         HFTPassedOn     passed_on_hft.py  what transformers asks of the whole model, and the backbone answers
     """
 
@@ -72,7 +82,7 @@ class HFTPreTrainedModel(
     def __init__(self, config: HFTConfig):
         super().__init__(copy.deepcopy(config))  # adding a task writes into it; two models must not share one
         config = self.config
-        self.backbone = AutoModelForCausalLM.from_config(config.text_config)
+        self.backbone = AutoModelForCausalLM.from_config(config.text_config, dtype=torch.get_default_dtype())
         self._layer_of = adapted_linears(self.base_model, config.target_modules)
         self._is_stateful = self.backbone._is_stateful
         self._hooks = []
@@ -272,22 +282,34 @@ class HFTModel(HFTPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
         task: Task | None = None,
+        cache: Any | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the decoder.
 
         Args:
-            input_ids: [B, T]; or `inputs_embeds` [B, T, D].
-            attention_mask: [B, T].
+            input_ids, attention_mask, position_ids: [B, T]; `inputs_embeds` [B, T, D] may replace the first.
+            past_key_values, cache: the keys and values of earlier tokens, by its older and its newer name.
             task: a name, a name a row, or ids [B]; None for the task that is folded or active, else the plain backbone.
             kwargs: as for the backbone's decoder; another word for `task` is a TypeError.
         """
         check_is_task(kwargs)
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
+        given = {
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+            "cache": cache,
+        }
+        kwargs |= {name: value for name, value in given.items() if value is not None}
         with self._one_pass(task, num_rows_of(input_ids, inputs_embeds)):
-            return self.base_model(**given, **kwargs)
+            return self.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
 
 
 class HFTForCausalLM(HFTPreTrainedModel, HFTGenerationMixin):

@@ -49,6 +49,13 @@ class HFTPassedOn:
             )
         return self.get_input_embeddings()
 
+    def set_attn_implementation(self, attn_implementation: str | dict, allow_all_kernels: bool = False) -> None:
+        """The backbone's; a dict may name it by `text_config`, and its own parts by theirs."""
+        if isinstance(attn_implementation, dict) and "text_config" in attn_implementation:
+            attn_implementation = attn_implementation["text_config"]
+        self.backbone.set_attn_implementation(attn_implementation, allow_all_kernels)
+        self.config._attn_implementation_internal = self.backbone.config._attn_implementation
+
     @property
     def loss_function(self) -> Callable[..., torch.Tensor]:
         """The backbone's, which computes the loss; setting it sets that one."""

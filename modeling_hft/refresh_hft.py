@@ -4,6 +4,7 @@ B batch, T tokens, V vocabulary, L layers, N sources.
 """
 
 import copy
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -252,5 +253,7 @@ def frozen(model: Any):
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean of two numbers or more, and its standard error."""
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
+    """The mean of numbers, and its standard error (of one number: 0); NaN if one of them is not finite."""
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
+    return mean, math.sqrt(variance / len(values)) if math.isfinite(variance) else math.nan

@@ -3,12 +3,10 @@
 import contextlib
 import copy
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.dynamic_module_utils import custom_object_save
@@ -29,7 +27,6 @@ from .files_hft import ROUTER_FILE, SHARED_FILE, disk_errors, finish_writing, re
 from .hierarchy_hft import Hierarchy, nearest
 from .nodes_hft import adapted_linears
 from .slim_hft import HFTSlimFiles, read_config
-from .upload_hft import check_shareable, upload
 
 
 logger = logging.get_logger(__name__)
@@ -41,10 +38,10 @@ AUTO_MAP = {
 }
 
 # What `PreTrainedModel.save_pretrained` and `push_to_hub` take besides.
-_HUB_ARGUMENTS = ("commit_message", "private", "token", "revision", "tags")
+_HUB_ARGUMENTS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 _SAVE_ARGUMENTS = {
     *("repo_id", *_HUB_ARGUMENTS),
-    *("max_shard_size", "variant", "safe_serialization", "save_peft_format"),
+    *("variant", "safe_serialization", "save_peft_format", "distributed_checkpoint"),
 }
 _NO_MATTER = {"save_function", "save_original_format"}  # of `PreTrainedModel`'s, for files in other forms than HFT's
 # What tells where a repository's files come from; everything else says how to load the model.
@@ -114,6 +111,8 @@ class HFTStorage(HFTSlimFiles):
             dtype=text_config.dtype,
         )
         model = cls._load_backbone(config, attn_implementation=attn_implementation, **kwargs)
+        # It is saved nowhere yet. By the backbone's name others (DPO's reference, PEFT) would load that in its place.
+        model.name_or_path = model.config.name_or_path = ""
         for task in tree.names:
             model.add_task(task, tree.parents(task))
         return model
@@ -254,7 +253,7 @@ class HFTStorage(HFTSlimFiles):
         model._read_tasks(repo, entries, pages, **download)
         model._read_router(repo, config.router_config.tasks, **download)
         model._finish()
-        model.config.name_or_path = repo
+        model.name_or_path = model.config.name_or_path = repo
         if model.can_generate() and kwargs.get("generation_config") is None:
             with contextlib.suppress(OSError):  # then the backbone's holds
                 model.generation_config = GenerationConfig.from_pretrained(repo, **download)
@@ -267,6 +266,8 @@ class HFTStorage(HFTSlimFiles):
         is_main_process: bool = True,
         state_dict: dict[str, torch.Tensor] | None = None,
         push_to_hub: bool = False,
+        max_shard_size: int | str = "50GB",
+        *,
         slim: bool = True,
         **kwargs: Any,
     ) -> None:
@@ -279,8 +280,10 @@ class HFTStorage(HFTSlimFiles):
             is_main_process: only the main process writes.
             state_dict: the tensors of a full model if they are not the model's own; the slim form takes the model's own.
             push_to_hub: also upload, to `repo_id` or the folder's name.
+            max_shard_size: of the full form; a task is one file.
             slim: tasks only, one file each, and the name of the backbone (`True`), or everything.
-            kwargs: as for `PreTrainedModel.save_pretrained`; `save_function` and `save_original_format` change nothing.
+            kwargs: as for `PreTrainedModel.save_pretrained` and `push_to_hub`; `save_function` and `save_original_format`
+                change nothing.
 
         Raises:
             OSError: if the folder cannot be written.
@@ -319,7 +322,8 @@ class HFTStorage(HFTSlimFiles):
                     self._write_tasks(folder)
                 else:
                     # As they are called here: a family's way back to its own names would change HFT's, too.
-                    super().save_pretrained(folder, state_dict=state_dict, save_original_format=False, **kwargs)
+                    full = {"state_dict": state_dict, "max_shard_size": max_shard_size, "save_original_format": False}
+                    super().save_pretrained(folder, **full, **kwargs)
                 self._write_router(folder)
                 self._write_config_and_code(folder, slim)
             if slim and not finds_backbone:
@@ -329,36 +333,6 @@ class HFTStorage(HFTSlimFiles):
                 )
         if push_to_hub:
             self.push_to_hub(repo_id, **hub)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str = "Upload HFT model",
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        tags: Sequence[str] | None = None,
-    ) -> CommitInfo:
-        """Uploads the slim form in one commit: all its files, or none. What the Hub has already is not sent again.
-
-        Args:
-            repo_id: made if it is missing.
-            commit_message: of the commit.
-            private: whether a new repository is private.
-            token: to use instead of the one that you logged in with.
-            revision: a branch that exists; `main` by default.
-            tags: for the repository's card, as are those of `add_model_tags`; a card is made if it has none.
-
-        Raises:
-            ValueError: a backbone in a folder of this machine, which nobody else could load; or a part of a model.
-            HfHubHTTPError: no permission, or the Hub fails; then nothing has changed there.
-        """
-        check_shareable(self.config)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            tags = [*(self.model_tags or ()), *(tags or ())]
-            return upload(folder, repo_id, commit_message, private, token, revision, tags)
 
     def _write_config_and_code(self, folder: os.PathLike, slim: bool) -> None:
         config = copy.deepcopy(self.config)

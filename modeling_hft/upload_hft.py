@@ -3,8 +3,10 @@
 import glob
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
@@ -41,6 +43,46 @@ OWN_FILES = [
 _GONE = ["tasks/*.safetensors", "pages/*.safetensors", ROUTER_FILE, "report.html", *PICTURE_FILES]
 
 
+class HFTUploading:
+    """The part of `HFTPreTrainedModel` that pushes it to the Hub."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: int | str | None = None,
+        tags: Sequence[str] | None = None,
+    ) -> CommitInfo:
+        """Uploads the slim form in one commit: all its files, or none. What the Hub has already is not sent again.
+
+        Args:
+            repo_id: made if it is missing.
+            commit_message, commit_description: of the commit.
+            private: whether a new repository is private.
+            token: to use instead of the one that you logged in with.
+            revision: a branch that exists; `main` by default.
+            create_pr: as a pull request, which somebody who may write there merges.
+            max_shard_size: changes nothing; a task is one file.
+            tags: for the repository's card, as are those of `add_model_tags`; a card is made if it has none.
+
+        Raises:
+            ValueError: a backbone in a folder of this machine, which nobody else could load; or a part of a model.
+            HfHubHTTPError: no permission, or the Hub fails; then nothing has changed there.
+        """
+        check_shareable(self.config)
+        commit = {"commit_description": commit_description, "create_pr": create_pr, "revision": revision}
+        tags = [*(self.model_tags or ()), *(tags or ())]
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(folder, repo_id, commit_message or "Upload HFT model", private, token, tags=tags, **commit)
+
+
 def check_shareable(config: HFTConfig) -> None:
     """Raises ValueError if others could not load the model, since its backbone is a folder of this machine, or if it is a
     part of one: in the place of the whole it would wipe out the rest."""
@@ -64,6 +106,7 @@ def upload(
     token: str | bool | None = None,
     revision: str | None = None,
     tags: Sequence[str] = (),
+    **commit: Any,
 ) -> CommitInfo:
     """Makes a folder's model the newest commit of a model repository; arguments as for `push_to_hub`.
 
@@ -87,6 +130,7 @@ def upload(
         folder_path=folder,
         commit_message=commit_message,
         revision=revision,
+        **commit,
         allow_patterns=[glob.escape(path.as_posix()) for path in own],
         delete_patterns=_GONE,
     )

@@ -6,6 +6,8 @@ import threading
 
 import pytest
 import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
+from torch.autograd import forward_ad
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import hft
@@ -41,6 +43,61 @@ def test_the_only_copy_of_a_backbone_is_not_overwritten(grown, backbones, tmp_pa
     assert bits(AutoModelForCausalLM.from_pretrained(tmp_path / "full")(x, task="b").logits) == bits(
         loaded(x, task="b").logits
     )
+
+
+def test_what_others_load_by_a_models_name_is_the_model(grown, tmp_path):
+    """PEFT by `model.name_or_path`, TRL's DPO and GRPO by the config's: not the backbone."""
+    assert grown.name_or_path == grown.config.name_or_path == ""  # saved nowhere yet
+    grown.save_pretrained(tmp_path / "slim")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "slim")
+    assert loaded.name_or_path == loaded.config.name_or_path == str(tmp_path / "slim")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = get_peft_model(loaded, lora)
+    adapted.save_pretrained(tmp_path / "lora")
+    again, x = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "lora"), prompts(2, 5)
+    assert bits(again(x, task="b").logits) == bits(adapted(x, task="b").logits) != bits(grown(x, task="b").logits)
+
+
+def test_the_attention_is_set_as_any_models_is(grown, caplog):
+    for given, expected in (("sdpa", "sdpa"), ({"text_config": "eager"}, "eager"), ({"": "sdpa"}, "sdpa")):
+        grown.set_attn_implementation(given)
+        assert grown.config._attn_implementation == grown.backbone.config._attn_implementation == expected
+    assert not caplog.text
+
+
+def test_a_decoders_arguments_come_in_its_order(backbones):
+    decoder = hft.HFTModel.from_backbone(backbones["llama"], {"a": []}).eval()
+    x = prompts(2, 5)
+    given = (x, torch.ones_like(x), torch.arange(1, 6).expand(2, -1))
+    assert bits(decoder(*given).last_hidden_state) == bits(decoder.base_model(*given).last_hidden_state)
+
+
+def test_a_task_is_traced_and_differentiated_forwards(grown):
+    class Task(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = grown
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x, task="b", use_cache=False).logits
+
+    traced = torch.jit.trace(Task(), (prompts(2, 5),), check_trace=False)
+    assert bits(traced(prompts(2, 5, seed=1))) == bits(Task()(prompts(2, 5, seed=1)))
+    embeddings = grown.get_input_embeddings()(prompts(1, 4)).detach()
+    direction, step = torch.randn_like(embeddings), 1e-3
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(embeddings, direction)
+        found = forward_ad.unpack_dual(grown(inputs_embeds=dual, task="b", use_cache=False).logits).tangent
+    ends = [grown(inputs_embeds=embeddings + sign * step * direction, task="b").logits for sign in (1, -1)]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * step), rtol=0.05, atol=0.05)
+
+
+def test_the_default_dtype_is_the_backbones(grown):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert hft.HFTForCausalLM(grown.config).dtype == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_a_gradient_may_be_differentiated_again(grown):
@@ -156,6 +213,8 @@ def test_settings_of_the_backbone_may_be_given(grown, tmp_path):
 
 
 def test_arguments_for_files_of_other_forms_change_nothing(grown, tmp_path):
+    grown.save_pretrained(tmp_path / "by-place", True, None, False, "1GB", distributed_checkpoint=False)
+    assert json.loads((tmp_path / "by-place/config.json").read_text())["slim"] is True
     grown.save_pretrained(tmp_path, save_function=torch.save, save_original_format=True)
     assert hft.read_gates(tmp_path)[0].sealed_tasks() == ["a", "b"]
 

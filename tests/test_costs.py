@@ -162,7 +162,7 @@ def test_tasks_that_join_a_model(backbones, tokenizer, tmp_path):
     assert list(costs.steps) == ["c", "d"] and costs.num_pages == 2 and costs.total_seconds() > 0
     nodes, pages = (numbers_a_rank(its) for its in (learnt.hft_nodes, learnt.hft_memory))
     slots = learnt.config.memory_config.slots  # before the second stage: nodes of rank 3, 3 and 2, and three pages
-    assert costs.memory.tasks == 2 * (8 * nodes + 3 * slots * pages)
+    assert costs.memory.tasks == learnt.dtype.itemsize * (8 * nodes + 3 * slots * pages)
 
     learnt.remove_task("open", cascade=True)
     for task, parents in tree.items():

@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -189,6 +190,29 @@ def test_answers_do_not_depend_on_batch_or_order(model, tokenizer):
         "d",
     )  # fmt: skip
     assert len(scores) == 5
+
+
+def test_messages_and_strings_in_one_call(model, tokenizer, monkeypatch):
+    """A string begins with the tokenizer's own token, messages with what their template writes."""
+    prompts = [[{"role": "user", "content": "hello and good day"}], "one", "two"]
+    seen: list[bool] = []
+    asked = type(tokenizer).__call__
+
+    def watch(self, texts, **options):
+        seen.append(options.get("add_special_tokens"))
+        return asked(self, texts, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", watch)
+    together = generate_answers(model, tokenizer, prompts, "d", max_new_tokens=4)
+    assert seen[-2:] == [True, False]
+    assert together == [generate_answers(model, tokenizer, [prompt], "d", max_new_tokens=4)[0] for prompt in prompts]
+
+
+def test_what_is_no_number_is_not_right(model, tokenizer):
+    rows = [{"prompt": "x", "completion": answer, "options": ["a", "b"]} for answer in ("a", "b")]
+    torch.nn.init.constant_(model.get_output_embeddings().weight, float("nan"))
+    right, losses = score_options(model, tokenizer, rows, "d")
+    assert right == [0.0, 0.0] and all(map(math.isnan, losses))
 
 
 class TestBlockSampler:

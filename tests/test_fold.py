@@ -44,6 +44,25 @@ def test_folded_it_computes_the_same_bits_without_looking(backbones, family, dty
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.enable_grad])
+def test_folded_it_goes_on_in_another_dtype(backbones, is_open, first):
+    """Its pairs are made again by the first pass, and neither that pass's mode nor a graph stays in them."""
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": ["a"]}, rank=3)
+    grow(model, seal=False)
+    if not is_open:
+        model.seal(["a", "b"])
+    model.fold("b")
+    model.to(torch.bfloat16)
+    x = prompts(2, 6)
+    with first():
+        model(x)
+    embeddings = model.get_input_embeddings()(x).detach().requires_grad_()
+    for _ in range(2):
+        model(inputs_embeds=embeddings, use_cache=False).logits.float().sum().backward()
+    assert embeddings.grad.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_it_is_a_plain_backbone_and_comes_back_bit_by_bit(sealed, dtype):
     model, x = sealed.to(dtype), prompts(2, 6)

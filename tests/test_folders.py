@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 
 import hft
 from hft.slim_hft import read_gates
@@ -152,15 +153,18 @@ def test_a_push_is_private_only_if_that_is_said(backbones, tokenizer, tmp_path, 
 
 def test_what_is_pushed_is_described_as_it_is(backbones, tokenizer, tmp_path):
     model = saved(backbones, tokenizer, tmp_path / "m", {"a": [], "b": ["a"]})
-    text = card_of(tmp_path / "m", before={"a": SCORE, "b": SCORE})
-    (tmp_path / "m/README.md").write_text(text + "\nA word of mine.\n")
+    known = {"a": SCORE, "b": SCORE}
+    stage = {"level": 1, "tasks": ["a", "b"], "steps": 1, "seconds": 1.0, "log": [], "scores": known}
+    text = card_of(tmp_path / "m", before=known, stages=[stage])
+    (tmp_path / "m/README.md").write_text(text + "\nA word of mine, and me/one-more.\n")
     before = {path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()}
     with as_pushed(tmp_path / "m", "you/two") as folder:
         pushed = (folder / "README.md").read_text()
-        assert "A word of mine." in pushed and pushed.count('"you/two"') == 4 and "me/one" not in pushed
+        assert "A word of mine, and me/one-more." in pushed and pushed.count('"you/two"') == 4
+        assert "me/one" not in pushed.replace("me/one-more", "") and ModelCard(pushed).data.model_name == "two"
         assert (folder / "tasks/b.safetensors").read_bytes() == (tmp_path / "m/tasks/b.safetensors").read_bytes()
     assert {path: path.read_bytes() for path in (tmp_path / "m").rglob("*") if path.is_file()} == before
-    RunRecord(before={"a": SCORE, "b": SCORE}).write(tmp_path / "m")
+    RunRecord(before=known).write(tmp_path / "m")
     model.remove_task("b")
     model.add_task("c")
     model.save_pretrained(tmp_path / "m")

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 import hft
 from hft.trainers.memory_estimate import (
@@ -42,6 +42,28 @@ def test_activations_are_what_autograd_keeps(backbones, family):
     found = estimate_memory(tiny_config(family), rank=7, path_rank=7, batch_size=3, length=19, load_in_4bit=False)
     assert found.activations == sum(storage.nbytes() for storage in kept.values())
     assert found.backbone == 2 * sum(parameter.numel() for parameter in model.backbone.parameters())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("held", ["load_in_4bit", "load_in_8bit", None])
+def test_a_backbones_bytes(tmp_path, tied, held):
+    """A head that is the embeddings, once more, is held once."""
+    shape = {**tiny_config("llama").to_dict(), "tie_word_embeddings": tied, "dtype": "float32"}
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
+    plain.save_pretrained(tmp_path)
+    how = {held: True, "bnb_4bit_quant_type": "nf4"} if held else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**how) if how else None
+    )
+    real = sum(parameter.nbytes for parameter in model.parameters())
+    for module in model.modules():
+        if "Linear4bit" in type(module).__name__:
+            real += module.weight.quant_state.absmax.nbytes
+        elif "Linear8bit" in type(module).__name__:
+            real += module.weight.SCB.nbytes
+    recipe = Recipe(backbone=str(tmp_path), hierarchy={"a": []}, quantization=how)
+    found = estimate_recipe(recipe, AutoConfig.from_pretrained(tmp_path), on_accelerator=False)
+    assert found.backbone == real
 
 
 def test_a_4_bit_backbone_and_a_tasks_file(backbones, tmp_path):

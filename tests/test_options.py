@@ -78,9 +78,7 @@ def test_a_saved_model_is_loaded_as_model_init_kwargs_say_each_time(
     with pytest.raises(ValueError, match="`quantization_config` is given, and stands in `model_init_kwargs`, too"):
         HFTTrainer(saved, args, {"a": rows(1)}, quantization_config=nf4())
     asked = []
-    monkeypatch.setattr(
-        "hft.trainers.hft_trainer.load_tokenizer", lambda model, pinned: asked.append(pinned) or tokenizer
-    )
+    monkeypatch.setattr("hft.trainers.loading.load_tokenizer", lambda model, pinned: asked.append(pinned) or tokenizer)
     args.model_init_kwargs = {"revision": "main"}
     HFTTrainer(saved, args, {"a": rows(1)})
     assert asked == ["main"]  # of the same commit as the weights

@@ -1,12 +1,14 @@
 """Refreshing gates: backward transfer that can never hurt."""
 
 import copy
+import math
 import re
 
 import pytest
 import torch
 
 import hft
+from hft.refresh_hft import mean_and_error
 
 from .naive import naive_logits
 from .test_model import prompts
@@ -66,6 +68,16 @@ def test_without_a_gain_nothing_changes_to_the_bit(grown):
     assert (snapshot(grown), grown.config.tasks) == (before, tasks)
     assert grown.hft_gates.of("a") is parameter
     assert bits(grown(x, task="a").logits) == logits
+
+
+def test_gates_that_came_apart_are_not_kept(grown):
+    before = snapshot(grown)
+    result = grown.refresh_gates("a", rows_like(grown, "f"), num_steps=3, learning_rate=1e30)
+    assert not result.kept and "a: left as it was" in str(result) and snapshot(grown) == before
+    assert all(map(math.isnan, mean_and_error([1.0, math.nan, 2.0]))) and math.isnan(
+        mean_and_error([1.0, math.inf])[1]
+    )
+    assert mean_and_error([1.0, 3.0]) == (2.0, 1.0) and mean_and_error([1.0]) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize(("errors", "kept"), [(0.5, False), (2.0, True)])

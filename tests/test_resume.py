@@ -85,6 +85,23 @@ def test_8_after_the_last_checkpoint_of_a_stage_nothing_is_left_to_train(backbon
     assert output.training_loss == pytest.approx(logged[2])  # of the steps that were logged: two of three
 
 
+@pytest.mark.parametrize("step", [2, 5])  # in the first stage, in the second
+def test_8_a_run_that_was_cut_before_its_first_checkpoint_goes_on_in_the_same_process(
+    backbones, tokenizer, tmp_path, step
+):
+    """From where the stage began, not from what the model has learnt of it since."""
+    options = {"max_steps": 3, "save_strategy": "no"}
+    whole = make(backbones, tokenizer, tmp_path / "whole", TREE, **options)
+    whole.train()
+    cut = make(backbones, tokenizer, tmp_path / "cut", TREE, **options)
+    cut.add_callback(Kill(step, "step"))
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    output = cut.train(resume_from_checkpoint=True)
+    assert learnt(cut) == learnt(whole)
+    assert output.metrics["train_steps_per_second"] > 0 and output.metrics["epoch"] > 0
+
+
 def test_8_mixed_precision_is_the_same_in_every_stage(backbones, tokenizer, tmp_path):
     """Of a float32 backbone: else a run that goes on from a stage's end would compute what follows otherwise."""
 

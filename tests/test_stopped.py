@@ -429,3 +429,26 @@ def test_a_metric_may_be_named_or_any_callable(backbones, tokenizer, tmp_path):
         model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
         args = HFTTrainingConfig(output_dir=str(tmp_path), bf16=False)
         HFTTrainer(model, args, {"a": rows(1)}, test_sets={"a": EvalSet(messages)}, processing_class=tokenizer)
+
+
+@pytest.mark.parametrize("warmup_steps", [5, 0.1])
+def test_a_warm_up_leaves_no_task_unlearnt(backbones, tokenizer, tmp_path, caplog, warmup_steps):
+    """Its first step is at a rate of 0; a task that has no other one would be sealed as it began."""
+    for name, tree, options in (
+        ("one-step", {"a": []}, {"max_steps": 1}),
+        ("one-each", {"a": [], "e": []}, {"max_steps": 2, "num_train_epochs": 1}),
+    ):
+        caplog.clear()
+        train = {task: rows(1, 4) for task in tree}
+        trainer = make(backbones, tokenizer, tmp_path / name, tree, train, warmup_steps=warmup_steps, **options)
+        with caplog.at_level("WARNING"):
+            trainer.train()
+        model = trainer.model
+        assert all(nodes.pair(task)[1].any() for nodes in model.hft_nodes.values() for task in tree)
+        assert "too few to warm up: it begins at the whole learning rate" in caplog.text
+        assert trainer.args.warmup_steps == warmup_steps
+    caplog.clear()
+    trainer = make(backbones, tokenizer, tmp_path / "long", {"a": []}, {"a": rows(1, 4)}, warmup_steps=5, max_steps=8)
+    trainer.train()
+    rates = [log["learning_rate"] for log in trainer.log_history if "learning_rate" in log]
+    assert "too few to warm up" not in caplog.text and rates[:3] == pytest.approx([0.0, 2e-3, 4e-3])

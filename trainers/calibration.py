@@ -21,7 +21,7 @@ def calibrated_losses(
     Any training teaches a model the form of an answer, and how sure to be; either lowers a plain loss without saying which
     answer is right. Here the log-likelihoods of a row's options are centred, scaled by one number, and each option gets an
     offset; all are fitted on the other rows of four folds. As calibration of scores by Platt 1999 (Probabilistic Outputs for
-    Support Vector Machines), for more than two answers.
+    Support Vector Machines), for more than two answers. The number may be negative: who is always wrong knows what is right.
 
     Args:
         likelihoods: a row's log-likelihood of each option, in nats; all the same: the loss of guessing by shares.

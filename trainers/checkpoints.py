@@ -152,7 +152,8 @@ class RunFolder:
         return not there or not there.isdisjoint(open_tasks)
 
     def restore(self, model: PreTrainedModel, is_own: bool) -> str | None:
-        """Takes the sealed stages over into a model of the same tasks.
+        """Takes the sealed stages over into a model of the same tasks; of its own folder also how the open ones began, if
+        no checkpoint says more: a run that was cut off in this process has changed them here.
 
         Args:
             model: an HFT model.
@@ -181,6 +182,8 @@ class RunFolder:
         sealed = model.config.sealed_tasks()
         stages = open_stages(model.hierarchy, sealed)
         found = last_checkpoint(self.path / stages[0].folder) if stages else None
+        if is_own and stages and found is None and (self.path / "config.json").exists():
+            model.restore(self.path)
         logger.info(f"Resuming {self.path}: sealed: {', '.join(sealed) or 'nothing'}; checkpoint: {found or 'none'}.")
         return found
 

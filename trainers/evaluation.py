@@ -86,14 +86,15 @@ def generate_answers(
     opening = opening_length(tokenizer, templates or [{}]) if any(not isinstance(its, str) for its in prompts) else 0
     answers = [""] * len(texts)
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    # A chat template writes its own special tokens, so messages and strings do not share a batch.
+    kinds = ([i for i in order if isinstance(prompts[i], str) == is_plain] for is_plain in (True, False))
+    batches = [its[begin : begin + batch_size] for its in kinds for begin in range(0, len(its), batch_size)]
     was_training = model.training
     model.eval()
     bar = tqdm(total=len(texts), desc=progress, disable=progress is None, leave=False)
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
-        for begin in range(0, len(order), batch_size):
-            chosen = order[begin : begin + batch_size]
-            # A chat template writes its own special tokens.
+        for chosen in batches:
             special = isinstance(prompts[chosen[0]], str)
             batch = tokenizer(
                 [texts[i] for i in chosen], return_tensors="pt", padding=True, add_special_tokens=special
@@ -194,7 +195,8 @@ def score_options(
         batch_size: prompts at once.
 
     Returns:
-        1.0 or 0.0 a row; and the loss a row: -log p(right option and its end | prompt), in nats.
+        1.0 or 0.0 a row (0.0 where a likelihood is no number); and the loss a row: -log p(right option and its end |
+        prompt), in nats.
 
     Raises:
         ValueError: a row without options, or whose answer is none of them.
@@ -207,7 +209,10 @@ def score_options(
             )
     found = option_likelihoods(model, tokenizer, rows, task, batch_size)
     answers = right_options(rows)
-    right = [float(its.index(max(its)) == answer) for its, answer in zip(found, answers, strict=True)]
+    right = [
+        float(its.index(max(its)) == answer and not any(map(math.isnan, its)))
+        for its, answer in zip(found, answers, strict=True)
+    ]
     return right, [-its[answer] for its, answer in zip(found, answers, strict=True)]
 
 

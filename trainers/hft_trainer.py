@@ -26,7 +26,7 @@ from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
 from .held_out import HFTHeldOut
 from .hft_config import HFTTrainingConfig, check_callback, check_given, how_to_load
-from .loading import load_tokenizer
+from .loading import tokenizer_of
 from .mixtures import with_mixtures
 from .processes import HFTProcesses, use_one_gpu
 from .progress import StagePrinter, StageProgress
@@ -96,13 +96,14 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         **kwargs: Any,
     ):
         args = HFTTrainingConfig() if args is None else copy.copy(args)  # people may make another trainer with it
+        revision = None
         if isinstance(model, str):
-            how = args.model_init_kwargs or {}
-            if kwargs.get("processing_class") is None:
-                kwargs["processing_class"] = load_tokenizer(model, how.get("revision"))
+            how, revision = args.model_init_kwargs or {}, (args.model_init_kwargs or {}).get("revision")
             model = HFTForCausalLM.from_pretrained(model, **how_to_load(how, kwargs.pop("quantization_config", None)))
             args.model_init_kwargs = None  # TRL would say that they were not used
         check_given(model, args, train_dataset, kwargs)
+        if kwargs.get("processing_class") is None:
+            kwargs["processing_class"] = tokenizer_of(model, revision)
         use_one_gpu(args, model)
         self._task_names: list[str] = model.config.task_names()
         args.check_names(model.hierarchy)
@@ -133,7 +134,9 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
 
         self.stage: Stage | None = None
         self.mastery = Mastery([])  # of the stage
-        self.log_history: list[dict[str, float]] = []  # of all stages; `state.log_history` holds the last one's
+        self.log_history: list[
+            dict[str, float]
+        ] = []  # of all stages trained here; `state.log_history`: the last one's
         self._root = Path(args.output_dir)
         args.run_name = args.run_name or self._root.name  # trackers that start anew at each stage go on with it
         self._checked: set[str] = set()  # tasks whose gradients were seen to reach every parameter
@@ -306,7 +309,7 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """As SFTTrainer's, on the batch's path; also logs `<task>_loss`. Means are over tokens, not over batches."""
+        """As SFTTrainer's, on the batch's path; also logs `<task>_loss`, a mean over tokens (`eval_...`: over batches)."""
         inputs, labels = dict(inputs), inputs["labels"]
         task = self._task_of(inputs)
         del inputs["task"]

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, Pre
 from transformers.utils import cached_file
 
 import hft
+from hft.configuration_hft import HFTConfig
 from hft.slim_hft import read_config
 
 from .compute_dtype import fast_dtype
@@ -46,10 +47,7 @@ def load_tokenizer(model: str | os.PathLike, revision: str | None = None) -> Pre
     """
     lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     if cached_file(os.fspath(model), "tokenizer_config.json", revision=revision, **lenient) is None:
-        config = read_config(os.fspath(model), revision=revision)
-        return AutoTokenizer.from_pretrained(
-            config.backbone, revision=config.backbone_revision, trust_remote_code=False
-        )
+        return _backbones_tokenizer(read_config(os.fspath(model), revision=revision))
     try:
         return AutoTokenizer.from_pretrained(model, revision=revision, trust_remote_code=False)
     except OSError:
@@ -58,3 +56,13 @@ def load_tokenizer(model: str | os.PathLike, revision: str | None = None) -> Pre
         raise OSError(
             f"The tokenizer in '{model}' cannot be read ({error}); copy it from the backbone again."
         ) from error
+
+
+def tokenizer_of(model: PreTrainedModel, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of an HFT model in memory: where it came from, or the backbone's, if it has been saved nowhere yet."""
+    name = model.config.name_or_path
+    return load_tokenizer(name, revision) if name else _backbones_tokenizer(model.config)
+
+
+def _backbones_tokenizer(config: HFTConfig) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(config.backbone, revision=config.backbone_revision, trust_remote_code=False)

@@ -34,7 +34,7 @@ LOGIT_BYTES, LOGIT_BYTES_CPU = 2, 2 + 7 * 4 + 1
 OPTIMIZER_BYTES, OPTIMIZER_BYTES_8BIT = 8.0, 2 * (1 + 4 / 256)
 # What a process on a CPU holds besides, measured with SmolLM2-135M on two cores (see `cpu_memory`): kernels and code that is
 # loaded when first used, and freed blocks that were too small for what came later, a share of what comes and goes.
-PROCESS_BYTES, HOLES = 120 * 2**20, 0.42
+PROCESS_BYTES, HOLES = 174 * 2**20, 0.42
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def estimate_memory(
     on_accelerator: bool = False,
     dtype: torch.dtype = torch.bfloat16,
     load_in_4bit: bool = True,
+    load_in_8bit: bool = False,
     double_quant: bool = True,
     gradient_checkpointing: bool = False,
     target_modules: str | Sequence[str] = "all-linear",
@@ -115,7 +116,7 @@ def estimate_memory(
         num_scored: positions that meet the head, of B T: those of answers; all by default.
         on_accelerator: whether the loss runs in Triton's kernels.
         dtype: of the backbone, and of what is sealed.
-        load_in_4bit, double_quant: how the linears of the layers are held; embeddings and head are in `dtype`.
+        load_in_4bit, load_in_8bit, double_quant: how the linears of the layers are held; embeddings and head are in `dtype`.
         gradient_checkpointing: whether layers are computed again in the backward pass.
         target_modules, memory_modules: the linears that carry nodes, and those that carry slots.
         optimizer_bytes: what it keeps of each number that trains.
@@ -126,9 +127,10 @@ def estimate_memory(
     frozen, size = {id(model.base_model.get_submodule(name).weight) for name in linears}, dtype.itemsize
     backbone, mapped = 0, 0
     for parameter in model.backbone.parameters():  # a tied head comes once
-        is_quantized = load_in_4bit and id(parameter) in frozen
-        mapped += 2 * parameter.numel() if is_quantized else 0
-        backbone += quantized_bytes(parameter.numel(), double_quant) if is_quantized else size * parameter.numel()
+        is_quantized, count = (load_in_4bit or load_in_8bit) and id(parameter) in frozen, parameter.numel()
+        mapped += 2 * count if is_quantized else 0
+        packed = quantized_bytes(count, double_quant) if load_in_4bit else count + 4 * len(parameter)
+        backbone += packed if is_quantized else size * count
     a_rank, a_slot = numbers_a_rank(model.hft_nodes), numbers_a_rank(model.hft_memory)
     node, page = rank * a_rank, slots * a_slot
     trained = num_training * node + page
@@ -215,8 +217,9 @@ def estimate_recipe(
                 length=length,
                 num_scored=num_scored,
                 on_accelerator=on_accelerator,
-                dtype=_dtype_of(recipe),
+                dtype=_dtype_of(recipe, text_config),
                 load_in_4bit=recipe.quantization.get("load_in_4bit", False),
+                load_in_8bit=recipe.quantization.get("load_in_8bit", False),
                 double_quant=recipe.quantization.get("bnb_4bit_use_double_quant", False),
                 gradient_checkpointing=training.gradient_checkpointing,
                 target_modules=onto.target_modules,
@@ -229,10 +232,12 @@ def estimate_recipe(
     return max(estimates, key=lambda estimate: estimate.total)
 
 
-def _dtype_of(recipe: Recipe) -> torch.dtype:
-    """Of the backbone: bfloat16, as backbones are saved, unless the recipe names one."""
-    named = getattr(torch, str(recipe.model.get("dtype")).removeprefix("torch."), None)
-    return named if isinstance(named, torch.dtype) else torch.bfloat16
+def _dtype_of(recipe: Recipe, text_config: PreTrainedConfig) -> torch.dtype:
+    """Of the backbone: what the recipe names, else as it was saved."""
+    for named in (recipe.model.get("dtype"), text_config.dtype):
+        if isinstance(dtype := getattr(torch, str(named).removeprefix("torch."), None), torch.dtype):
+            return dtype
+    return torch.bfloat16
 
 
 def _loss_bytes(scored: int, text_config: PreTrainedConfig, on_accelerator: bool) -> int:
@@ -284,6 +289,7 @@ def _without_memory(
     try:
         with fake, no_init_weights():
             model = HFTForCausalLM(config)
+            model.backbone.tie_weights()  # which nothing that is to be initialised does by itself
             model.set_trainable(["a"])
     finally:
         torch.set_default_dtype(default)

@@ -140,11 +140,10 @@ def as_pushed(folder: Path, repo_id: str) -> Iterator[Path]:
             except OSError:  # as on Windows, where not everybody may
                 shutil.copyfile(folder / at, staging / at)
         if is_ours and fits:
-            named = re.search(r'from_pretrained\("([^"]+)"', text)
-            text = text.replace(named[1] if named else THIS_REPOSITORY, repo_id)
             (staging / CARD_FILE).unlink()
-            name = f"- name: {repo_id.split('/')[-1]}\n"
-            (staging / CARD_FILE).write_text(text.replace(f"- name: {UNNAMED}\n", name, 1), encoding="utf-8")
+            text = re.sub(r'(from_pretrained\(")[^"]+', rf"\g<1>{repo_id}", text)
+            text = re.sub(r"(model-index:\n- name: ).*", rf"\g<1>{repo_id.split('/')[-1]}", text, count=1)
+            (staging / CARD_FILE).write_text(text, encoding="utf-8")
         elif is_ours:
             write_model_card(config, gates, staging, RunRecord.load(folder), repo_id)
         yield staging

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.hierarchy_hft import BACKBONE
-from hft.refresh_hft import frozen
+from hft.refresh_hft import frozen, mean_and_error
 
 from .calibration import calibrated_losses
 from .evaluation import Row, option_likelihoods, reference, right_options
@@ -246,8 +246,8 @@ def as_probe(task: str, sample: Sample, raw: Mapping[str, list[Any]]) -> TaskPro
     scale = statistics.fmean(guess)
     if len(set(map(reference, sample.probe))) == 1 or not scale > 0:
         return TaskProbe(0.0, 0.0, losses, note, sample.has_options)
-    error = statistics.stdev(own) / len(own) ** 0.5 / scale
-    return TaskProbe(statistics.fmean(own) / scale, error, losses, note, sample.has_options)
+    mean, error = mean_and_error(own)
+    return TaskProbe(mean / scale, error / scale, losses, note, sample.has_options)
 
 
 def nearest_tasks(model: PreTrainedModel, samples: Mapping[str, Sample], count: int) -> dict[str, set[str]]:

@@ -3,11 +3,13 @@
 import hashlib
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, concatenate_datasets
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -42,8 +44,8 @@ class HFTStages:
         resume from, and not sealed. (Tasks that have learnt enough leave by `mastery_accuracy` or `mastery_patience`.)
 
         Returns:
-            Steps and mean loss over all stages; `metrics` with the seconds, and, of a run that was stopped, the step of the
-            last stage at which it was.
+            Steps and mean loss over all stages; `metrics` as the Trainer has them, of all stages together (`epoch`: the
+            last's), and, of a run that was stopped, the step of the last stage at which it was.
 
         Raises:
             OSError: another training writes to `output_dir`.
@@ -106,8 +108,7 @@ class HFTStages:
             logger.warning("All tasks of this model are sealed already: nothing was trained.")
         steps = sum(output.global_step for output in outputs)
         loss = sum(output.training_loss * output.global_step for output in outputs) / max(steps, 1)
-        seconds = sum(output.metrics["train_runtime"] for output in outputs)
-        metrics = {"train_runtime": seconds, "train_loss": loss, "stages": len(outputs)}
+        metrics = {**in_all([output.metrics for output in outputs]), "train_loss": loss, "stages": len(outputs)}
         if self.args.has_mastery():
             metrics["saved_steps"] = sum(output.metrics.get("saved_steps", 0) for output in outputs)
         if outputs and "stopped" in outputs[-1].metrics:
@@ -324,7 +325,10 @@ class HFTStages:
         return hashlib.sha256(json.dumps(order).encode()).hexdigest()[:16]
 
     def _check_steps(self, stage: Stage) -> None:
-        """Warns of tasks of a stage that take no step before they are sealed for good; refuses a stage without any."""
+        """Warns of tasks of a stage that take no step before they are sealed for good; refuses a stage without any.
+
+        Warns, too, where the stage is too short to warm up.
+        """
         self.stage = stage
         steps = self._num_steps()
         if steps < 1:
@@ -339,6 +343,26 @@ class HFTStages:
                 "learnt anything: raise `max_steps`, unless this is but a try."
             )
 
+        elif self._is_too_short_to_warm_up(steps):
+            logger.warning(f"{stage} has {steps} steps, too few to warm up: it begins at the whole learning rate.")
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As SFTTrainer's, without a warm-up that is the whole stage, or in whose first step, at a rate of 0, a task has its
+        only turns: it would be sealed without having learnt anything."""
+        given = self.args.warmup_steps
+        if self.stage is not None and self._is_too_short_to_warm_up(num_training_steps):
+            self.args.warmup_steps = 0
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        finally:
+            self.args.warmup_steps = given
+
+    def _is_too_short_to_warm_up(self, steps: int) -> bool:
+        warm_up, turns = self.args.get_warmup_steps(steps), self.make_sampler().turns_until
+        if warm_up < 1:
+            return False
+        return warm_up >= steps or any(turns(task, 1) == turns(task, steps) > 0 for task in self.stage.tasks)
+
     def _num_steps(self) -> int:
         return self.args.num_steps(self.make_sampler())
 
@@ -349,6 +373,18 @@ class HFTStages:
             stage: its level and tasks.
             trims: what `rank_tolerance` cut off, a task each; empty without it.
         """
+
+
+def in_all(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The Trainer's metrics of several trainings as one: seconds and operations in all, samples and steps a second."""
+    seconds = sum(its["train_runtime"] for its in stages)
+    whole = {"train_runtime": seconds, "total_flos": sum(its.get("total_flos", 0.0) for its in stages)}
+    for name in ("train_samples_per_second", "train_steps_per_second"):
+        number = sum(its.get(name, 0.0) * its["train_runtime"] for its in stages)
+        whole[name] = round(number / seconds, 3) if seconds else 0.0
+    if stages and "epoch" in stages[-1]:
+        whole["epoch"] = stages[-1]["epoch"]
+    return whole
 
 
 def mean_loss(log_history: Sequence[dict[str, Any]]) -> float:

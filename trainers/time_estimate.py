@@ -169,7 +169,9 @@ def time_steps(
     begin = time.perf_counter()
     model.features_of(prompts)
     per_prompt = (time.perf_counter() - begin) / max(1, len(prompts))
-    return _fit(trainer.starts, 2 * model.config.rank + model.config.memory_config.slots, per_prompt, whole)
+    memory = model.config.memory_config
+    slots = memory.slots if memory.read != "off" else 0
+    return _fit(trainer.starts, 2 * model.config.rank + slots, per_prompt, whole)
 
 
 def _enough(
