@@ -6,7 +6,7 @@ B batch, T tokens, D hidden size, M random features, K tasks.
 import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -185,7 +185,8 @@ class HFTRouter:
     def route(self, f_BD: torch.Tensor, hierarchy: Hierarchy) -> list[HFTRoute]:
         """Where each prompt goes.
 
-        A prompt that is farther from all that was seen than held-out prompts are goes to the backbone. Else to the likeliest
+        A prompt that is farther from all that was seen than held-out prompts are, those of its likeliest task, too, goes to
+        the backbone. Else to the likeliest
         task, if that one is likely enough and no other as likely; else to the lowest task on the paths of all leading
         candidates; else to the backbone, which also answers where a leading candidate was removed.
 
@@ -205,7 +206,8 @@ class HFTRouter:
         solved = self._solve()
         names = solved.names
         phi_BM = self.expand(f_BD)
-        score_BK, novelty_B = solved.scores(phi_BM), solved.leverage(phi_BM) / solved.most_leverage
+        score_BK = solved.scores(phi_BM)
+        novelty_B = solved.leverage(phi_BM) / solved.most_leverage_K[score_BK.argmax(-1)]
         routes = []
         for probability_K, novelty in zip((score_BK / solved.temperature).softmax(-1), novelty_B, strict=True):
             leading = [names[k] for k in self._leading(probability_K)]
@@ -253,7 +255,13 @@ class HFTRouter:
         grid = [2.0**-power for power in range(8)]
         losses = [float(torch.nn.functional.cross_entropy(score_NK / t, label_N)) for t in grid]
         solved.temperature = grid[losses.index(min(losses))]
-        solved.most_leverage = float(solved.leverage(phi_NM).quantile(0.98)) * 1.1
+        # Few prompts of a task are farther from all that was seen than many are: each has its own limit, too.
+        leverage_N = solved.leverage(phi_NM)
+        limits = [its_N.quantile(0.98) for its_N in (leverage_N, *leverage_N.split(counts.tolist())) if len(its_N)]
+        of_all, of_each = limits[0], iter(limits[1:])
+        solved.most_leverage_K = 1.1 * torch.stack(
+            [torch.maximum(of_all, next(of_each)) if count else of_all for count in counts.tolist()]
+        )
 
 
 @dataclass
@@ -266,7 +274,7 @@ class _Solution:
         factor_MM: the Cholesky factor of G + r I.
         weights_MK: W.
         temperature: of the probabilities.
-        most_leverage: of prompts that are like those of the tasks.
+        most_leverage_K: of prompts that are like those of a task.
     """
 
     names: tuple[str, ...]
@@ -274,7 +282,7 @@ class _Solution:
     factor_MM: torch.Tensor
     weights_MK: torch.Tensor
     temperature: float = 1.0
-    most_leverage: float = math.inf
+    most_leverage_K: torch.Tensor = field(default_factory=lambda: torch.full((1,), math.inf, device="cpu"))
 
     def scores(self, phi_BM: torch.Tensor) -> torch.Tensor:
         return phi_BM @ self.weights_MK

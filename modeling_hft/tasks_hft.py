@@ -140,10 +140,11 @@ class HFTTasks(HFTRoom):
             others = (other for other in self.hierarchy.names if other not in removed)
             more = [other for other in others if set(removed) & set(self.sources(other).nodes)]
         if len(removed) > 1 and not cascade:
-            raise ValueError(
-                f"Task {name!r} cannot be removed: {', '.join(removed[1:])} depend on it. Remove them first, or all with "
-                "cascade=True (`hft remove --cascade`)."
-            )
+            mutual = [other for other in removed[1:] if other in self.sources(name).nodes]
+            how = f"Remove {'the others' if mutual else 'them'} first, or all with cascade=True (`hft remove --cascade`)."
+            if mutual:  # since a refresh
+                how = f"It reads {', '.join(mutual)}, too, which can only be removed together with it. {how}"
+            raise ValueError(f"Task {name!r} cannot be removed: {', '.join(removed[1:])} depend on it. {how}")
         tasks = [entry for entry in self.config.tasks if entry["name"] not in removed]
         read = {page_id for entry in tasks for page_id in entry["pages"]}
         for module, names in (

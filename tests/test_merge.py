@@ -98,6 +98,33 @@ def test_a_task_that_one_model_removed_is_known_where_the_other_has_it(grown_apa
                 assert (route.reason == f"it belongs to {task}, which was removed") == (task in gone)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_task_that_was_removed_is_none_that_only_has_its_name(backbones, tokenizer, tmp_path, swapped):
+    """Its prompts go to the backbone, as before, and those of the living task to that."""
+    base = hft.HFTForCausalLM.from_backbone(
+        backbones["llama"], {"a": []}, rank=2, memory_config={"read": "off"}, router_config={"num_features": 64}
+    )
+    grow(base)
+    base.add_routes("a", [typical(0, s)[0].tolist() for s in range(16)])
+    base.save_pretrained(tmp_path / "base")
+    for name, kind in (("lives", 1), ("gone", 2)):
+        model = hft.HFTForCausalLM.from_pretrained(tmp_path / "base")
+        model.add_task("x")
+        model.start_stage(["x"])
+        model.seal(["x"])
+        model.add_routes("x", [typical(kind, s)[0].tolist() for s in range(16)])
+        if name == "gone":
+            model.remove_task("x")
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    one, other = ("gone", "lives") if swapped else ("lives", "gone")
+    merge_models(tmp_path / one, tmp_path / other, tmp_path / "union")
+    union = hft.HFTForCausalLM.from_pretrained(tmp_path / "union")
+    for kind, expected in ((1, "x"), (2, "backbone"), (0, "a")):
+        routes = union.route(torch.cat([typical(kind, s) for s in range(20, 30)]))
+        assert [route.task for route in routes].count(expected) >= 8, (kind, routes[0])
+
+
 def test_pages_of_the_same_content_stay_several(backbones, tokenizer, tmp_path):
     """As two pages that were never trained and were filled with the same numbers."""
     base = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, rank=3, memory_config={"slots": 2})

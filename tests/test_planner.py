@@ -58,9 +58,10 @@ class TestMaths:
         assert plan.share("c", "b") == pytest.approx(0.5, abs=0.02) and plan.share("alone", "b") == 0
 
     def test_options_and_free_answers_are_not_compared_in_complexity(self):
-        simple, free = probe(0.1, b=0.3), replace(probe(0.5, a=0.5), has_options=False)
+        others = {"c": 0.0, "d": 0.01, "e": -0.01}  # what three more pilots, which are no candidates, give
+        simple, free = probe(0.1, b=0.3), replace(probe(0.5, a=0.5, **others), has_options=False)
         assert make_plan({"a": simple, "b": probe(0.5, a=0.2)}).parents == {"a": [], "b": ["a"]}
-        assert make_plan({"a": simple, "b": replace(free, losses=probe(0.5, a=0.2).losses)}).parents == {
+        assert make_plan({"a": simple, "b": replace(free, losses=probe(0.5, a=0.2, **others).losses)}).parents == {
             "a": ["b"],
             "b": [],
         }
@@ -194,6 +195,21 @@ def test_a_pilot_that_came_apart_is_left_out_whatever_the_order():
 
     assert {tuple(plan_of(order)) for order in ("abcnd", "anbcd", "nabcd", "dcbna")} == {("d",)}
     assert plan_of("and") == plan_of("nda") == ["d"]
+
+
+def test_a_pilot_that_teaches_the_form_of_answers_better_is_no_parent():
+    """Of free answers: by as much as the others differ among themselves; rows say nothing of that. Nor is one of two."""
+    draw = random.Random(0)
+
+    def plan_of(through: dict[str, float], has_options: bool) -> list[str]:
+        losses = {name: [loss + draw.gauss(0, 0.02) for _ in range(32)] for name, loss in through.items()}
+        losses["backbone"] = [sum(row) / len(row) for row in zip(*losses.values(), strict=True)]
+        probes = {name: probe(0.1) for name in through}
+        return make_plan({**probes, "z": TaskProbe(0.9, 0.01, losses, has_options=has_options)}).parents["z"]
+
+    spread, clear = {"a": 1.0, "b": 1.1, "c": 0.9, "d": 0.8}, {"a": 1.0, "b": 1.01, "c": 0.99, "d": 0.5}
+    assert plan_of(spread, True) != [] and plan_of(spread, False) == []
+    assert plan_of(clear, False) == ["d"] and plan_of({"a": 1.0, "d": 0.5}, False) == []
 
 
 def rows_of(rule: str, count: int = 40, options: bool = True) -> list[dict]:
@@ -443,7 +459,7 @@ def test_a_plan_is_printed_drawn_written_trained_and_extended(command, data, tmp
         (["--data", "DATA", "--task", "sine"], "Unknown task 'sine'. Did you mean 'sign'?"),
         (["--data", "DATA", "--out", "tree.gif"], "'tree.gif' should end in .png, .svg or .pdf."),
         (["--data", "DATA", "--rows", "0"], "--rows is 0; it must be 1 or more."),
-        (["--data", "/nowhere/recipe.yaml"], "There is no recipe '/nowhere/recipe.yaml'"),
+        (["--data", "/nowhere/recipe.yaml"], "There is no file '/nowhere/recipe.yaml', and no recipe"),
         (["--data", "nowhere"], "A folder of that name there is not either."),
         (["--data", "nowhere", "--recipe", "cl14-small"], "--data is 'nowhere', and there is no such folder."),
     ],

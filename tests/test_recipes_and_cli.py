@@ -281,7 +281,18 @@ def test_train_eval_generate(backbones, data, tmp_path, capsys):
         (["--rank", "abc"], "`rank` is 'abc'; it must be a whole number."),
         (["--rank", "0"], "`rank` is 0; a node needs a whole rank of 1 or more."),
         (["--hierarchy", "{}", "--datasets", "{}"], "`hierarchy` names no task; give `task: [parents]` lines."),
+        (["--hierarchy", "{}", "--datasets", "{}", "--mixtures", "{c: [a]}"], "`hierarchy` names no task; give"),
         (["--output_dir", ""], "`output_dir` is ''; name a folder, or leave it out."),
+        (
+            ["--max_steps", "-5"],
+            "`max_steps` is -5; it must be a whole number of 1 or more (-1: as many as there are).",
+        ),
+        (
+            ["--warmup_steps", "1.5"],
+            "`warmup_steps` is 1.5; it must be a whole number, or below 1 a share of a stage's",
+        ),
+        (["--device_map", "cuda"], "`device_map` is 'cuda', and PyTorch finds no GPU here; leave it out"),
+        (["--backbone", "tests"], "`backbone` is 'tests', a folder that holds no model (no config.json)."),
         (["--optim_args", "3"], "`optim` is 'adamw_torch_fused' and `optim_args` '3', with which training could not"),
         (["--gating_config", "{trainabel: false}"], "`gating_config` has the unknown key 'trainabel'."),
         (["--resume_from_checkpoint", "/no/run"], "'/no/run' holds no run to resume"),
@@ -315,11 +326,18 @@ def test_an_option_before_the_model_is_told_of(capsys):
 
 def test_other_wrong_commands(tmp_path, backbones, capsys):
     assert main([]) == 2
+    assert main(["train", str(tmp_path)]) == 2
+    (tmp_path / "empty.yaml").write_text("")
+    assert main(["train", str(tmp_path / "empty.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"'{tmp_path}' is a folder, and a recipe is a YAML file" in said and "empty.yaml' is empty; a recipe" in said
+    )
     assert main(["train", "cl14-smal"]) == 2
     assert main(["eval", str(backbones["llama"]), "--recipe", "cl14-small", "--samples", "3", "--lr", "3"]) == 2
     assert main(["generate", str(backbones["llama"]), "hi"]) == 2
     error = capsys.readouterr().err
-    assert "There is no recipe 'cl14-smal'. Did you mean 'cl14-small'?" in error
+    assert "There is no file 'cl14-smal', and no recipe of that name. Did you mean 'cl14-small'?" in error
     assert "`hft eval` does not know '--lr'; see `hft eval --help`." in error
     assert "is no HFT model but a plain 'llama'" in error
     with pytest.raises(SystemExit) as stop:

@@ -15,8 +15,8 @@ from hft.trainers.recipe_data import load_task
 from hft.trainers.recipe_model import load_again, model_of
 from hft.trainers.recipes import read_recipe
 from hft.trainers.run_record import RunRecord, stage_names
-from hft.trainers.stages import mean_loss
 from hft.trainers.task_data import alone, check_completions, learnable
+from hft.trainers.token_means import mean_loss
 from hft.trainers.trackers import check_trackers
 
 from .test_mastery import e_is_mastered, mastering  # noqa: F401

@@ -102,7 +102,7 @@ def curves_chart(stages: Sequence[Mapping[str, Any]]) -> Any:
 
 def scores_chart(matrix: Matrix, stages: Sequence[str]) -> Any:
     """The score of each task over the stages of these names: flat lines are what is not forgotten."""
-    figure = new_figure(max(4.0, 1.2 + 1.1 * len(matrix)), 3.0)
+    figure = new_figure(max(4.0, 1.2 + 1.1 * len(matrix)), max(3.0, 0.8 + 0.17 * len(matrix[-1])))
     axes = figure.subplots()
     for place, task in enumerate(matrix[-1]):
         points = [(stage, row[task]) for stage, row in enumerate(matrix, start=1) if task in row]

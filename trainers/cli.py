@@ -217,7 +217,7 @@ def _is_option(word: str) -> bool:
 
 def _check_counts(args: argparse.Namespace) -> None:
     """Raises ValueError for a number of something that is below 1."""
-    for name in ("batch_size", "max_new_tokens", "max_parents", "rows", "samples", "steps"):
+    for name in ("batch_size", "max_new_tokens", "max_parents", "max_rank", "rows", "samples", "steps"):
         if (value := getattr(args, name, None)) is not None and value < 1:
             raise ValueError(f"--{name} is {value}; it must be 1 or more.")
 

@@ -228,8 +228,14 @@ class HFTTrainingConfig(SFTConfig):
         for name, its_type in field_types(HFTTrainingConfig).items():
             if kinds_of(its_type) - {type(None)} != {str}:  # transformers takes True, too, where it says text
                 check_kind(name, getattr(self, name), its_type, LEAST.get(name))
-        if self.max_steps == 0:
-            raise ValueError("`max_steps` is 0; it must be a whole number of 1 or more (-1: as many as there are).")
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError(
+                f"`max_steps` is {self.max_steps}; it must be a whole number of 1 or more (-1: as many as there are)."
+            )
+        if not 0 <= self.warmup_steps < 1 and not float(self.warmup_steps).is_integer():
+            raise ValueError(
+                f"`warmup_steps` is {self.warmup_steps}; it must be a whole number, or below 1 a share of a stage's steps."
+            )
         if self.output_dir == "":
             raise ValueError("`output_dir` is ''; name a folder, or leave it out.")
         template = self.chat_template_path

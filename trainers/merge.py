@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -253,11 +253,30 @@ def _merge_routers(
                 )
         if not torch.equal(ours["projection"], theirs["projection"]):
             raise ValueError("The two routers use different random features; teach one of them anew with add_routes.")
+    theirs = {_renamed(key, rename): tensor for key, tensor in theirs.items()}
+    here, there = set(first.task_names()), {rename.get(task, task) for task in second.task_names()}
+    ours, theirs = _told_apart(ours, theirs, there - here), _told_apart(theirs, ours, here - there)
     for key, tensor in theirs.items():
-        kind, _, task = key.partition(".")
-        key = f"{kind}.{rename.get(task, task)}" if task else kind
-        ours[key] = ours[key] + tensor if key in ours and kind in ("gram", "cross") else ours.get(key, tensor)
+        ours[key] = ours[key] + tensor if key in ours and key.startswith(("gram", "cross.")) else ours.get(key, tensor)
     return ours
+
+
+def _renamed(key: str, rename: Mapping[str, str]) -> str:
+    kind, _, task = key.partition(".")
+    return f"{kind}.{rename.get(task, task)}" if task else kind
+
+
+def _told_apart(
+    sums: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor], only_there: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """A router's tensors; those of a task that was removed here get a name that no task has, if the other model has one of
+    that name and other prompts: nothing says that the two were the same."""
+    clash = {
+        task
+        for task in only_there
+        if (key := f"cross.{task}") in sums and not (key in others and torch.equal(sums[key], others[key]))
+    }
+    return {f"{key}.removed" if key.partition(".")[2] in clash else key: tensor for key, tensor in sums.items()}
 
 
 def parse_rename(text: str, names: list[str]) -> tuple[str, str]:

@@ -83,7 +83,8 @@ def take_sample(task: str, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBa
     labelled = [row for row in rows if row["prompt"] and row["completion"] and reference(row)]
     if len(labelled) < 4:
         raise ValueError(
-            f"Task {task!r} has {len(labelled)} rows with an answer, of {len(rows)}; a plan needs four or more."
+            f"Task {task!r} has {len(labelled)} rows with an answer, of {len(rows)}; a plan needs four or more. Plan "
+            "without its folder, and add it to the plan's `hierarchy` by hand: `hft train` takes fewer."
         )
     notes = [f"{len(rows) - len(labelled)} rows without an answer were left out"] if len(labelled) < len(rows) else []
     random.Random(settings.seed).shuffle(labelled)

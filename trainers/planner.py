@@ -17,6 +17,8 @@ from .families import FEWEST_ROWS, Overlaps, Trial, family_names, paired_fall
 
 FEWEST_PILOTS = 4  # that have a middle which two relatives do not fill
 SMALLEST_GAIN = 0.01  # nats; less is rounding, whatever its error
+# By how much two standard errors of so few numbers are too few: Student's t at 97.7 %, over 2; its degrees of freedom.
+_STUDENT = {1: 6.98, 2: 2.26, 3: 1.65, 4: 1.43, 5: 1.32, 6: 1.26, 7: 1.21, 8: 1.18}
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class Edge:
         parent, child: their names.
         taken: whether the child stands on the parent in the plan.
         gain: how much lower the child's loss is through the parent's node than `TaskProbe.base`, in nats an answer.
-        error: the standard error of the gain, from differences row by row.
+        error: the standard error of the gain, from differences row by row; for free answers also from how much the other
+            pilots differ among themselves.
         reason: why it was taken, or why not.
     """
 
@@ -163,7 +166,7 @@ def make_plan(
     parents.update({root: [] for root in families})
     parents.update({task: [root_of[task]] if task in root_of else [] for task in order})
     gains = {
-        (parent, child): paired_fall(probe.base(), probe.losses[parent])
+        (parent, child): _gain(probe, parent)
         for child, probe in probes.items()
         for parent in probe.losses
         if parent in parents and parent != child and child not in root_of
@@ -184,6 +187,23 @@ def make_plan(
         for parent, child in sorted(best_first, key=lambda pair: place[pair[1]])
     )
     return Plan(parents, dict(probes), edges, families, overlaps, tuple(trials))
+
+
+def _gain(probe: TaskProbe, parent: str) -> tuple[float, float]:
+    """How much lower a task's loss is through a parent than `TaskProbe.base`, and the standard error.
+
+    Of free answers a pilot teaches the form, more or less of it: a gain on all rows, of which these say nothing. So the
+    other pilots' spread counts as an error of each; with fewer than two of them it is not known, and infinite.
+    """
+    mean, error = paired_fall(probe.base(), probe.losses[parent])
+    if probe.has_options:
+        return mean, error
+    others = [_mean(its) for source, its in probe.losses.items() if source not in (BACKBONE, parent)]
+    others = [its for its in others if math.isfinite(its)]
+    if len(others) < 2:
+        return mean, math.inf
+    student = _STUDENT.get(len(others) - 1, 1.15)
+    return mean, math.hypot(error, student * statistics.stdev(others) * (1 + 1 / len(others)) ** 0.5)
 
 
 def check_numbers(max_parents: int, num_errors: float) -> None:
@@ -222,6 +242,8 @@ def _why_not(
         return f"it is more complex ({probes[parent].complexity:.2f}, {child} {probes[child].complexity:.2f})"
     if num_rows < FEWEST_ROWS:
         return f"too few rows to tell ({num_rows}; {FEWEST_ROWS} or more are needed)"
+    if math.isinf(error):
+        return "free answers and too few other tasks: form and help cannot be told apart"
     if mean <= max(num_errors * error, SMALLEST_GAIN):
         return "it does not help" if mean <= SMALLEST_GAIN else f"no gain beyond {num_errors:g} standard errors"
     return ""

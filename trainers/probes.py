@@ -43,10 +43,10 @@ def plan_hierarchy(
     backbone, that stand for what a task has to give. The gain of task j from task i is how much lower j's losses are through
     i's pilot than through the backbone (or the middle one of the pilots, see `TaskProbe.base`), on rows that neither has
     learnt from: over each row's options, calibrated (see `calibrated_losses`), so that the mere form of answers does not
-    count; for free answers, against the mean over all pilots instead of the backbone. That is a pilot and gradients over
-    `gradient_rows` rows a task, and the steps of all pilots again for the common one. Where that leaves tasks without a
-    root: once more for those of groups, and once more to read each such task through at most `max_candidates` pilots. The
-    model is left as it was, to the bit.
+    count; for free answers, against the mean over all pilots instead of the backbone, and beyond what these differ by. That
+    is a pilot and gradients over `gradient_rows` rows a task, and the steps of all pilots again for the common one. Where
+    that leaves tasks without a root: once more for those of groups, and once more to read each such task through at most
+    `max_candidates` pilots. The model is left as it was, to the bit.
 
     Args:
         model: an HFT model; the sealed tasks that it has may become parents, and stay as they are.
@@ -239,9 +239,9 @@ def as_probe(task: str, sample: Sample, raw: Mapping[str, list[Any]]) -> TaskPro
         if others:  # any pilot teaches the form of an answer: their mean knows it, and nothing in particular
             losses[BACKBONE] = [statistics.fmean(row) for row in zip(*(losses[one] for one in others), strict=True)]
     note = sample.note
-    if not sample.has_options and len(others) == 1:
+    if not sample.has_options and len(others) in (1, 2):
         note = "; ".join(
-            [*([note] if note else []), "free answers and one other task: form and help cannot be told apart"]
+            [*([note] if note else []), "free answers and so few other tasks: form and help cannot be told apart"]
         )
     scale = statistics.fmean(guess)
     if len(set(map(reference, sample.probe))) == 1 or not scale > 0:

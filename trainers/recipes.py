@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from transformers import BitsAndBytesConfig
 
@@ -170,6 +171,8 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
         values = yaml.load(text, _UniqueKeys)  # a subclass of SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"'{path}' is no YAML: {error}") from error
+    if values is None:
+        raise ValueError(f"'{path}' is empty; a recipe holds `key: value` lines.")
     if not isinstance(values, dict):
         raise ValueError(f"'{path}' must hold `key: value` lines, not a {type(values).__name__}.")
     values.update(overrides or {})
@@ -185,6 +188,7 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
     for needed in ("hierarchy",) if goes_on else ("backbone", "hierarchy"):
         if sections["recipe"].get(needed) is None:
             raise ValueError(f"'{path}' lacks the key {needed!r}.")
+    sections["training"].setdefault("output_dir", f"outputs/{Path(path).stem}")
     recipe = Recipe(
         **sections["recipe"],
         model=sections["model"],
@@ -203,6 +207,8 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
             raise ValueError(
                 f"The parents of task {str(task)!r} are {parents!r}; give a list of names: `{task}: [parent]`."
             )
+    if not recipe.hierarchy and recipe.mixtures:
+        raise ValueError("`hierarchy` names no task; give `task: [parents]` lines.")
     recipe.hierarchy = {str(task): parents or [] for task, parents in recipe.hierarchy.items()}
     tree = recipe.tree()
     for name in ("train_samples", "eval_samples", "stage_eval_samples", "max_input_tokens", "max_new_tokens"):
@@ -220,7 +226,15 @@ def read_recipe(path: str | os.PathLike, overrides: Mapping[str, Any] | None = N
 
 
 def _check_loading(recipe: Recipe) -> None:
-    """How the backbone is held, as far as it can be told before it is loaded."""
+    """What the backbone is and how it is held, as far as it can be told before it is loaded."""
+    is_folder = recipe.backbone is not None and os.path.isdir(recipe.backbone)
+    if is_folder and not os.path.isfile(os.path.join(recipe.backbone, "config.json")):
+        raise ValueError(f"`backbone` is '{recipe.backbone}', a folder that holds no model (no config.json).")
+    device = recipe.model.get("device_map")
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"`device_map` is {device!r}, and PyTorch finds no GPU here; leave it out, or see `hft doctor`."
+        )
     if recipe.model.get("target_modules") == []:
         raise ValueError("`target_modules` is []; name the linears that carry nodes, or leave it out for all of them.")
     for section, key in ((recipe.model, "dtype"), (recipe.quantization, "bnb_4bit_compute_dtype")):
@@ -260,12 +274,17 @@ def _check_mixtures(recipe: Recipe, tree: Hierarchy) -> None:
 
 
 def _find(path: str | os.PathLike) -> Path:
+    if Path(path).is_dir():
+        raise ValueError(
+            f"'{path}' is a folder, and a recipe is a YAML file: `hft plan --data FOLDER` writes one for a folder of tasks, "
+            "and in it `from_model: FOLDER` goes on with a model."
+        )
     if Path(path).exists():
         return Path(path)
     names = shipped_recipes()
     if str(path) in names:
         return names[str(path)]
-    raise FileNotFoundError(f"There is no recipe '{path}'. {nearest(str(path), names)}")
+    raise FileNotFoundError(f"There is no file '{path}', and no recipe of that name. {nearest(str(path), names)}")
 
 
 def read_value(key: str, text: str) -> Any:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .checkpoints import RunFolder, last_checkpoint, step_in
 from .curriculum import Mastery, Stage, open_stages
 from .routes import learn_routes
 from .task_data import TASK_ID, alone, is_tagged
+from .token_means import in_all, mean_loss
 from .trackers import one_run
 
 
@@ -373,27 +374,3 @@ class HFTStages:
             stage: its level and tasks.
             trims: what `rank_tolerance` cut off, a task each; empty without it.
         """
-
-
-def in_all(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The Trainer's metrics of several trainings as one: seconds and operations in all, samples and steps a second."""
-    seconds = sum(its["train_runtime"] for its in stages)
-    whole = {"train_runtime": seconds, "total_flos": sum(its.get("total_flos", 0.0) for its in stages)}
-    for name in ("train_samples_per_second", "train_steps_per_second"):
-        number = sum(its.get(name, 0.0) * its["train_runtime"] for its in stages)
-        whole[name] = round(number / seconds, 3) if seconds else 0.0
-    if stages and "epoch" in stages[-1]:
-        whole["epoch"] = stages[-1]["epoch"]
-    return whole
-
-
-def mean_loss(log_history: Sequence[dict[str, Any]]) -> float:
-    """The mean training loss of the steps that were logged, without those in which nothing was learnt; 0 if none was."""
-    total, count, last = 0.0, 0, 0
-    for logs in log_history:
-        if "loss" in logs:
-            total += logs["loss"] * (logs["step"] - last)
-            count += logs["step"] - last
-        if "loss" in logs or "learning_rate" in logs:
-            last = logs["step"]
-    return total / count if count else 0.0

@@ -11,6 +11,8 @@ from trl import is_conversational
 
 from hft.hierarchy_hft import nearest
 
+from .task_files import ROW_KEYS
+
 
 logger = logging.get_logger(__name__)
 
@@ -288,6 +290,11 @@ def why_unfit(
     forms = (["input_ids"], ["prompt", "completion"], ["messages"], ["conversations"])
     columns = next((form for form in forms if form[0] in rows.column_names), [text_field])
     if missing := [name for name in columns if name not in rows.column_names]:
+        if set(ROW_KEYS) <= set(rows.column_names):
+            return (
+                f"The {its_rows} are in the form of `hft train`'s files: train them by a recipe (`hft plan --data FOLDER` "
+                "writes one), or make 'prompt' and 'completion' of them."
+            )
         return (
             f"The {its_rows} lack {missing[0]!r}; give 'prompt' and 'completion', or 'messages', or texts in "
             f"{text_field!r} (see `dataset_text_field`)."

@@ -8,9 +8,12 @@ from typing import Any
 
 from datasets import Dataset, List, Value
 from pyarrow import ArrowException
+from transformers.utils import logging
 
 from .row_tokens import is_text
 
+
+logger = logging.get_logger(__name__)
 
 ROW_KEYS = ("instruction", "options", "input", "output")
 _ENDINGS = (".jsonl.gz", ".jsonl")
@@ -46,9 +49,11 @@ def find_split(folder: Path, task: str, split: str) -> Path:
     """
     files = _files_of(folder, task, split)
     if not files:
-        raise FileNotFoundError(
-            f"There is no '{folder / task / split}.jsonl' (or .jsonl.gz) for task {task!r}; is `data` the right folder?"
-        )
+        wanted = f"There is no '{folder / task / split}.jsonl' (or .jsonl.gz) for task {task!r}"
+        if others := [other for other in ("train", "validation", "test") if has_split(folder, task, other)]:
+            needs = ", or delete `stage_eval_samples`, which needs it" if split == "validation" else ""
+            raise FileNotFoundError(f"{wanted}, which has {' and '.join(others)}; add that file{needs}.")
+        raise FileNotFoundError(f"{wanted}; is `data` the right folder?")
     if len(files) > 1:
         raise ValueError(f"There are both '{files[0]}' and '{files[1].name}' for task {task!r}; remove one.")
     return files[0]
@@ -64,8 +69,11 @@ def read_rows(file: Path, task: str) -> Dataset:
 
     Raises:
         ValueError: a line that is no such row, named by its number; or no row at all.
+
+    Warns of answers that are empty, and of such as are none of their row's options.
     """
     rows, number = [], 0
+    odd: dict[str, list[int]] = {}  # what -> the lines
     opened = gzip.open if file.suffix == ".gz" else open
     try:
         with opened(file, "rb") as lines:  # each decoded by itself, so that the number is right
@@ -73,11 +81,17 @@ def read_rows(file: Path, task: str) -> Dataset:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
                     rows.append(_checked(json.loads(text)))
+                    if what := _oddness(rows[-1]):
+                        odd.setdefault(what, []).append(number)
     except (ValueError, OSError, EOFError, zlib.error) as error:  # no JSON, no text, no gzip
         where = f"Line {number} of " if number else ""
         raise ValueError(f"{where}'{file}' (task {task!r}) cannot be read: {error}.") from error
     if not rows:
         raise ValueError(f"'{file}' (task {task!r}) is empty; it needs at least one row.")
+    for what, lines in odd.items():
+        logger.warning_once(
+            f"'{file}' (task {task!r}): the answer {what} in {len(lines)} of {len(rows)} rows, first in line {lines[0]}."
+        )
     columns = dict.fromkeys(key for row in rows for key in row)
     try:
         data = Dataset.from_dict({key: [row.get(key) for row in rows] for key in columns})
@@ -88,6 +102,13 @@ def read_rows(file: Path, task: str) -> Dataset:
             f"ones: {error}."
         ) from error
     return data.cast_column("options", List(Value("string")))  # where all are empty, their type is unknown
+
+
+def _oddness(row: dict[str, Any]) -> str:
+    """What is odd about a row's answer, in words that follow "the answer"; else empty."""
+    if not row["output"].strip():
+        return "is empty"
+    return "is none of the row's `options`" if row["options"] and row["output"] not in row["options"] else ""
 
 
 def _checked(row: Any) -> dict[str, Any]:

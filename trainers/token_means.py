@@ -1,7 +1,10 @@
-"""Means for the log, over tokens: TRL's are over batches, where one short row would count as much as eight long ones."""
+"""Means for the log, over tokens: TRL's are over batches, where one short row would count as much as eight long ones; and of
+stages together.
+"""
 
 from collections import defaultdict
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
 
 
 class TokenMeans:
@@ -39,3 +42,27 @@ class TokenMeans:
         for name, (total, count) in self._sums[mode].items():
             metrics[mode][name] = [total / max(count, 1)]
         self._sums[mode] = {}
+
+
+def in_all(stages: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The Trainer's metrics of several trainings as one: seconds and operations in all, samples and steps a second."""
+    seconds = sum(its["train_runtime"] for its in stages)
+    whole = {"train_runtime": seconds, "total_flos": sum(its.get("total_flos", 0.0) for its in stages)}
+    for name in ("train_samples_per_second", "train_steps_per_second"):
+        number = sum(its.get(name, 0.0) * its["train_runtime"] for its in stages)
+        whole[name] = round(number / seconds, 3) if seconds else 0.0
+    if stages and "epoch" in stages[-1]:
+        whole["epoch"] = stages[-1]["epoch"]
+    return whole
+
+
+def mean_loss(log_history: Sequence[dict[str, Any]]) -> float:
+    """The mean training loss of the steps that were logged, without those in which nothing was learnt; 0 if none was."""
+    total, count, last = 0.0, 0, 0
+    for logs in log_history:
+        if "loss" in logs:
+            total += logs["loss"] * (logs["step"] - last)
+            count += logs["step"] - last
+        if "loss" in logs or "learning_rate" in logs:
+            last = logs["step"]
+    return total / count if count else 0.0
