@@ -159,4 +159,4 @@ def flat(name: str) -> str:
 
 def beside(modules: nn.ModuleDict, name: str) -> HFTFactors | None:
     """The factors beside the linear called `name` within the decoder, or None."""
-    return dict(modules.items()).get(flat(name))
+    return modules[key] if (key := flat(name)) in modules else None

@@ -194,7 +194,7 @@ def test_the_command(grown, tokenizer, tmp_path, capsys):
         (["--all", "--task", "a"], "Give one task by --task, or --all."),
         (["--all", "--to", "merged"], "--all writes LoRAs"),
         (["--task", "aa"], "Unknown task 'aa'. Did you mean 'a'?"),
-        (["--task", "a", "--max_rank", "0"], "`max_rank` is 0; it must be 1 or more."),
+        (["--task", "a", "--max_rank", "0"], "--max_rank is 0; it must be 1 or more."),
         (["--task", "a", "--to", "merged", "--max_rank", "4"], "--max_rank cuts a LoRA, and a whole model has none."),
         (["--task", "a", "--onto", "dequantized"], "--onto says what a whole model is merged onto; a LoRA is merged"),
         (

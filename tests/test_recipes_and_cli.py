@@ -15,6 +15,7 @@ import torch
 import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer
+from transformers.utils import logging
 
 import hft
 from hft.trainers import HFTTrainer, HFTTrainingConfig, commands, compute_dtype
@@ -469,6 +470,20 @@ def test_rows_of_another_kind(backbones, data, tmp_path, capsys, row, message):
         lines.write("" if row is None else f"{json.dumps({**whole, **row})}\n" * 3)
     assert main(tiny_run(backbones, data, tmp_path)) == 2
     assert message.format(file) in capsys.readouterr().err and not list(tmp_path.glob("run/*"))
+
+
+def test_odd_answers_are_told_of(tmp_path, caplog):
+    outputs = ("a", "A", " ", "b", "c")
+    rows = [{"instruction": "?", "options": ["a", "b"], "input": "x", "output": output} for output in outputs]
+    file = tmp_path / "train.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    logging.enable_propagation()
+    try:
+        assert len(read_rows(file, "t")) == 5
+    finally:
+        logging.disable_propagation()
+    assert "(task 't'): the answer is none of the row's `options` in 2 of 5 rows, first in line 2." in caplog.text
+    assert "(task 't'): the answer is empty in 1 of 5 rows, first in line 3." in caplog.text
 
 
 def test_rows_stay_as_they_are_written_plain_or_gzipped(tmp_path):

@@ -245,5 +245,14 @@ def test_rows_that_never_had_an_answer_were_not_cut(caplog):
         assert "they have no answer, all their labels are -100" in caplog.text
         learnable("a", rows_of_two, rows_of_two, 1, False)
         assert "truncation cut off their whole answer" in caplog.text
+        texts = Dataset.from_list([{"prompt": "x", "completion": "y"}] * 3)
+        cut = Dataset.from_list([{"labels": [-100, 5, 6]}, {"labels": [-100, -100, 5]}, {"labels": [-100, 5]}])
+        learnable("a", texts, cut, 3, False)
+        assert "2 of the 3 rows of task 'a' are `max_length`=3 tokens long" in caplog.text
+        caplog.clear()
+        tokens = cut.add_column("input_ids", [[5]] * 3)
+        for given in ((texts, cut, 4, False), (texts, cut, 3, False, False), (tokens, cut, 3, False)):
+            learnable("a", *given)
+        assert "tokens long" not in caplog.text
     finally:
         logging.disable_propagation()

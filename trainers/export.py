@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -106,7 +107,9 @@ def export_peft(
         # PEFT stands its layers into the backbone in memory and takes them out again, so nothing is loaded twice.
         # It would compute 16-bit adapters in float32; without that its bits are ours, and the check sees the files alone.
         training = model.training
-        peft = PeftModel.from_pretrained(model.backbone, staging, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
+            peft = PeftModel.from_pretrained(model.backbone, staging, autocast_adapter_dtype=False)
         try:
             theirs = logits_of(peft.eval(), tokenizer, prompts)
         finally:

@@ -194,7 +194,7 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
             check_tokens(task, rows)
             tokenized = rows
         tagged = tag_rows(task, tokenized, self._task_names.index(task), with_others=not args.remove_unused_columns)
-        return learnable(task, rows, tagged, args.max_length, packing)
+        return learnable(task, rows, tagged, args.max_length, packing, args.truncation_mode == "keep_start")
 
     def _join(self, prepared: dict[str, Dataset]) -> Dataset:
         self._joined = joined(prepared)

@@ -163,8 +163,10 @@ def evenly_spaced(length: int, count: int) -> list[int]:
     return [place * length // count for place in range(count)]
 
 
-def learnable(task: str, rows: Dataset, ready: Dataset, max_length: int | None, packing: bool) -> Dataset:
-    """The rows that hold an answer, or a part of one; says how many do not.
+def learnable(
+    task: str, rows: Dataset, ready: Dataset, max_length: int | None, packing: bool, keeps_start: bool = True
+) -> Dataset:
+    """The rows that hold an answer, or a part of one; says how many do not, and how many may have lost its end.
 
     Args:
         task: its name.
@@ -172,6 +174,7 @@ def learnable(task: str, rows: Dataset, ready: Dataset, max_length: int | None, 
         ready: tokenised and cut to `max_length`.
         max_length: in tokens.
         packing: whether rows were packed, so that their number says nothing.
+        keeps_start: whether it was their ends that were cut off.
 
     Raises:
         ValueError: if nothing in them could be learnt, so that a task would be sealed at a loss of 0.
@@ -196,6 +199,13 @@ def learnable(task: str, rows: Dataset, ready: Dataset, max_length: int | None, 
             f"{before - len(found)} of the {before} {'packed ' if packing else ''}rows of task {task!r} were dropped: "
             f"{why if was_cut else 'they have no answer, all their labels are -100'}."
         )
+    if keeps_start and not packing and "input_ids" not in rows.column_names:
+        ends = [labels[-1] for labels in ready["labels"] if len(labels) == max_length]
+        if cut := sum(label != -100 for label in ends):
+            logger.warning(
+                f"{cut} of the {before} rows of task {task!r} are `max_length`={max_length} tokens long, where answers are "
+                "cut off: what is left teaches answers without an end. Raise it, or set truncation_mode='keep_end'."
+            )
     return ready.select(found) if len(found) < len(ready) else ready
 
 

@@ -41,7 +41,7 @@ ABLATION = {
     f"sequential{OWN_GATES}": "... ... a stage's tasks one after another",
     f"topk{OWN_GATES}": "... ... memory read sparsely (top-k; since removed)",
 }
-# What a setting differs from in one part; of the others: the full method.
+# What a setting differs from in one part (a step on one task may be one micro-batch or four); of the others: the full one.
 ABLATION_BASES = {
     "flat_no_memory": "flat",
     "flat_mixed": "flat",
@@ -224,7 +224,8 @@ def quality_more(budget: str, tasks: str) -> str:
         if method == "zero_shot" or method.startswith("hft"):  # the same in each seed: the plain backbone
             measured = [values[:1] for values in measured]
         shown += [mean_se(values) if values else "" for values in measured]
-        usual = [cell for cell in its if "through float32" not in cell["machine"]]
+        # Not of CPUs without products of bfloat16 numbers, nor of cells that were put together.
+        usual = [cell for cell in its if "through float32" not in cell.get("machine", "through float32")]
         minutes = mean_se([cell["seconds"] / 60 for cell in usual], 0) if usual else ""
         peak = f"{statistics.median(cell['peak_gib'] for cell in usual):.1f}" if usual else ""
         lines.append(f"| {title} | {' | '.join(shown)} | {its[0]['trainable'] / 1e6:.1f} M | {minutes} | {peak} |")
