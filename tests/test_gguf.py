@@ -312,7 +312,7 @@ def test_the_command(saved, tmp_path, capsys, monkeypatch):
         (["--all", "--to", "gguf", "--merged"], "--all writes LoRAs"),
         (["--task", "aa", "--to", "gguf"], "Unknown task 'aa'. Did you mean 'a'?"),
         (["--task", "backbone", "--to", "peft"], "Unknown task 'backbone'."),
-        (["--task", "a", "--to", "gguf", "--max_rank", "0"], "`max_rank` is 0; it must be 1 or more."),
+        (["--task", "a", "--to", "gguf", "--max_rank", "0"], "--max_rank is 0; it must be 1 or more."),
     ],
 )
 def test_wrong_commands(saved, tmp_path, capsys, arguments, message):
