@@ -134,9 +134,7 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
 
         self.stage: Stage | None = None
         self.mastery = Mastery([])  # of the stage
-        self.log_history: list[
-            dict[str, float]
-        ] = []  # of all stages trained here; `state.log_history`: the last one's
+        self.log_history: list[dict[str, float]] = []  # of all stages; `state.log_history`: the last's
         self._root = Path(args.output_dir)
         args.run_name = args.run_name or self._root.name  # trackers that start anew at each stage go on with it
         self._checked: set[str] = set()  # tasks whose gradients were seen to reach every parameter
