@@ -256,4 +256,4 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean of numbers, and its standard error (of one number: 0); NaN if one of them is not finite."""
     mean = sum(values) / len(values)
     variance = sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)
-    return mean, math.sqrt(variance / len(values)) if math.isfinite(variance) else math.nan
+    return mean, math.sqrt(variance / len(values))

@@ -257,11 +257,9 @@ class HFTRouter:
         solved.temperature = grid[losses.index(min(losses))]
         # Few prompts of a task are farther from all that was seen than many are: each has its own limit, too.
         leverage_N = solved.leverage(phi_NM)
-        limits = [its_N.quantile(0.98) for its_N in (leverage_N, *leverage_N.split(counts.tolist())) if len(its_N)]
-        of_all, of_each = limits[0], iter(limits[1:])
-        solved.most_leverage_K = 1.1 * torch.stack(
-            [torch.maximum(of_all, next(of_each)) if count else of_all for count in counts.tolist()]
-        )
+        of_all, of_each = leverage_N.quantile(0.98), leverage_N.split(counts.tolist())
+        limits = [torch.maximum(of_all, its_N.quantile(0.98)) if len(its_N) else of_all for its_N in of_each]
+        solved.most_leverage_K = 1.1 * torch.stack(limits)
 
 
 @dataclass

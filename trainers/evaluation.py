@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hft.hierarchy_hft import BACKBONE
+from hft.refresh_hft import mean_and_error
 
 from .metrics import OPTIONS, Metric, Row, exact_match, find_metric, metric_name, reference, without_thoughts
 from .row_tokens import Messages, opening_length, prompt_and_answers, prompt_ids, template_arguments
@@ -305,6 +306,5 @@ def option_likelihoods(
 
 def points_and_error(scores: Sequence[float]) -> tuple[float, float]:
     """The mean in points (0 to 100) and its standard error."""
-    mean = sum(scores) / len(scores)
-    variance = sum((score - mean) ** 2 for score in scores) / max(len(scores) - 1, 1)
-    return 100 * mean, 100 * math.sqrt(variance / len(scores))
+    mean, error = mean_and_error(scores)
+    return 100 * mean, 100 * error

@@ -26,7 +26,7 @@ from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
 from .held_out import HFTHeldOut
 from .hft_config import HFTTrainingConfig, check_callback, check_given, how_to_load
-from .loading import tokenizer_of
+from .loading import own_tokenizer
 from .mixtures import with_mixtures
 from .processes import HFTProcesses, use_one_gpu
 from .progress import StagePrinter, StageProgress
@@ -98,12 +98,13 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         args = HFTTrainingConfig() if args is None else copy.copy(args)  # people may make another trainer with it
         revision = None
         if isinstance(model, str):
-            how, revision = args.model_init_kwargs or {}, (args.model_init_kwargs or {}).get("revision")
+            how = args.model_init_kwargs or {}
+            revision = how.get("revision")
             model = HFTForCausalLM.from_pretrained(model, **how_to_load(how, kwargs.pop("quantization_config", None)))
             args.model_init_kwargs = None  # TRL would say that they were not used
         check_given(model, args, train_dataset, kwargs)
         if kwargs.get("processing_class") is None:
-            kwargs["processing_class"] = tokenizer_of(model, revision)
+            kwargs["processing_class"] = own_tokenizer(model, revision)
         use_one_gpu(args, model)
         self._task_names: list[str] = model.config.task_names()
         args.check_names(model.hierarchy)

@@ -58,7 +58,7 @@ def load_tokenizer(model: str | os.PathLike, revision: str | None = None) -> Pre
         ) from error
 
 
-def tokenizer_of(model: PreTrainedModel, revision: str | None = None) -> PreTrainedTokenizerBase:
+def own_tokenizer(model: PreTrainedModel, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of an HFT model in memory: where it came from, or the backbone's, if it has been saved nowhere yet."""
     name = model.config.name_or_path
     return load_tokenizer(name, revision) if name else _backbones_tokenizer(model.config)
