@@ -99,7 +99,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hft", description="Hierarchical Fine-Tuning: many tasks, one GPU, none forgotten."
     )
-    add = parser.add_subparsers(dest="command").add_parser
+    commands_of = parser.add_subparsers(dest="command")
+
+    def add(name: str, help: str, **more: Any) -> argparse.ArgumentParser:
+        return commands_of.add_parser(name, help=help, description=f"{help[0].upper()}{help[1:]}.", **more)
 
     demo = add("demo", help="six small tasks on a real 4-bit model in minutes; no network needed")
     demo.add_argument("--out", default="hft-demo", help="folder for report.json and the model (hft-demo)")

@@ -20,6 +20,7 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
 
     from . import HFTTrainer, HFTTrainingConfig
     from .compute_dtype import ADVICE, is_bfloat16_slow
+    from .progress import counted
     from .recipe_data import check_metrics, load_task, test_set
     from .recipe_model import learnt_already, model_of, tokenizer_of
     from .recipes import read_recipe
@@ -53,7 +54,7 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
         print(ADVICE, file=sys.stderr)
     if is_main:
         notes = dict.fromkeys(model.config.sealed_tasks(), "learnt") | {
-            t: f"{len(rows)} rows" for t, rows in data.items()
+            t: counted(len(rows), "row") for t, rows in data.items()
         }
         print(model.hierarchy.draw(notes))
     trainer = HFTTrainer(model, config, data, checks, test_sets=tests, processing_class=tokenizer)
@@ -71,9 +72,8 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
             f"All tasks of {config.output_dir} are learnt already: nothing was trained, whatever else was asked for."
         )
         return
-    print(
-        f"{output.global_step} steps in {output.metrics['train_runtime']:.0f} s; the model is in {config.output_dir}"
-    )
+    steps = counted(output.global_step, "step")
+    print(f"{steps} in {output.metrics['train_runtime']:.0f} s; the model is in {config.output_dir}")
     if (page := Path(config.output_dir) / REPORT_FILE).exists():
         print(f"Pictures: open {page}")
     where = f" --data {recipe.data}" if recipe.data else ""
@@ -176,6 +176,7 @@ def merge(args: argparse.Namespace, _: dict[str, Any]) -> None:
     import hft
 
     from .merge import merge_models, parse_rename
+    from .progress import counted
 
     config, _gates = hft.read_gates(args.other)
     pairs = [parse_rename(text, config.task_names()) for text in args.rename]
@@ -185,7 +186,9 @@ def merge(args: argparse.Namespace, _: dict[str, Any]) -> None:
     new = merge_models(args.one, args.other, args.out, rename)
     config, _gates = hft.read_gates(args.out)
     print(config.hierarchy().draw())
-    print(f"{len(new)} tasks came from {args.other}: {', '.join(new) or 'none'}. The union is in {args.out}")
+    print(
+        f"{counted(len(new), 'task')} came from {args.other}: {', '.join(new) or 'none'}. The union is in {args.out}"
+    )
 
 
 def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
@@ -196,6 +199,7 @@ def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from .curriculum import open_stages
     from .loading import load_model
     from .model_card import renew_model_card
+    from .progress import counted
     from .run_record import RunRecord
 
     check_folder(args.model)
@@ -214,7 +218,7 @@ def remove(args: argparse.Namespace, _: dict[str, Any]) -> None:
         (args.model / path).unlink()  # after the config, which no longer names it
     RunFolder(args.model).forget_checkpoints()  # they hold what was removed
     renew_model_card(args.model, RunRecord.load(args.model).without(removed))
-    print(f"Removed {', '.join(removed)}; {len(model.config.tasks)} tasks are left in {args.model}")
+    print(f"Removed {', '.join(removed)}; {counted(len(model.config.tasks), 'task')} left in {args.model}")
 
 
 def push(args: argparse.Namespace, _: dict[str, Any]) -> None:
@@ -224,6 +228,7 @@ def push(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from hft.upload_hft import check_shareable, upload
 
     from .model_card import as_pushed
+    from .progress import counted
 
     check_folder(args.model)
     config, _gates = hft.read_gates(args.model)
@@ -232,7 +237,7 @@ def push(args: argparse.Namespace, _: dict[str, Any]) -> None:
     repo_id = create_repo(args.repo_id, private=private, exist_ok=True).repo_id
     with as_pushed(args.model, repo_id) as folder:
         commit = upload(folder, repo_id, args.message, private)
-    print(f"{len(config.tasks)} tasks are in {commit.repo_url}, commit {commit.oid}")
+    print(f"{counted(len(config.tasks), 'task')} now in {commit.repo_url}, commit {commit.oid}")
 
 
 def serve(model: str, rest: Sequence[str]) -> int:
@@ -264,10 +269,10 @@ def eval(args: argparse.Namespace, _: dict[str, Any]) -> None:
     chosen = args.task or tasks
     if half := [task for task in chosen if not model.config.task(task)["sealed"]]:
         print(f"Not learnt to the end yet, and scored as they are: {', '.join(half)}", file=sys.stderr)
+    sets = {task: test_set(recipe, task, args.split, tokenizer) for task in chosen}  # before any is scored
     width = max(16, *(len(task) + 2 for task in chosen))
     print(f"Scores (%) on {args.split} rows, ± standard error\n")
     print(f"{'task':<{width}}{'rows':>6}" + "".join(f"{title:>16}" for title, _ in columns.values()))
-    sets = {task: test_set(recipe, task, args.split, tokenizer) for task in chosen}  # before any is scored
     for task, data in sets.items():
         cells = {}
         for column, (_title, active) in columns.items():

@@ -54,6 +54,7 @@ def find_plan(args: argparse.Namespace) -> None:
         pilot_steps=args.steps, probe_rows=args.rows, max_length=recipe.training.get("max_length") or 256
     )
     tokenizer = tokenizer_of(recipe)
+    data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
     if recipe.from_model is None:
         quantization = recipe.quantization_config()
         model = hft.HFTForCausalLM.from_backbone(recipe.backbone, {}, quantization_config=quantization, **recipe.model)
@@ -61,7 +62,6 @@ def find_plan(args: argparse.Namespace) -> None:
             model.to(device_here())  # as training does; bitsandbytes takes it there by itself
     else:
         model = load_again(recipe, recipe.from_model, device_map="auto", attn_implementation="auto")
-    data = {task: load_task(recipe, task, "train", tokenizer) for task in recipe.hierarchy}
     found = plan_hierarchy(
         model, data, processing_class=tokenizer, settings=settings,
         max_parents=args.max_parents, families=not args.no_families,

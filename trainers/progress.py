@@ -12,9 +12,14 @@ from .curriculum import Mastery, Stage
 _NOT_METRICS = ("loss", "runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
 
 
+def counted(number: int, what: str) -> str:
+    """A number of something, in words: "1 step", "2 steps"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def _summary(stage: Stage | None, logs: dict[str, Any], steps: int) -> str:
     """What the Trainer logs at the end of a stage, as a sentence."""
-    return f"{stage}: {steps} steps in {logs['train_runtime']:.0f} s, mean loss {logs['train_loss']:.3f}"
+    return f"{stage}: {counted(steps, 'step')} in {logs['train_runtime']:.0f} s, mean loss {logs['train_loss']:.3f}"
 
 
 def _in_words(logs: dict[str, Any], state: Any, stage: Stage | None, mastery: Mastery) -> str | None:
@@ -81,4 +86,4 @@ class StagePrinter(PrinterCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            print(f"{self.stage()} ({state.max_steps} steps)")
+            print(f"{self.stage()} ({counted(state.max_steps, 'step')})")
