@@ -197,7 +197,7 @@ def test_the_qualitys_sentences(figures):
         "HFT's size learns at 1e-3 only ({:.1f} on validation rows, and {:.1f} at 2e-3; one seed)".format(*wide)
         in PROSE
     )
-    for method, name in (("sequential", "sequential LoRA"), ("olora", "O-LoRA")):
+    for method, name in (("sequential", "sequential LoRA"), ("sequential_replay", "replay"), ("olora", "O-LoRA")):
         turns = [first[f"{method}@{rate}"] for rate in (0.001, 0.0005, 0.002)]
         words = f"{name} ({{:.1f}} at 1e-3; {{:.1f}} at 5e-4, {{:.1f}} at 2e-3; seed 0)"
         assert words.format(*turns) in PROSE and turns[0] == max(turns)
