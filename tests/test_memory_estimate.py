@@ -19,6 +19,7 @@ from hft.trainers.memory_estimate import (
 )
 from hft.trainers.recipes import Recipe
 
+from .test_backbones import SHAPES
 from .tiny import grow, tiny_config
 
 
@@ -46,9 +47,14 @@ def test_activations_are_what_autograd_keeps(backbones, family):
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("held", ["load_in_4bit", "load_in_8bit", None])
-def test_a_backbones_bytes(tmp_path, tied, held):
-    """A head that is the embeddings, once more, is held once."""
-    shape = {**tiny_config("llama").to_dict(), "tie_word_embeddings": tied, "dtype": "float32"}
+@pytest.mark.parametrize("family", ["llama", "falcon_h1"])
+def test_a_backbones_bytes(tmp_path, tied, held, family):
+    """A head that is the embeddings, once more, is held once; linears without nodes (Mamba's last one) are packed, too."""
+    shape = {
+        **tiny_config(family, **SHAPES.get(family, {})).to_dict(),
+        "tie_word_embeddings": tied,
+        "dtype": "float32",
+    }
     plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
     plain.save_pretrained(tmp_path)
     how = {held: True, "bnb_4bit_quant_type": "nf4"} if held else {}

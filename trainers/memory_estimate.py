@@ -18,7 +18,7 @@ from hft.attention_hft import plain_attention
 from hft.backbone_hft import without_weights
 from hft.configuration_hft import HFTConfig
 from hft.modeling_hft import HFTForCausalLM
-from hft.nodes_hft import adapted_linears, numbers_a_rank
+from hft.nodes_hft import numbers_a_rank
 
 from .hft_config import HFTTrainingConfig
 from .recipes import HOW_TO_LOAD, Recipe
@@ -123,8 +123,9 @@ def estimate_memory(
     """
     path_rank = rank + slots if path_rank is None else path_rank
     model, fake = _without_memory(text_config, path_rank, dtype, target_modules, memory_modules)
-    linears = adapted_linears(model.base_model, "all-linear")  # bitsandbytes packs them all, whichever carry nodes
-    frozen, size = {id(model.base_model.get_submodule(name).weight) for name in linears}, dtype.itemsize
+    # bitsandbytes packs them all, whichever carry nodes.
+    linears = [module.weight for module in model.base_model.modules() if isinstance(module, nn.Linear)]
+    frozen, size = set(map(id, linears)), dtype.itemsize
     backbone, mapped = 0, 0
     for parameter in model.backbone.parameters():  # a tied head comes once
         is_quantized, count = (load_in_4bit or load_in_8bit) and id(parameter) in frozen, parameter.numel()
@@ -149,7 +150,7 @@ def estimate_memory(
         logits=_loss_bytes(scored, text_config, on_accelerator),
     )
     if on_accelerator:
-        shapes = [model.base_model.get_submodule(name).weight.shape for name in linears]
+        shapes = [weight.shape for weight in linears]
         copy_bytes = 2 * max(map(math.prod, shapes)) if load_in_4bit else 0
         passing = 3 * size * batch_size * length * max(map(max, shapes)) + copy_bytes
         return replace(estimate, working=max(0, passing - estimate.logits))
