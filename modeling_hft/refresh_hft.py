@@ -6,15 +6,23 @@ B batch, T tokens, V vocabulary, L layers, N sources.
 import copy
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .gates_hft import HFTGateTable
 from .padding_hft import left_padded
+
+
+Row = Mapping[str, Sequence[int]]  # tokenised: {"input_ids": [T], "labels": [T]}
+
+# Of one pass over rows of any length; at least one row.
+MOST_TOKENS = 2**11  # padding included
+MOST_LOGITS = 2**26  # each takes about 16 bytes: in the backbone's dtype, in float32, and its gradient
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,9 @@ class HFTRefreshing:
     def refresh_gates(
         self,
         task: str,
-        dataset: Iterable[Mapping[str, Sequence[int]]],
+        dataset: Iterable[Row],
         *,
-        validation: Iterable[Mapping[str, Sequence[int]]] | None = None,
+        validation: Iterable[Row] | None = None,
         num_steps: int = 30,
         batch_size: int = 8,
         learning_rate: float = 5e-2,
@@ -67,7 +75,7 @@ class HFTRefreshing:
         Nodes and pages that the task did not read start at 0. Gates that end nearer to 0 than `threshold` are set to exactly
         0, and a source beside the path whose gates are all 0 is not read. Then the loss on validation rows decides: the new
         gates are kept if it fell by more than its standard error; else the task is left as it was, to the bit. Other tasks
-        never change: a child has gates of its own.
+        never change: a child has gates of its own. Layers are checkpointed if the model's are in training.
 
         Args:
             task: a sealed task.
@@ -109,12 +117,12 @@ class HFTRefreshing:
             )
         old_entry, old_gates = copy.deepcopy(entry), self.hft_gates.of(task)
         with frozen(self):
-            before = self._losses(task, checks, batch_size)
+            before = self.losses(task, checks, batch_size)
             try:
                 self._read_everything(task)
                 self._fit_gates(task, rows, num_steps, batch_size, learning_rate, seed)
                 self._drop_small_gates(task, threshold)
-                after = self._losses(task, checks, batch_size)
+                after = self.losses(task, checks, batch_size)
                 gain, error = mean_and_error([old - new for old, new in zip(before, after, strict=True)])
                 kept = gain > error
             except BaseException:
@@ -166,26 +174,56 @@ class HFTRefreshing:
         optimizer = torch.optim.Adam([gates_LN], lr=learning_rate)
         generator = torch.Generator().manual_seed(seed)
         order: list[int] = []
-        with torch.enable_grad():
-            for _ in range(num_steps):
-                if len(order) < batch_size:
-                    order += torch.randperm(len(rows), generator=generator, device="cpu").tolist()
-                chosen, order = order[:batch_size], order[batch_size:]
-                loss = torch.stack(self.row_losses(task, [rows[i] for i in chosen])).mean()
-                (gates_LN.grad,) = torch.autograd.grad(loss, [gates_LN])
-                optimizer.step()
+        for _ in range(num_steps):
+            if len(order) < batch_size:
+                order += torch.randperm(len(rows), generator=generator, device="cpu").tolist()
+            chosen, order = order[:batch_size], order[batch_size:]
+            (gates_LN.grad,) = self.loss_gradients(task, [rows[i] for i in chosen], [gates_LN])
+            optimizer.step()
         gates_LN.grad = None
         gates_LN.requires_grad_(False)
 
     @torch.no_grad()
-    def _losses(self, task: str, rows: list[Any], batch_size: int) -> list[float]:
+    def losses(self, task: str, rows: Sequence[Row], batch_size: int) -> list[float]:
+        """As `row_losses`, of any number of rows: so many at once, or as many of them as a pass has room for."""
         return [
             float(loss)
             for begin in range(0, len(rows), batch_size)
-            for loss in self.row_losses(task, rows[begin : begin + batch_size])
+            for part in self._parts(rows[begin : begin + batch_size])
+            for loss in self.row_losses(task, part)
         ]
 
-    def row_losses(self, task: str, rows: Sequence[Mapping[str, Sequence[int]]]) -> list[torch.Tensor]:
+    def loss_gradients(self, task: str, rows: Sequence[Row], parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Of the mean over rows of their losses (`row_losses`) by each of these parameters.
+
+        The rows are taken in parts that a pass has room for. Where the model's layers are checkpointed in training, they are
+        here, too, whether or not the model is in evaluation mode.
+        """
+        total = [torch.zeros_like(parameter) for parameter in parameters]
+        with torch.enable_grad(), _checkpointed(self):
+            for part in self._parts(rows):
+                loss = torch.stack(self.row_losses(task, part)).sum() / len(rows)
+                for whole, its in zip(
+                    total, torch.autograd.grad(loss, parameters, materialize_grads=True), strict=True
+                ):
+                    whole += its
+        return total
+
+    def _parts(self, rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+        """The rows in parts of at most `MOST_TOKENS` tokens and `MOST_LOGITS` logits each, as `row_losses` pads them."""
+        vocab_size = self.config.text_config.vocab_size
+        begin = length = scored = 0
+        for end, row in enumerate(rows):
+            first = next((place for place, label in enumerate(row["labels"]) if place and label != -100), 0)
+            length, scored = max(length, len(row["labels"])), max(scored, len(row["labels"]) - first)
+            count = end - begin + 1
+            if end > begin and (count * length > MOST_TOKENS or count * scored * vocab_size > MOST_LOGITS):
+                yield rows[begin:end]
+                begin, length, scored = end, len(row["labels"]), len(row["labels"]) - first
+        if rows[begin:]:
+            yield rows[begin:]
+
+    def row_losses(self, task: str, rows: Sequence[Row]) -> list[torch.Tensor]:
         """The mean loss of each row's labels on a task's path, with gradients where they are on.
 
         Rows are padded on the left, so that all answers end together, and only positions that some row is scored on meet the
@@ -233,6 +271,19 @@ class HFTRefreshing:
         )
         count_B = (labels_BT != -100).sum(1).clamp(min=1)
         return list((loss_BT.sum(1) / count_B).unbind())
+
+
+@contextmanager
+def _checkpointed(model: Any):
+    """Layers whose checkpointing is switched on do so in evaluation mode, too, in which what is in them stays."""
+    layers = [its for its in model.modules() if isinstance(its, GradientCheckpointingLayer) and not its.training]
+    for layer in layers:
+        layer.training = layer.gradient_checkpointing
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 @contextmanager

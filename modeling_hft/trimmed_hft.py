@@ -151,7 +151,7 @@ class HFTTrimming:
         self, task: str, pairs: Mapping[str, Pair], rows: Sequence[Mapping[str, Sequence[int]]], batch_size: int
     ) -> list[float]:
         self._put_node(task, pairs)
-        return self._losses(task, rows, batch_size)
+        return self.losses(task, rows, batch_size)
 
 
 def balanced(down_RI: torch.Tensor, up_OR: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,14 +1,17 @@
 """Refreshing gates: backward transfer that can never hurt."""
 
 import copy
+import itertools
 import math
+import random
 import re
 
 import pytest
 import torch
 
 import hft
-from hft.refresh_hft import mean_and_error
+from hft import refresh_hft
+from hft.refresh_hft import frozen, mean_and_error
 
 from .naive import naive_logits
 from .test_model import prompts
@@ -86,7 +89,7 @@ def test_a_gain_counts_only_beyond_its_standard_error(grown, monkeypatch, errors
     gain = errors * 0.01
     after = [2.0 - gain - away for away in [0.01 * 7**0.5, -0.01 * 7**0.5] * 4]
     losses = iter([[2.0] * 8, after])
-    monkeypatch.setattr(type(grown), "_losses", lambda *args: next(losses))
+    monkeypatch.setattr(type(grown), "losses", lambda *args: next(losses))
     before, tasks = snapshot(grown), copy.deepcopy(grown.config.tasks)
     result = grown.refresh_gates("a", rows_like(grown, "f"), num_steps=2)
     assert (result.kept, result.error) == (kept, pytest.approx(0.01))
@@ -145,17 +148,71 @@ def test_a_model_whose_parent_was_refreshed_is_built_from_its_config(grown, tmp_
 def test_the_losses_are_those_of_rows_alone(grown):
     """Left padding and kept positions change nothing."""
     rows = rows_like(grown, "f", 7)
-    together = grown._losses("f", rows, 7)
+    together = grown.losses("f", rows, 7)
     for row, loss in zip(rows, together, strict=True):
         alone = grown(torch.tensor([row["input_ids"]]), labels=torch.tensor([row["labels"]]), task="f").loss
         assert loss == pytest.approx(float(alone), rel=1e-4)
+
+
+def test_gradients_are_those_of_all_rows_at_once_however_many_a_pass_has_room_for(grown, monkeypatch):
+    rows = rows_like(grown, "f", 7)
+    rows[3] = {"input_ids": prompts(1, 30, seed=9)[0].tolist(), "labels": [-100] * 25 + [1, 2, 3, 4, 5]}
+    gates = grown.hft_gates.of("f")
+    with frozen(grown):
+        gates.requires_grad_(True)
+        (expected,) = torch.autograd.grad(torch.stack(grown.row_losses("f", rows)).mean(), [gates])
+        losses = grown.losses("f", rows, 7)
+        for tokens, logits in ((2**11, 2**26), (14, 2**26), (2**11, 800), (1, 1)):
+            monkeypatch.setattr(refresh_hft, "MOST_TOKENS", tokens)
+            monkeypatch.setattr(refresh_hft, "MOST_LOGITS", logits)
+            (found,) = grown.loss_gradients("f", rows, [gates])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+            assert grown.losses("f", rows, 7) == pytest.approx(losses, rel=1e-4)
+    assert expected.any()
+
+
+def test_a_pass_has_so_many_tokens_and_logits_and_no_more_passes_than_needed(grown, monkeypatch):
+    vocab_size, draw = grown.config.text_config.vocab_size, random.Random(0)
+    monkeypatch.setattr(refresh_hft, "MOST_TOKENS", 60)
+    monkeypatch.setattr(refresh_hft, "MOST_LOGITS", 25 * vocab_size)
+
+    def room(part):
+        scored = [
+            len(row["labels"]) - next(i for i, label in enumerate(row["labels"]) if label != -100) for row in part
+        ]
+        longest = max(len(row["labels"]) for row in part)
+        return len(part) == 1 or (len(part) * longest <= 60 and len(part) * max(scored) <= 25)
+
+    for count in range(30):
+        rows = []
+        for _ in range(count):
+            prompt, answer = draw.randint(1, 40), draw.randint(1, 30)
+            rows.append({"input_ids": [1] * (prompt + answer), "labels": [-100] * prompt + [2] * answer})
+        parts = list(grown._parts(rows))
+        assert [row for part in parts for row in part] == rows and all(map(room, parts))
+        assert not any(room([*part, after[0]]) for part, after in itertools.pairwise(parts))
+
+
+def test_layers_are_checkpointed_in_evaluation_if_they_are_in_training(grown):
+    rows, gates, passes = rows_like(grown, "f", 4), grown.hft_gates.of("f"), []
+    grown.base_model.layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))
+    with frozen(grown):
+        gates.requires_grad_(True)
+        (expected,) = grown.loss_gradients("f", rows, [gates])
+        assert len(passes) == 1
+        grown.gradient_checkpointing_enable({"use_reentrant": False})
+        (found,) = grown.loss_gradients("f", rows, [gates])
+        assert len(passes) == 3 and not any(module.training for module in grown.modules())
+        grown.losses("f", rows, 4)
+        assert len(passes) == 4
+    assert bits(found) == bits(expected)
 
 
 def test_a_first_token_has_no_loss_whatever_its_neighbours(grown):
     """Plain text is scored on all tokens; a row that is padded has something before its first one."""
     texts = [prompts(1, length, seed=length)[0].tolist() for length in (4, 9)]
     rows = [{"input_ids": ids, "labels": ids} for ids in texts]
-    assert grown._losses("f", rows, 2) == pytest.approx(grown._losses("f", rows, 1), rel=1e-4)
+    assert grown.losses("f", rows, 2) == pytest.approx(grown.losses("f", rows, 1), rel=1e-4)
 
 
 @pytest.mark.parametrize(

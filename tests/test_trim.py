@@ -99,7 +99,7 @@ def test_the_loss_never_rises_beyond_the_tolerance_and_no_lower_rank_would_do(gr
     """Against a search over all ranks, with the losses of a model that has nothing but the cut factors."""
     checks = rows_like(grown, "b", 10)
     pairs = {key: balanced(*nodes.pair("b"))[:2] for key, nodes in grown.hft_nodes.items()}
-    before = grown._losses("b", checks, 4)
+    before = grown.losses("b", checks, 4)
     rises = {}
     with torch.no_grad():
         for rank in range(1, 5):
@@ -107,7 +107,7 @@ def test_the_loss_never_rises_beyond_the_tolerance_and_no_lower_rank_would_do(gr
                 up = torch.cat([up[:, :rank], torch.zeros_like(up[:, rank:])], 1)
                 for new, parameter in zip((down, up), grown.hft_nodes[key].pair("b"), strict=True):
                     parameter.copy_(new)
-            rises[rank] = mean_and_error([a - b for a, b in zip(grown._losses("b", checks, 4), before, strict=True)])
+            rises[rank] = mean_and_error([a - b for a, b in zip(grown.losses("b", checks, 4), before, strict=True)])
         for key, (down, up) in pairs.items():
             for new, parameter in zip((down, up), grown.hft_nodes[key].pair("b"), strict=True):
                 parameter.copy_(new)
@@ -121,7 +121,7 @@ def test_the_loss_never_rises_beyond_the_tolerance_and_no_lower_rank_would_do(gr
         assert found.rank == fits == rank, rises
         assert found.after - found.before == pytest.approx(rises[rank][0], abs=1e-3)
         assert found.error == pytest.approx(rises[rank][1], abs=1e-3)
-        assert mean_and_error(model._losses("b", checks, 4))[0] == pytest.approx(found.after, abs=1e-5)
+        assert mean_and_error(model.losses("b", checks, 4))[0] == pytest.approx(found.after, abs=1e-5)
 
 
 def test_what_was_measured_is_what_is_sealed_and_saved(backbones, tmp_path):
@@ -141,8 +141,8 @@ def test_what_was_measured_is_what_is_sealed_and_saved(backbones, tmp_path):
         model.save_pretrained(tmp_path / str(slim), slim=slim)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / str(slim))
         assert bits(loaded(x, task="a").logits) == bits(model(x, task="a").logits)
-        assert loaded._losses("a", checks, 8) == pytest.approx(model._losses("a", checks, 8), abs=0)
-    assert mean_and_error(model._losses("a", checks, 8))[0] == found.after
+        assert loaded.losses("a", checks, 8) == pytest.approx(model.losses("a", checks, 8), abs=0)
+    assert mean_and_error(model.losses("a", checks, 8))[0] == found.after
     whole = (tmp_path / "before/tasks/a.safetensors").read_bytes()  # float32, as long as it is open
     cut = (tmp_path / "True/tasks/a.safetensors").read_bytes()
     header = lambda file: 8 + int.from_bytes(file[:8], "little")  # noqa: E731
@@ -162,13 +162,13 @@ def test_one_lost_row_is_no_noise_and_noise_is_no_rise(grown, monkeypatch):
     """A rise in one row alone is one standard error, whatever its size; a toss between rows is less than half of one."""
     for rises, rank in (([0.0] * 7 + [9.0], 5), ([1.0, -1.0, 1.0, -1.1, 0.9, -1.0, 1.2, -0.9], 1)):
         tries = iter([[1.0] * 8] + [[1 + rise for rise in rises]] * 3)
-        monkeypatch.setattr(type(grown), "_losses", lambda *args, tries=tries: next(tries))
+        monkeypatch.setattr(type(grown), "losses", lambda *args, tries=tries: next(tries))
         assert grown.trim("b", rows_like(grown, "b", 8), 0.0).rank == rank
 
 
 def test_an_interrupted_trim_changes_nothing(grown, monkeypatch):
     before, config = snapshot(grown), grown.config.to_dict()
-    checks, losses, calls = rows_like(grown, "b", 6), type(grown)._losses, []
+    checks, losses, calls = rows_like(grown, "b", 6), type(grown).losses, []
 
     def stop(self, *args):
         calls.append(args)
@@ -176,7 +176,7 @@ def test_an_interrupted_trim_changes_nothing(grown, monkeypatch):
             raise KeyboardInterrupt
         return [0.0] * 6 if calls else losses(self, *args)
 
-    monkeypatch.setattr(type(grown), "_losses", stop)
+    monkeypatch.setattr(type(grown), "losses", stop)
     with pytest.raises(KeyboardInterrupt):
         grown.seal(["b"], rank_tolerance=1.0, validation={"b": checks})
     assert snapshot(grown) == before and grown.config.to_dict() == config

@@ -128,7 +128,7 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
     from .loading import load_tokenizer
     from .model_card import renew_model_card
     from .recipe_data import load_task
-    from .recipe_model import load_again
+    from .recipe_model import checkpoint_layers, load_again
     from .row_tokens import has_answer, tokenize_rows
     from .run_record import RunRecord
 
@@ -158,6 +158,7 @@ def refresh(args: argparse.Namespace, _: dict[str, Any]) -> None:
             if not data[task][-1]:
                 raise ValueError(f"`max_length`={cut[0]} cuts off all answers of task {task!r} ({split}): raise it.")
     model = load_again(recipe, args.model, as_trained=True, device_map="auto")
+    checkpoint_layers(model, recipe)
     for task, (rows, checks) in data.items():
         result = model.refresh_gates(task, rows, validation=checks, num_steps=args.steps, batch_size=args.batch_size)
         if result.kept:

@@ -85,9 +85,7 @@ def group_gradients(model: PreTrainedModel, rows: Sequence[TokenRow], settings: 
         draw = torch.Generator().manual_seed(settings.seed)
         chosen_P = torch.randint(sum(up.numel() for up in ups), (NUM_PARAMETERS,), generator=draw, device="cpu")
         for begin in range(0, len(rows) - settings.batch_size + 1, settings.batch_size):
-            with torch.enable_grad():
-                loss = torch.stack(model.row_losses(name, rows[begin : begin + settings.batch_size])).mean()
-                gradients = torch.autograd.grad(loss, ups)
+            gradients = model.loss_gradients(name, rows[begin : begin + settings.batch_size], ups)
             groups.append(torch.cat([gradient.float().flatten().cpu() for gradient in gradients])[chosen_P])
         model.set_trainable([])
     return torch.stack(groups)

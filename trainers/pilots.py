@@ -144,8 +144,10 @@ def pilot(
             chosen, order = order[: settings.batch_size], order[settings.batch_size :]
             warm, left = (step + 1) / 3, 1 - step / settings.pilot_steps
             optimizer.param_groups[0]["lr"] = settings.learning_rate * min(1.0, warm, left)
-            with torch.enable_grad():
-                torch.stack(model.row_losses(name, [rows[i] for i in chosen])).mean().backward()
+            for factor, its in zip(
+                factors, model.loss_gradients(name, [rows[i] for i in chosen], factors), strict=True
+            ):
+                factor.grad = its
             torch.nn.utils.clip_grad_norm_(factors, 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -18,7 +18,7 @@ from .plan_costs import plan_costs
 from .plan_report import DEFAULTS, as_recipe, as_text, summary_of
 from .probes import plan_hierarchy
 from .recipe_data import load_task
-from .recipe_model import load_again, tokenizer_of
+from .recipe_model import checkpoint_layers, load_again, tokenizer_of
 from .recipes import HOW_TO_LOAD, Recipe, read_recipe
 from .run_record import RunRecord, write_text
 from .task_files import has_split, tasks_in
@@ -62,6 +62,7 @@ def find_plan(args: argparse.Namespace) -> None:
             model.to(device_here())  # as training does; bitsandbytes takes it there by itself
     else:
         model = load_again(recipe, recipe.from_model, device_map="auto", attn_implementation="auto")
+    checkpoint_layers(model, recipe)
     found = plan_hierarchy(
         model, data, processing_class=tokenizer, settings=settings,
         max_parents=args.max_parents, families=not args.no_families,

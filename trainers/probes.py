@@ -215,12 +215,9 @@ def read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sample: Sam
     """
     if sample.has_options:
         return option_likelihoods(model, tokenizer, sample.probe, task, prompts=sample.prompts)
-    losses = []
-    with torch.inference_mode():
-        for begin in range(0, len(sample.tokens), 16):
-            losses += model.row_losses(task or BACKBONE, sample.tokens[begin : begin + 16])
+    losses = model.losses(task or BACKBONE, sample.tokens, 16)
     counts = [sum(label != -100 for label in row["labels"][1:]) for row in sample.tokens]
-    return [float(loss) * count for loss, count in zip(losses, counts, strict=True)]
+    return [loss * count for loss, count in zip(losses, counts, strict=True)]
 
 
 def as_probe(task: str, sample: Sample, raw: Mapping[str, list[Any]]) -> TaskProbe:

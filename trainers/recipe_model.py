@@ -10,6 +10,7 @@ import hft
 from hft.configuration_hft import check_keys
 from hft.slim_hft import read_config
 
+from .hft_config import HFTTrainingConfig
 from .loading import load_tokenizer
 from .recipes import HOW_TO_LOAD, Recipe
 from .run_record import RunRecord
@@ -78,6 +79,14 @@ def load_again(recipe: Recipe, where: str, as_trained: bool = False, **defaults:
     if recipe.backbone is not None and config.slim and has_moved(config.backbone):
         how["backbone"] = recipe.backbone
     return hft.HFTForCausalLM.from_pretrained(where, quantization_config=recipe.quantization_config(), **how)
+
+
+def checkpoint_layers(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Lets pilots and refreshes checkpoint layers as training does; not on a CPU, which has memory and lacks speed."""
+    training, usual = recipe.training, HFTTrainingConfig.__dataclass_fields__["gradient_checkpointing"].default
+    wanted = training.get("activation_checkpointing", training.get("gradient_checkpointing", usual))
+    if wanted and model.device.type != "cpu":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def has_moved(backbone: str) -> bool:
