@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from datasets import disable_progress_bars
 from transformers import AutoModelForCausalLM
 
@@ -137,6 +138,16 @@ def change(twins: Twins, folder: Path) -> None:
     twins.answer_alike("b")
 
 
+def split(model: hft.HFTForCausalLM) -> hft.HFTForCausalLM:
+    """All on the device but the head, as `device_map` may have it."""
+    moved(model)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().cpu(), requires_grad=False)
+    add_hook_to_module(head, AlignDevicesHook(torch.device("cpu"), io_same_device=True))
+    model.hf_device_map = {"backbone.model": CARD, "backbone.lm_head": torch.device("cpu")}
+    return model
+
+
 def main(what: str, base: str, folder: Path) -> None:
     if what == "model":
         twins = Twins(base)
@@ -144,7 +155,8 @@ def main(what: str, base: str, folder: Path) -> None:
         answer(twins)
         change(twins, folder)
     else:
-        (folder / "losses.json").write_text(json.dumps(train(base, folder / "run", moved)))
+        place = moved if what == "trainer" else split
+        (folder / "losses.json").write_text(json.dumps(train(base, folder / "run", place)))
 
 
 if __name__ == "__main__":

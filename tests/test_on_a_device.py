@@ -43,10 +43,10 @@ def train(base: str, folder: Path, place: Callable) -> list[float]:
         model, args, train_dataset=data, eval_dataset=data, test_sets={"a": questions},
         processing_class=AutoTokenizer.from_pretrained(base),
     )  # fmt: skip
-    device = {parameter.device for parameter in model.parameters()}
-    assert device == {args.device}
+    devices = {args.device, *getattr(model, "hf_device_map", {}).values()}
+    assert {parameter.device for parameter in model.parameters()} == devices
     trainer.train()
-    assert {parameter.device for parameter in model.parameters()} == device
+    assert {parameter.device for parameter in model.parameters()} == devices
     assert set(model.config.sealed_tasks()) == set(TREE)
     return [log["loss"] for log in trainer.log_history if "loss" in log]
 
@@ -66,8 +66,10 @@ def test_a_model_there_is_as_here_and_waits_for_nothing(backbones, tmp_path):
 
 
 @pytest.mark.slow
-def test_it_learns_there_what_it_learns_here(backbones, tokenizer, tmp_path):
+@pytest.mark.parametrize("what", ["trainer", "split"])
+def test_it_learns_there_what_it_learns_here(backbones, tokenizer, tmp_path, what):
+    """All on the device, or all but the head."""
     base = str(backbones["llama"])
-    on_the_device("trainer", base, tmp_path, ACCELERATE_TORCH_DEVICE="card:0")
+    on_the_device(what, base, tmp_path, ACCELERATE_TORCH_DEVICE="card:0")
     there = json.loads((tmp_path / "losses.json").read_text())
     assert there == pytest.approx(train(base, tmp_path / "here", lambda model: model), rel=1e-5)

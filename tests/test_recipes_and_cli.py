@@ -759,7 +759,7 @@ def test_refresh_saves_only_what_helps(grown_folder, data, monkeypatch, capsys, 
     def files():
         return {str(path.relative_to(grown_folder)): path.read_bytes() for path in grown_folder.rglob("*.safetensors")}
 
-    monkeypatch.setattr(hft.HFTForCausalLM, "_losses", as_told)
+    monkeypatch.setattr(hft.HFTForCausalLM, "losses", as_told)
     score = {"score": 5.0, "se": 1.0, "rows": 2}
     scores = {"sst2": score, "mnli": score}
     RunRecord(stages=[{"level": 1, "tasks": list(scores), "log": [], "scores": scores}]).write(grown_folder)

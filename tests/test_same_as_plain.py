@@ -17,7 +17,7 @@ from datasets import Dataset
 from transformers import BitsAndBytesConfig
 
 import hft
-from hft.trainers import HFTTrainer, HFTTrainingConfig, hft_trainer
+from hft.trainers import HFTTrainer, HFTTrainingConfig, losses
 
 from .naive import naive_logits
 from .test_model import prompts
@@ -154,7 +154,7 @@ def test_the_chunked_head_computes_the_plain_loss(backbones, tokenizer, tmp_path
     monkeypatch.setattr(utils, "_use_triton", lambda device: scored == "labelled, by TRL")
     monkeypatch.setattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 100)  # of 261 words: a remainder
     if scored != "labelled, by us":
-        monkeypatch.setattr(hft_trainer, "answers_only", lambda *args: contextlib.nullcontext())
+        monkeypatch.setattr(losses, "answers_only", lambda *args: contextlib.nullcontext())
     trainer = train(backbones["llama"], tokenizer, tmp_path, "float32")
     assert (num_positions == trainer.num_labels) == (scored != "all")
 

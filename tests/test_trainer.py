@@ -295,6 +295,38 @@ def test_a_finished_run_resumes_to_itself(backbones, tokenizer, tmp_path):
     assert snapshot(again.model) == snapshot(trainer.model)
 
 
+def test_a_deep_copy_of_a_trained_model_is_a_model_of_its_own(backbones, tokenizer, tmp_path):
+    """The forward that TRL puts onto a model is there only while the trainer computes: a copy would run the original's."""
+    trainer = make(backbones, tokenizer, tmp_path, {"a": []}, eval_dataset={"a": rows(1)})
+    batch = trainer.data_collator([{**row, "task_id": 0} for row in trainer.eval_dataset["a"]])
+
+    def stop():
+        raise InterruptedError
+
+    uses = (
+        trainer.train,
+        trainer.evaluate,
+        lambda: trainer.predict({"a": rows(1)}),
+        lambda: trainer.compute_loss(model, batch),
+    )
+    model, x = trainer.model, prompts(2, 6)
+    for use in (lambda: None, *uses):
+        use()
+        assert "forward" not in vars(model)
+    trainer.compute_loss_func = lambda *_, **__: stop()
+    with pytest.raises(InterruptedError):
+        trainer.compute_loss(model, batch)
+    assert "forward" not in vars(model)
+    before, twin = bits(model(x, task="a").logits), copy.deepcopy(model)
+    assert bits(twin(x, task="a").logits) == before
+    twin.add_task("b", ["a"])
+    assert torch.allclose(twin(x, task="b").logits, model(x, task="a").logits, atol=1e-5)
+    for parameter in twin.parameters():
+        parameter.data.zero_()
+    assert not twin(x, task="a").logits.any()
+    assert bits(model(x, task="a").logits) == before
+
+
 def test_a_task_added_later_leaves_the_others_alone(backbones, tokenizer, tmp_path):
     trainer = make(backbones, tokenizer, tmp_path / "1", {"a": [], "b": ["a"]})
     trainer.train()

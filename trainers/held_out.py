@@ -92,7 +92,7 @@ class HFTHeldOut:
         # Within a stage accelerate wraps the model; outside it computes in the same precision.
         precision = contextlib.nullcontext() if self._is_in_stage else self.accelerator.autocast()
         try:
-            with precision:
+            with precision, self._forward.lent():
                 yield
         finally:
             self.mastery = judge

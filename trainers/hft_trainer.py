@@ -1,8 +1,7 @@
-"""`HFTTrainer`: TRL's SFTTrainer on a hierarchy: data, loss and optimizer of a stage. The loop over stages: `stages.py`."""
+"""`HFTTrainer`: TRL's SFTTrainer on a hierarchy: data and optimizer. The loss: `losses.py`; the loop: `stages.py`."""
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,13 @@ from hft.files_hft import check_writable, disk_errors, replacing
 from hft.modeling_hft import HFTForCausalLM
 from hft.upload_hft import check_shareable
 
-from .answers_only import answers_only
 from .compiled import CompiledDecoder
 from .curriculum import BlockSampler, Mastery, Stage, open_stages
 from .evaluation import EvalSet
 from .held_out import HFTHeldOut
 from .hft_config import HFTTrainingConfig, check_callback, check_given, how_to_load
 from .loading import own_tokenizer
+from .losses import HFTLosses, LentForward
 from .mixtures import with_mixtures
 from .processes import HFTProcesses, use_one_gpu
 from .progress import StagePrinter, StageProgress
@@ -59,7 +58,7 @@ from .token_means import TokenMeans
 logger = logging.get_logger(__name__)
 
 
-class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
+class HFTTrainer(HFTStages, HFTLosses, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
     """Trains the open tasks of an HFT model level by level and seals each level.
 
     Unlike `SFTTrainer`, it takes a dataset a task; `train` runs one training a stage, with a fresh optimizer and schedule,
@@ -149,6 +148,7 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
         if (args.dataset_kwargs or {}).get("skip_prepare_dataset"):
             eval_sets = {task: self._ready(task, rows, args) for task, rows in eval_sets.items()}
             train_set = self._join({task: self._ready(task, rows, args) for task, rows in self._train_sets.items()})
+        self._forward = LentForward(model)
         with passing_as_unquantized(model):
             super().__init__(
                 model,
@@ -157,6 +157,7 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
                 eval_dataset=eval_sets or None,
                 **kwargs,
             )
+        self._forward.take_off()
         for task in self._train_sets if args.rank_tolerance is not None else ():
             rows = self.eval_dataset[task]
             if (left := len(alone(rows.select(range(min(2, len(rows))))))) < 2:
@@ -300,45 +301,6 @@ class HFTTrainer(HFTStages, HFTHeldOut, HFTSharing, HFTProcesses, SFTTrainer):
                     "leave it out with `target_modules`."
                 )
         return loss
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """As SFTTrainer's, on the batch's path; also logs `<task>_loss`, a mean over tokens (`eval_...`: over batches)."""
-        inputs, labels = dict(inputs), inputs["labels"]
-        task = self._task_of(inputs)
-        del inputs["task"]
-        # TRL's fused loss calls `base_model` directly, past any `forward` of ours, so the path is set around it.
-        with self._on_path(task), answers_only(self, inputs, return_outputs):
-            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        num_labels = (labels[..., 1:] != -100).sum()
-        loss = (result[0] if return_outputs else result).detach()
-        if num_items_in_batch is not None:  # of the whole step
-            mean_of = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = loss * num_items_in_batch / mean_of  # DDP's mean is made up for
-        else:
-            loss = loss * num_labels
-        total, count = self._summed(loss, num_labels)
-        mode = "train" if self.model.training else "eval"
-        for name in ("mean_token_accuracy", "entropy"):  # TRL's, of this batch
-            if values := self._metrics[mode].get(name):
-                self._means.add(mode, name, values[-1] * count, count)
-        if self.model.training:  # in evaluation the Trainer itself logs a loss a task
-            self._means.add(mode, f"{task}_loss", total, count)
-        return result
-
-    @contextlib.contextmanager
-    def _on_path(self, task: str) -> Iterator[None]:
-        if self._compiled is None:
-            with self.model.activate(task):
-                yield
-        else:
-            with self.model.activate(task, rank=self._compiled.rank), self._compiled.running():
-                yield
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """All that trains; the Trainer goes by names such as "bias", which a task may have. (Gates get none later.)"""

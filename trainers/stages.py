@@ -147,12 +147,12 @@ class HFTStages:
             self.eval_dataset = {task: rows for task, rows in all_eval_sets.items() if task in stage.tasks}
         self._last = self.optimizer, self.lr_scheduler = None, None
         self.model_wrapped = self.model
-        forward = self.model.forward  # accelerate wraps it for mixed precision at each start
         changed = {name: getattr(self.args, name) for name in ("output_dir", "push_to_hub", "eval_on_start")}
         self.args.output_dir, self.args.push_to_hub = str(self._root / stage.folder), False
         self.args.eval_on_start = self.args.eval_on_start and checkpoint is None
         try:
-            output = self._learn(checkpoint, **kwargs)
+            with self._forward.lent():  # which accelerate wraps for mixed precision at each start
+                output = self._learn(checkpoint, **kwargs)
             wanted = min(self.state.max_steps, self._num_steps())  # of batches of people's own there may be fewer
             is_cut = self.control.should_training_stop and self.state.global_step < wanted
             is_stopped = is_cut and not self.mastery.all_mastered()
@@ -165,7 +165,6 @@ class HFTStages:
                 setattr(self.args, name, value)
             self.train_dataset, self.eval_dataset = all_rows, all_eval_sets
             self._last, self._is_in_stage = (self.optimizer, self.lr_scheduler), False
-            self.model.forward = forward
             vars(self.model).pop("_original_forward", None)
             if not self.is_fsdp_enabled:  # else the next stage's start would pass by what it wraps
                 vars(self.model).pop("_is_accelerate_prepared", None)
