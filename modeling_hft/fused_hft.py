@@ -37,6 +37,14 @@ class HFTFused:
         self.memory = memory
         self._stack: tuple[list[Pair], Pair] | None = None  # of a mixed batch: what it was made of, and the result
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has parameters of its own, and begins anew."""
+        return {**vars(self), "_stack": None}
+
+    def forget(self) -> None:
+        """Frees what was made for the last mixed batch."""
+        self._stack = None
+
     def on_linear(self, linear: nn.Module, args: tuple[torch.Tensor, ...], y_BTO: torch.Tensor) -> torch.Tensor | None:
         """The forward hook on the linear: adds the active path, or leaves the output as it is, bit for bit."""
         path = active_path(self.owner)
@@ -107,7 +115,7 @@ class HFTFused:
             return pair[0].to(like), pair[1].to(like)  # to make it again, a graph would have to know the task
         if pair is None:
             task.kept[self.name] = self._fuse(task, like)
-        elif pair[0].dtype != like.dtype or pair[0].device != like.device:
+        elif pair[1].dtype != like.dtype or pair[1].device != like.device:  # `down` may be a parameter itself
             has_graph = any(factor.requires_grad for factor in pair)  # as it was made, it is made again
             with torch.inference_mode(False), torch.set_grad_enabled(has_graph):
                 task.kept[self.name] = self._fuse(task, like)

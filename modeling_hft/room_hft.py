@@ -44,6 +44,12 @@ class HFTRoom(HFTOwnership):
             ):
                 self._make_gates(task["name"])
 
+    def _forget_factors(self) -> None:
+        """Frees the fused factors of earlier passes."""
+        self._kept.clear()
+        for fused in self._fused.values():
+            fused.forget()
+
     def _device_of(self) -> dict[str, torch.device]:
         """Where the weight of each adapted linear is, or what stands beside it should be."""
         main = self._main_device()

@@ -213,7 +213,7 @@ class HFTSlimFiles:
             self.config.pages = list(pages_by_id.values())
             self._make_room()
             self._read_tasks(folder, taken, pages)
-        self._kept.clear()  # it may hold what was there
+        self._forget_factors()  # they may be of what was there
         if part != "open":
             self._restore_router(saved, router_tensors)
         self.set_trainable(self.config.open_tasks())

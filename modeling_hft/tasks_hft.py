@@ -97,8 +97,8 @@ class HFTTasks(HFTRoom):
                 raise ValueError(
                     f"Task {name!r} would stand on {parent!r}, which is not sealed; seal {parent!r} first."
                 )
-        self.add_task(name, parents, rank=max(len(down_RI) for down_RI, _ in factors.values()))
-        try:
+        with self._same_room_on_error():
+            self.add_task(name, parents, rank=max(len(down_RI) for down_RI, _ in factors.values()))
             for linear in self._layer_of:
                 down_RI, up_OR = self.hft_nodes[flat(linear)].pair(name)
                 down_RI.zero_()
@@ -111,9 +111,6 @@ class HFTTasks(HFTRoom):
             self.seal([name])
             if len(prompts):
                 self.add_routes(name, prompts)
-        except BaseException:
-            self.remove_task(name)
-            raise
 
     def remove_task(self, name: str, cascade: bool = False) -> list[str]:
         """Removes a task. What others compute does not change; the ids of later tasks move up.
@@ -159,7 +156,7 @@ class HFTTasks(HFTRoom):
         for task in removed:
             self.hft_gates.remove(task)
             self.hft_router.remove(task)
-        self._kept.clear()  # it may hold what was removed
+        self._forget_factors()  # they may be of what was removed
         self.config.tasks = tasks
         self.config.pages = [page for page in self.config.pages if page["id"] in read]
         for page in self.config.pages:
@@ -188,6 +185,7 @@ class HFTTasks(HFTRoom):
             if writer not in tasks:
                 raise ValueError(f"`writers` names {writer!r}, which is not of this stage: {', '.join(tasks)}.")
         self.set_trainable(tasks)  # checks the names before anything changes
+        self._forget_factors()  # a stage needs the memory that those of sealed tasks take
         new = [task for task in tasks if not self._has_learnt(task)]
         without = [task for task in new if self._open_page(task) is None and (writers is None or task in writers)]
         with torch.inference_mode(False):

@@ -63,6 +63,23 @@ def test_folded_it_goes_on_in_another_dtype(backbones, is_open, first):
     assert embeddings.grad.any()
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("target_modules", ["all-linear", ["v_proj"]])
+def test_folded_it_goes_on_in_a_wider_dtype_and_back(backbones, target_modules):
+    """A path of one source without memory reads that very parameter, which another dtype fills anew."""
+    options = {"rank": 3, "target_modules": target_modules, "memory_config": {"read": "off"}}
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, **options)
+    grow(model)
+    model.to(torch.bfloat16)
+    x = prompts(2, 6)
+    model.fold("a")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        folded = model.to(dtype)(x).logits
+        model.unfold()
+        assert bits(model(x, task="a").logits) == bits(folded)
+        model.fold("a")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_it_is_a_plain_backbone_and_comes_back_bit_by_bit(sealed, dtype):
     model, x = sealed.to(dtype), prompts(2, 6)

@@ -213,6 +213,22 @@ def test_a_shelf_of_loras_becomes_one_routed_model(backbones, tmp_path):
     assert model.hierarchy.path("both") == ("one", "both")
 
 
+def test_an_import_that_fails_takes_nothing_with_it(backbones, tmp_path, monkeypatch):
+    """Not even a page that no task reads any more."""
+    model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": [], "b": []}, memory_config={"slots": 2})
+    grow(model)
+    lora(backbones, tmp_path)
+    for task in "ab":
+        model.config.task(task)["pages"].clear()
+        model._make_gates(task)
+    before, config = snapshot(model), copy.deepcopy(model.config.to_dict())
+    monkeypatch.setattr(type(model), "add_routes", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.import_lora("x", tmp_path, prompts=[[5, 6], [7, 8]])
+    assert (snapshot(model), model.config.to_dict()) == (before, config)
+    assert config["pages"]
+
+
 def test_a_lora_whose_prompts_teach_nothing_is_not_imported(backbones, tmp_path, monkeypatch):
     model = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []})
     lora(backbones, tmp_path)

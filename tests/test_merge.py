@@ -125,6 +125,16 @@ def test_a_task_that_was_removed_is_none_that_only_has_its_name(backbones, token
         assert [route.task for route in routes].count(expected) >= 8, (kind, routes[0])
 
 
+def test_a_task_may_get_the_name_of_one_that_was_removed(grown_apart, tmp_path):
+    model = hft.HFTForCausalLM.from_pretrained(tmp_path / "other")
+    model.remove_task("y")
+    model.save_pretrained(tmp_path / "less")
+    merge_models(tmp_path / "one", tmp_path / "less", tmp_path / "union", {"x": "y"})
+    union = hft.HFTForCausalLM.from_pretrained(tmp_path / "union")
+    for kind, expected in ((0, "a"), (1, "b"), (3, "y"), (4, "backbone")):
+        assert union.route(typical(kind, 99))[0].task == expected
+
+
 def test_pages_of_the_same_content_stay_several(backbones, tokenizer, tmp_path):
     """As two pages that were never trained and were filled with the same numbers."""
     base = hft.HFTForCausalLM.from_backbone(backbones["llama"], {"a": []}, rank=3, memory_config={"slots": 2})
@@ -192,12 +202,13 @@ def test_backbones_of_different_dtypes_are_not_united(backbones, tmp_path):
 
 def test_names_of_left_out_and_of_shared_tasks_are_kept(grown_apart, tmp_path):
     hft.HFTForCausalLM.from_pretrained(tmp_path / "one", tasks=["r"]).save_pretrained(tmp_path / "part")
-    for first, rename, message in (
-        ("part", {"x": "c"}, "The task 'c' is in the whole of which '.*part' is a part"),
-        ("one", {"a": "z"}, "Both models have the same task 'a'"),
+    for first, second, rename, message in (
+        ("part", "other", {"x": "c"}, "The task 'c' is in the whole of which '.*part' is a part"),
+        ("other", "part", {"r": "c"}, "The task 'c' is in the whole of which '.*part' is a part"),
+        ("one", "other", {"a": "z"}, "Both models have the same task 'a'"),
     ):
         with pytest.raises(ValueError, match=message):
-            merge_models(tmp_path / first, tmp_path / "other", tmp_path / "union", rename)
+            merge_models(tmp_path / first, tmp_path / second, tmp_path / "union", rename)
     assert not (tmp_path / "union").exists()
 
 

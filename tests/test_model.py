@@ -263,6 +263,24 @@ def test_factors_of_the_last_tasks_are_kept_and_no_others(model, monkeypatch):
         assert list(model._kept._entries) == list(kept)
 
 
+@torch.no_grad()
+def test_what_was_kept_of_earlier_passes_is_freed(model, tmp_path):
+    """For a stage, which needs the memory; and where it may be of tasks that are no longer there, or not as they were."""
+    model.seal(model.hierarchy.names)
+    model.save_pretrained(tmp_path)
+    x = prompts(2, 6)
+    for change in (
+        lambda: model.restore(tmp_path),
+        lambda: model.remove_task("f"),
+        lambda: (model.add_task("new"), model.start_stage(["new"])),
+    ):
+        model(x, task=["a", "b"])
+        assert model._kept._entries and all(fused._stack for fused in model._fused.values())
+        assert not any(fused._stack for fused in copy.deepcopy(model)._fused.values())
+        change()
+        assert not model._kept._entries and not any(fused._stack for fused in model._fused.values())
+
+
 def test_blocks_that_overlap_are_told_of_and_leave_nothing_active(model):
     """As of two coroutines that share a thread; without it a dead block's task would stay active for good."""
     x = prompts(2, 6)

@@ -62,6 +62,11 @@ def merge_models(one: Path, other: Path, out: Path, rename: Mapping[str, str] | 
                 f"The task {left_out!r} is in the whole of which '{one}' is a part, and {name!r} cannot become {new!r} "
                 "beside it; unite with the whole, or choose another name."
             )
+        if new in second.left_out:
+            raise ValueError(
+                f"The task {new!r} is in the whole of which '{other}' is a part, and {name!r} cannot become it; unite the "
+                "whole, or choose another name."
+            )
     common = [
         task["name"] for task in second.tasks if task["name"] not in rename and task["name"] in first.task_names()
     ]
@@ -262,8 +267,11 @@ def _merge_routers(
 
 
 def _renamed(key: str, rename: Mapping[str, str]) -> str:
+    """A tensor's name in the union; where a task gets the name of one that was removed, the removed one's goes."""
     kind, _, task = key.partition(".")
-    return f"{kind}.{rename.get(task, task)}" if task else kind
+    if task in rename:
+        return f"{kind}.{rename[task]}"
+    return f"{key}.removed" if task in rename.values() else key
 
 
 def _told_apart(
