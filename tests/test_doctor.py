@@ -5,10 +5,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from hft.trainers import compute_dtype
 from hft.trainers import doctor as doctors
 from hft.trainers.cli import main
 
@@ -115,3 +117,15 @@ def test_gpus_disks_and_the_package_itself(monkeypatch, capsys):
 def test_a_gpu_that_pytorch_does_not_see(monkeypatch, capsys):
     monkeypatch.setattr(doctors.shutil, "which", lambda name: f"/usr/bin/{name}")
     assert "1. There is an NVIDIA driver, but this PyTorch does not see a GPU" in advised(capsys)
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_a_gpu_without_bfloat16_products_is_told_of(monkeypatch, has_bfloat16):
+    properties = SimpleNamespace(name="Tesla T4", total_memory=16 * 2**30, major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: has_bfloat16)
+    assert ("no bfloat16 products: float16 is faster" in str(doctors._device())) == (not has_bfloat16)
+    assert compute_dtype.fast_dtype() == (torch.bfloat16 if has_bfloat16 else torch.float16)
+    assert "--bnb_4bit_compute_dtype float16 --fp16 true --bf16 false" in compute_dtype.advice()

@@ -103,13 +103,14 @@ def test_a_sealed_ancestor_costs_no_gradients_in_the_whole_model(backbones):
     assert flops() - few == 2 * 12 * (5 + 5) * features
 
 
-def test_mixed_precision_trains_too(backbones):
-    """Under autocast the product's input is float32 and its output bfloat16."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixed_precision_trains_too(backbones, dtype):
+    """Under autocast the product's input is float32 and its output in 16 bit."""
     model, x = chain(backbones), prompts(2, 6)
     gradients = []
     for enabled in (False, True):
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast("cpu", dtype, enabled=enabled):
             loss = model(x, task="c").logits.float().square().mean()
         loss.backward()
         gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})

@@ -545,7 +545,7 @@ def test_a_cpu_without_bfloat16_products_is_told_of(backbones, data, tmp_path, c
     monkeypatch.setattr(compute_dtype, "is_bfloat16_slow", lambda: is_slow)
     assert compute_dtype.fast_dtype() == (torch.float32 if is_slow else torch.bfloat16)
     assert main(tiny_run(backbones, data, tmp_path, "--dtype", dtype, "--bf16", "false", "--max_steps", "1")) == 0
-    assert (compute_dtype.ADVICE in capsys.readouterr().err) == (is_slow and dtype == "bfloat16")
+    assert (compute_dtype.advice() in capsys.readouterr().err) == (is_slow and dtype == "bfloat16")
 
 
 def test_a_checkpoint_that_is_named_comes_before_the_last_one(backbones, data, tmp_path):

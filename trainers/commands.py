@@ -19,7 +19,7 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     from transformers import set_seed
 
     from . import HFTTrainer, HFTTrainingConfig
-    from .compute_dtype import ADVICE, is_bfloat16_slow
+    from .compute_dtype import advice, is_bfloat16_slow
     from .progress import counted
     from .recipe_data import check_metrics, load_task, test_set
     from .recipe_model import learnt_already, model_of, tokenizer_of
@@ -51,7 +51,7 @@ def train(args: argparse.Namespace, overrides: dict[str, Any]) -> None:
     model = model_of(recipe)
     is_main = config.process_index == 0  # of several, one speaks
     if is_main and is_bfloat16_slow() and model.dtype == torch.bfloat16:
-        print(ADVICE, file=sys.stderr)
+        print(advice(), file=sys.stderr)
     if is_main:
         notes = dict.fromkeys(model.config.sealed_tasks(), "learnt") | {
             t: counted(len(rows), "row") for t, rows in data.items()

@@ -1,17 +1,24 @@
-"""Where and in what a machine multiplies: bfloat16, unless it is a CPU that can do so only number by number."""
+"""Where and in what a machine multiplies: in bfloat16, unless it can do so only number by number."""
 
 import torch
 
 
-ADVICE = (
-    "This CPU has no products of bfloat16 numbers and takes many times as long for them as for float32: add --dtype float32 "
-    "--bnb_4bit_compute_dtype float32 --bf16 false."
-)
-
-
 def is_bfloat16_slow() -> bool:
-    """Whether there is only a CPU for whose bfloat16 products oneDNN has no kernel: one without AVX-512, as a rule."""
+    """Whether there are no products of bfloat16 numbers: on an NVIDIA GPU before Ampere, or where there is only a CPU for
+    which oneDNN has no kernel (one without AVX-512, as a rule)."""
+    if torch.cuda.is_available():
+        return not torch.cuda.is_bf16_supported(including_emulation=False)
     return not torch.accelerator.is_available() and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def advice() -> str:
+    """What to add to a command whose model computes in bfloat16, where that is slow."""
+    device, dtype = ("GPU", "float16") if torch.cuda.is_available() else ("CPU", "float32")
+    scaled = "--fp16 true " if dtype == "float16" else ""
+    return (
+        f"This {device} has no products of bfloat16 numbers and takes many times as long for them as for {dtype}: add "
+        f"--dtype {dtype} --bnb_4bit_compute_dtype {dtype} {scaled}--bf16 false."
+    )
 
 
 def device_here() -> torch.device:
@@ -22,4 +29,6 @@ def device_here() -> torch.device:
 
 def fast_dtype() -> torch.dtype:
     """The dtype to compute in where nothing else is said."""
-    return torch.float32 if is_bfloat16_slow() else torch.bfloat16
+    if not is_bfloat16_slow():
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.is_available() else torch.float32

@@ -28,7 +28,7 @@ import hft
 from hft.files_hft import check_writable
 from hft.hierarchy_hft import Hierarchy
 
-from .compute_dtype import fast_dtype
+from .compute_dtype import is_bfloat16_slow
 from .demo_backbone import find_backbone
 from .evaluation import EvalSet
 from .hft_config import HFTTrainingConfig
@@ -149,7 +149,7 @@ def run_demo(out: Path) -> dict[str, Any]:
     disable_progress_bar()
     set_seed(0)
     backbone, source = find_backbone()
-    dtype = fast_dtype()
+    dtype = torch.float32 if is_bfloat16_slow() else torch.bfloat16
     print(f"Backbone: {source}, held in NF4")
     tokenizer = AutoTokenizer.from_pretrained(backbone)
     train_rows, test_rows = make_all_rows()

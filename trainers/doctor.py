@@ -71,7 +71,7 @@ def examine() -> Iterator[Finding]:
 def _device() -> Finding:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        bf16 = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bfloat16 of its own"
+        bf16 = "no bfloat16 products: float16 is faster" if is_bfloat16_slow() else "bfloat16"
         text = (
             f"{torch.cuda.device_count()} x {properties.name}, {properties.total_memory / 2**30:.1f} GiB, compute "
             f"capability {properties.major}.{properties.minor}, {bf16}"

@@ -66,7 +66,7 @@ def prepare(backbone: str | None) -> tuple[str, PreTrainedTokenizerBase]:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     use_cpu_well()
-    if is_bfloat16_slow():
+    if is_bfloat16_slow() and not torch.cuda.is_available():
         use_float32_products()
     backbone = find_backbone(ask_hub=False)[0] if backbone is None else backbone
     return backbone, AutoTokenizer.from_pretrained(backbone)
