@@ -161,9 +161,14 @@ class HFTGenerationMixin(GenerationMixin):
         return kwargs.get(name, next((value for value in values if value is not None), None))
 
     def _prepare_generation_config(self, *args: Any, task: Task | None = None, **kwargs: Any):
-        """As transformers', which would keep `task` from `forward` where a configuration has one, too."""
+        """As transformers', which would keep `task` from `forward` where a configuration has one, too.
+
+        A static cache alone does not have a GPU compile the passes: it would do so for each task anew, but for a folded one.
+        """
         config, model_kwargs = super()._prepare_generation_config(*args, **kwargs)
         vars(config).pop("task", None)
+        if self._folded is None and config.compile_config is None and config.disable_compile is None:
+            config.disable_compile = True
         return config, model_kwargs if task is None else {**model_kwargs, "task": task}
 
     def prepare_inputs_for_generation(

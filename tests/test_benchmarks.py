@@ -363,9 +363,12 @@ def test_the_gpu_script_goes_on_after_a_cell_that_failed(tmp_path, monkeypatch, 
             return whole_run(command, **options)
         if "tiny hft" in command:
             raise subprocess.CalledProcessError(9, command)
-        Path(command[command.index("--out") + 1]).write_text(json.dumps({"value": 3.0, "loss": 1.0}))
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", command[1:])
+            gpu.main()
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(gpu, "measure", lambda *_: {"value": 3.0, "loss": 1.0})
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--shapes", "tiny", "--out", str(tmp_path / "gpu.jsonl")])
     with pytest.raises(SystemExit, match="1"):
         gpu.main()

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, TextIteratorStreamer, pipeline
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, TextIteratorStreamer, pipeline
 
 import hft
 from hft.trainers.cli import main
@@ -81,6 +81,18 @@ def test_sampling_in_a_mixed_batch_is_as_among_its_own(mixed):
     for row, task in enumerate(["a", "b", "backbone"]):
         assert together[row].tolist() == sample(task)[row].tolist()
     assert len({tuple(row[6:]) for row in together.tolist()}) == 3
+
+
+def test_a_static_cache_compiles_nothing_by_itself_but_for_a_folded_task(mixed):
+    """On a GPU; each task would be compiled anew."""
+
+    def disabled(**options) -> bool | None:
+        return mixed._prepare_generation_config(None, cache_implementation="static", **options)[0].disable_compile
+
+    assert disabled() and disabled(task="a")
+    assert not disabled(disable_compile=False) and not disabled(compile_config=CompileConfig())
+    mixed.fold("a")
+    assert not disabled()
 
 
 @pytest.mark.parametrize("implementation", ["static", "offloaded"])

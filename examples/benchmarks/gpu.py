@@ -11,7 +11,6 @@ included; `predicted_gib`: what `estimate_memory` says.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -202,7 +201,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=14, help=f"optimizer steps; the first {WARM_UP} do not count")
     parser.add_argument("--seconds", type=float, default=450, help="no new cell is begun after so many")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu.jsonl")
-    parser.add_argument("--one", help=argparse.SUPPRESS)  # a fresh process for one cell: its result goes to --out
+    parser.add_argument("--one", help=argparse.SUPPRESS)  # in a fresh process: one cell
     args = parser.parse_args()
     if args.length % 8:
         raise SystemExit(
@@ -210,25 +209,23 @@ def main() -> None:
         )
     if args.one:
         shape, method = args.one.split()
-        args.out.write_text(json.dumps(measure(method, shape, args.length, args.steps)))
+        with cell(args.out, "gpu", args.one, 0) as result:
+            result.update(measure(method, shape, args.length, args.steps))
         return
     begin, is_whole = time.time(), True
     settings = [f"{shape} {method}" for shape in args.shapes.split(",") for method in args.methods.split(",")]
-    for setting, seed in todo(args.out, "gpu", settings, 1):
+    # This process leaves the GPU alone: it would take memory there, too.
+    for setting, _ in todo(args.out, "gpu", settings, 1):
         if time.time() - begin > args.seconds:
             print(f"{setting}: left out after {args.seconds:.0f} s; run the command again, which goes on from here")
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder) / "cell.json"
-            command = [sys.executable, __file__, "--one", setting, "--out", str(out)]
-            command += ["--length", str(args.length), "--steps", str(args.steps)]
-            try:
-                with cell(args.out, "gpu", setting, seed) as result:
-                    subprocess.run(command, check=True, env=_one_gpu())
-                    result.update(json.loads(out.read_text()))
-            except subprocess.CalledProcessError as error:
-                print(f"{setting}: failed with code {error.returncode}; its output is above. Going on.", flush=True)
-                is_whole = False
+        command = [sys.executable, __file__, "--one", setting, "--out", str(args.out)]
+        command += ["--length", str(args.length), "--steps", str(args.steps)]
+        try:
+            subprocess.run(command, check=True, env=_one_gpu())
+        except subprocess.CalledProcessError as error:
+            print(f"{setting}: failed with code {error.returncode}; its output is above. Going on.", flush=True)
+            is_whole = False
     for line in read_cells(args.out):
         peak = line.get("peak_allocated_gib", "no GPU")
         print(f"{line['setting']:<10}{line['value']:>10} tokens/s  peak {peak} GiB  loss {line['loss']}")
