@@ -70,6 +70,15 @@ def test_the_recipes_numbers():
     assert f"{report['train_seconds'] / 60:.0f} minutes" in README
 
 
+def test_what_an_8b_backbone_is_said_to_take():
+    from gpu import predicted_gib
+    from random_backbones import config_of
+
+    all_eight, alone = (predicted_gib(config_of("8b", "sdpa"), 2048, True, eight) for eight in (True, False))
+    assert f"the estimate is {all_eight:.1f} GiB, above the goal, of which a LoRA of one task" in PROSE
+    assert f"would take {alone:.1f}: there are four sealed nodes and four that train" in PROSE
+
+
 @pytest.mark.parametrize(
     "table",
     [

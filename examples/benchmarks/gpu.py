@@ -24,9 +24,10 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from harness import RESULTS, cell, read_cells, todo
 from random_backbones import SHAPES, config_of, hft_on, random_backbone, word_tokenizer
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback
 from transformers.utils import logging
 
+from hft import Hierarchy
 from hft.attention_hft import has_flash_attention
 
 
@@ -114,7 +115,6 @@ def check_full(packed: Dataset, length: int) -> None:
 def train_hft(shape: str, length: int, steps: int, folder: str, times: StepTimes) -> tuple[float, dict[str, Any]]:
     """The last loss, and what the model is like."""
     from hft.trainers import HFTTrainer, HFTTrainingConfig
-    from hft.trainers.memory_estimate import OPTIMIZER_BYTES_8BIT, estimate_memory
 
     config = config_of(shape, best_attention())
     model = hft_on(random_backbone(config, _device()), SEALED, RANK)
@@ -131,16 +131,25 @@ def train_hft(shape: str, length: int, steps: int, folder: str, times: StepTimes
     for packed in trainer._prepared.values():
         check_full(packed, length)
     trainer.train()
-    ranks = RANK * len(model.hierarchy.path("t7")) + SLOTS
-    predicted = estimate_memory(
-        config, rank=RANK, path_rank=ranks, num_training=len(TRAINED), sealed_rank=RANK * len(SEALED), slots=SLOTS,
-        batch_size=2, length=length, gradient_checkpointing=True, on_accelerator=torch.cuda.is_available(),
-        optimizer_bytes=OPTIMIZER_BYTES_8BIT,
-    )  # fmt: skip
     return trainer.log_history[-2]["loss"], {
         "attention": model.backbone.config._attn_implementation,
-        "predicted_gib": round(predicted.total / 2**30, 2),
-    }  # fmt: skip
+        "predicted_gib": predicted_gib(config, length, torch.cuda.is_available()),
+    }
+
+
+def predicted_gib(config: PreTrainedConfig, length: int, on_accelerator: bool, eight_tasks: bool = True) -> float:
+    """What `estimate_memory` says of HFT's cell; or of one task by itself, which is a plain LoRA in float32."""
+    from hft.trainers.memory_estimate import OPTIMIZER_BYTES_8BIT, estimate_memory
+
+    path_rank = RANK * len(Hierarchy(SEALED | TRAINED).path("t7")) + SLOTS
+    its: dict[str, Any] = dict(path_rank=RANK, slots=0)
+    if eight_tasks:
+        its = dict(path_rank=path_rank, num_training=len(TRAINED), sealed_rank=RANK * len(SEALED), slots=SLOTS)
+    estimate = estimate_memory(
+        config, rank=RANK, batch_size=2, length=length, gradient_checkpointing=True, on_accelerator=on_accelerator,
+        optimizer_bytes=OPTIMIZER_BYTES_8BIT, **its,
+    )  # fmt: skip
+    return round(estimate.total / 2**30, 2)
 
 
 def train_trl(shape: str, length: int, steps: int, folder: str, times: StepTimes) -> tuple[float, dict[str, Any]]:
