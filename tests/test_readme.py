@@ -172,7 +172,6 @@ def test_the_qualitys_sentences(figures):
         accuracy(ours, ("cb", "rte")) - accuracy(theirs, ("cb", "rte"))
         for ours, theirs in zip(hft, single, strict=True)
     ]
-    assert statistics.mean(few) == pytest.approx(of["quality.small.hft_minus_single_low_resource"], abs=0.01)
     assert f"HFT is {mean_se(few)} points above one LoRA a task (goal: 5)" in PROSE
     routed = of["ap_hft_routed"] - of["ap_hft"]
     more = "more" if routed > 0 else "less"
@@ -339,8 +338,8 @@ def test_no_hierarchy_against_a_root():
 def test_the_fourteen_tasks(figures):
     cells = {(cell["method"], cell["seed"]): cell for cell in read("quality-small-cl14").values()}
     methods = ("hft_root_no_memory", "joint", "single")
-    ours, joint, single = ([cells[method, seed] for seed in range(2)] for method in methods)
-    assert len(cells) == 6
+    ours, joint, single = ([cells[method, seed] for seed in range(3)] for method in methods)
+    assert len(cells) == 9
     assert {(cell["method"], cell["learning_rate"]) for cell in cells.values()} == {
         *(("hft_root_no_memory", 2e-3), ("joint", 1e-3), ("single", 2e-3))
     }
@@ -348,7 +347,8 @@ def test_the_fourteen_tasks(figures):
     gaps = [one["test"]["ap"] - other["test"]["ap"] for one, other in zip(ours, joint, strict=True)]
     assert statistics.mean(gaps) == pytest.approx(of["hft_minus_joint"], abs=0.01)
     words = f"{mean_se([-gap for gap in gaps])} points below joint LoRA (goal: 1.0 above; with seed 0 it is "
-    assert f"On test rows HFT is {words}{gaps[0]:.1f} above, with seed 1 {-gaps[1]:.1f} below)" in PROSE
+    others = f"with seeds 1 and 2 {-gaps[1]:.1f} and {-gaps[2]:.1f} below)"
+    assert f"On test rows HFT is {words}{gaps[0]:.1f} above, {others}" in PROSE
     gaps = [one["test"]["ap"] - other["test"]["ap"] for one, other in zip(ours, single, strict=True)]
     assert statistics.mean(gaps) == pytest.approx(of["hft_minus_single"], abs=0.01)
     assert f"and {mean_se(gaps)} above one LoRA a task (goal: 2.0)" in PROSE
@@ -365,9 +365,10 @@ def test_the_fourteen_tasks(figures):
         if cell["name"] == "quality-small-low_resource" and cell["method"] == "single"
     ]
     gains = [accuracy(one, few) - accuracy(other, few) for one, other in zip(ours, alone, strict=True)]
-    assert f"HFT is {mean_se(gains)} points above the LoRAs of `--tasks low_resource` (goal: 5; two seeds), " in PROSE
+    assert f"HFT is {mean_se(gains)} points above the LoRAs of `--tasks low_resource` (goal: 5), " in PROSE
     gains = [accuracy(one, few) - accuracy(other, few) for one, other in zip(ours, single, strict=True)]
     assert f"and {mean_se(gains)} above those of the table" in PROSE
+    assert statistics.mean(gains) == pytest.approx(figures["quality.small.hft_minus_single_low_resource"], abs=0.01)
     rest = {method: of[f"ap_{method}"] * 14 - of[f"ap_learnable_{method}"] * 7 for method in ("hft", "single")}
     assert of["ap_learnable_hft"] - of["ap_learnable_single"] < (rest["hft"] - rest["single"]) / 7
     for cell in (*ours, *single, *alone):
@@ -757,9 +758,11 @@ def test_the_routers_numbers():
         over_rows = 100 * right / sum(sum(its.values()) for its in found.values())  # as `likeliest` is
         numbers = " | ".join(f"{its:.1f} %" for its in (over_rows, cell["likeliest"], cell["false_activation"]))
         assert f" | {numbers} |" in README, cell["setting"]
-    (cell,) = read("quality-short-cl14").values()
-    test = cell["test"]
-    assert f"was {test['ap']:.1f} with the task given and {test['routed']['ap']:.1f} routed" in PROSE
+    test = [cell["test"] for cell in read("quality-small-cl14").values() if cell["method"] == "hft_root_no_memory"]
+    given, routed = (
+        statistics.mean(its) for its in zip(*((one["ap"], one["routed"]["ap"]) for one in test), strict=True)
+    )
+    assert f"is {given:.1f} with the task given and {routed:.1f} routed" in PROSE
 
 
 def test_the_ggufs_numbers():
